@@ -1,0 +1,111 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+
+namespace fp8gemm {
+namespace {
+
+// Looks a symbol up and leaves the first missing name in `missing`.
+template <class Function>
+void lookup(void* library, const char* name, Function& function, std::string& missing) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (!function && missing.empty()) missing = name;
+}
+
+Result<const Driver*> open_driver() {
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    return Status::error(message("no NVIDIA driver", "libcuda.so.1 could not be opened",
+                                 "a CUDA driver, 12.3 or newer",
+                                 "install the NVIDIA driver, or run on the CPU"));
+  }
+  // Leaked on purpose: handlers may run while the process ends.
+  static Driver& d = *new Driver;
+  std::string missing;
+  lookup(library, "cuInit", d.init, missing);
+  lookup(library, "cuDriverGetVersion", d.version, missing);
+  lookup(library, "cuGetErrorString", d.error_string, missing);
+  lookup(library, "cuDeviceGetCount", d.device_count, missing);
+  lookup(library, "cuDeviceGet", d.device_get, missing);
+  lookup(library, "cuDeviceGetName", d.device_name, missing);
+  lookup(library, "cuDeviceGetAttribute", d.device_attribute, missing);
+  lookup(library, "cuCtxGetCurrent", d.context_current, missing);
+  lookup(library, "cuCtxSetCurrent", d.context_set_current, missing);
+  lookup(library, "cuCtxGetDevice", d.context_device, missing);
+  lookup(library, "cuStreamGetCtx", d.stream_context, missing);
+  lookup(library, "cuModuleLoadData", d.module_load, missing);
+  lookup(library, "cuModuleGetFunction", d.module_function, missing);
+  lookup(library, "cuFuncSetAttribute", d.function_set_attribute, missing);
+  lookup(library, "cuLaunchKernelEx", d.launch, missing);
+  lookup(library, "cuTensorMapEncodeTiled", d.encode_tiled, missing);
+  if (!missing.empty()) {
+    return Status::error(message("the NVIDIA driver is too old", "no symbol " + missing,
+                                 "a CUDA driver, 12.3 or newer", "update the NVIDIA driver"));
+  }
+  return &d;
+}
+
+Result<const Nvrtc*> open_nvrtc(const std::string& path) {
+  const std::string mend =
+      "pip install nvidia-cuda-nvrtc-cu12 (or -cu13), or set JAX_FP8GEMM_NVRTC to libnvrtc.so";
+  if (path.empty()) {
+    return Status::error(message("no run-time compiler", "NVRTC was not found",
+                                 "libnvrtc.so.12 or .13 from pip or a CUDA toolkit", mend));
+  }
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    const char* reason = dlerror();
+    return Status::error(message("the run-time compiler does not load",
+                                 path + " (" + (reason ? reason : "no reason given") + ")",
+                                 "libnvrtc.so.12 or .13", mend));
+  }
+  Nvrtc& n = *new Nvrtc;  // leaked on purpose, as the driver's table
+  n.path = path;
+  std::string missing;
+  lookup(library, "nvrtcVersion", n.version, missing);
+  lookup(library, "nvrtcGetErrorString", n.error_string, missing);
+  lookup(library, "nvrtcCreateProgram", n.create, missing);
+  lookup(library, "nvrtcDestroyProgram", n.destroy, missing);
+  lookup(library, "nvrtcCompileProgram", n.compile, missing);
+  lookup(library, "nvrtcGetProgramLogSize", n.log_size, missing);
+  lookup(library, "nvrtcGetProgramLog", n.log, missing);
+  lookup(library, "nvrtcGetCUBINSize", n.cubin_size, missing);
+  lookup(library, "nvrtcGetCUBIN", n.cubin, missing);
+  lookup(library, "nvrtcGetPTXSize", n.ptx_size, missing);
+  lookup(library, "nvrtcGetPTX", n.ptx, missing);
+  if (!missing.empty() || n.version(&n.major, &n.minor) != 0) {
+    return Status::error(message("the run-time compiler is not usable",
+                                 path + (missing.empty() ? "" : " without " + missing),
+                                 "NVRTC 12.3 or newer", mend));
+  }
+  return &n;
+}
+
+}  // namespace
+
+Result<const Driver*> driver() {
+  static Result<const Driver*>& opened = *new Result<const Driver*>(open_driver());
+  return opened;
+}
+
+Status check(const Driver& driver, CUresult result, const std::string& what) {
+  if (result == 0) return {};
+  const char* words = nullptr;
+  driver.error_string(result, &words);
+  return Status::error("jax_fp8gemm: " + what + ": " + (words ? words : "unknown CUDA error") +
+                       " (" + std::to_string(result) + ")");
+}
+
+Result<const Nvrtc*> nvrtc(const std::string& path) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& opened = *new std::map<std::string, Result<const Nvrtc*>>;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = opened.find(path);
+  if (found == opened.end()) found = opened.emplace(path, open_nvrtc(path)).first;
+  return found->second;
+}
+
+}  // namespace fp8gemm

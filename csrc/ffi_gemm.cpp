@@ -1,0 +1,274 @@
+#include "ffi_gemm.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+
+#include "driver.h"
+#include "gemm_spec.h"
+#include "jit.h"
+#include "tensor_map.h"
+
+namespace ffi = xla::ffi;
+
+namespace fp8gemm {
+namespace {
+
+struct GemmState {
+  static ffi::TypeId id;
+  KernelSpec spec;
+  std::shared_ptr<Program> program;
+};
+ffi::TypeId GemmState::id = {};
+// NOTE: after the class: inside it the type is incomplete and its destructor would never run.
+const ffi::TypeInfo kGemmStateInfo = ffi::MakeTypeInfo<GemmState>();
+
+ffi::Error to_error(const Status& status) {
+  return status.ok() ? ffi::Error::Success() : ffi::Error::Internal(status.message());
+}
+
+constexpr const char* kIntegers[] = {"accumulate", "block_m", "block_n",      "stages",
+                                     "split_k",    "group_m", "shared_bytes", "num_sms"};
+constexpr const char* kStrings[] = {"kernel", "variant",   "lhs_scale", "rhs_scale",
+                                    "out",    "multicast", "store"};
+
+// Attributes that are absent or of another type stay out; parse_spec names them.
+Attributes read_attributes(const ffi::Dictionary& dictionary) {
+  Attributes attributes;
+  for (const char* name : kIntegers) {
+    auto value = dictionary.get<int64_t>(name);
+    if (value.has_value()) attributes[name] = *value;
+  }
+  for (const char* name : kStrings) {
+    auto value = dictionary.get<std::string_view>(name);
+    if (value.has_value()) attributes[name] = std::string(*value);
+  }
+  return attributes;
+}
+
+ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Dictionary dictionary) {
+  auto spec = parse_spec(read_attributes(dictionary));
+  if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
+  auto made = program(*spec);
+  if (!made.ok()) return ffi::Unexpected(to_error(made.status()));
+  return std::make_unique<GemmState>(GemmState{*spec, *made});
+}
+
+ffi::Error initialize(CUstream stream, int32_t device, GemmState* state, ffi::RemainingArgs,
+                      ffi::RemainingRets, ffi::Dictionary) {
+  return to_error(state->program->load(stream, device).status());
+}
+
+// An operand as a stack of matrices: [groups, rows, columns].
+struct Operand {
+  const char* name;
+  void* data;
+  int64_t groups, rows, columns;
+};
+
+std::string shape_text(const ffi::AnyBuffer& buffer) {
+  std::string text = "[";
+  for (int64_t dim : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  return text + "]";
+}
+
+// Checks type and rank; the program was traced by primitives.py, so a mismatch is a bug or a
+// program exported by another version.
+Status read_operand(const ffi::AnyBuffer& buffer, const char* name, ffi::DataType type, int rank,
+                    Operand& operand) {
+  auto dims = buffer.dimensions();
+  if (buffer.element_type() != type || static_cast<int>(dims.size()) != rank) {
+    return Status::error(message(std::string("gemm: operand ") + name + " has the wrong type",
+                                 "element type " + std::to_string(int(buffer.element_type())) +
+                                     ", shape " + shape_text(buffer),
+                                 "element type " + std::to_string(int(type)) + ", rank " +
+                                     std::to_string(rank),
+                                 "trace the program again with this version of jax_fp8gemm"));
+  }
+  operand = {name, buffer.untyped_data(), rank == 3 ? dims[0] : 1, dims[rank - 2], dims[rank - 1]};
+  return {};
+}
+
+Status expect_shape(const Operand& operand, int64_t groups, int64_t rows, int64_t columns) {
+  if (operand.groups == groups && operand.rows == rows && operand.columns == columns) return {};
+  auto text = [](int64_t g, int64_t r, int64_t c) {
+    return "[" + std::to_string(g) + ", " + std::to_string(r) + ", " + std::to_string(c) + "]";
+  };
+  return Status::error(message(std::string("gemm: operand ") + operand.name + " has the wrong shape",
+                               text(operand.groups, operand.rows, operand.columns),
+                               text(groups, rows, columns),
+                               "trace the program again with this version of jax_fp8gemm"));
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The layout in memory of the scales of an operand [rows, k], as primitives.py makes it.
+Status check_scales(const Operand& scale, ScaleTile tile, int64_t groups, int64_t rows, int64_t k) {
+  switch (tile) {
+    case ScaleTile::k1x128:
+      return expect_shape(scale, groups, ceil_div(k, 128), round_up(rows, 4));
+    case ScaleTile::k1xK:
+      return expect_shape(scale, groups, 1, round_up(rows, 4));
+    case ScaleTile::k128x128:
+      return expect_shape(scale, groups, ceil_div(rows, 128), round_up(ceil_div(k, 128), 4));
+    case ScaleTile::kTensor:
+      return expect_shape(scale, groups, 1, 4);
+  }
+  return {};
+}
+
+TensorMapShape tile_shape(const Operand& operand, int rows) {
+  return {kTensorMapUint8, 2, {uint64_t(operand.columns), uint64_t(operand.groups * operand.rows)},
+          {128, uint32_t(rows)}, true};
+}
+
+TensorMapShape scale_shape(const Operand& scale, ScaleTile tile, int rows) {
+  const bool per_row = tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK;
+  // Scale blocks that a tile of `rows` rows can touch, as shared_memory.cuh counts them.
+  const int blocks = tile != ScaleTile::k128x128 ? 1 : 128 % rows == 0 ? 1 : rows % 128 == 0 ? rows / 128 : 2;
+  return {kTensorMapFloat32, 2, {uint64_t(scale.columns), uint64_t(scale.groups * scale.rows)},
+          {uint32_t(per_row ? rows : 4), uint32_t(blocks)}, false};
+}
+
+// Output blocks, a cluster's neighbours counted as one.
+int64_t cluster_blocks(const GemmSpec& spec, int64_t m, int64_t n, int64_t groups) {
+  const int along_m = spec.multicast == Multicast::kRhs ? 2 : 1;
+  const int along_n = spec.multicast == Multicast::kLhs ? 2 : 1;
+  return groups * ceil_div(m, spec.block_m * along_m) * ceil_div(n, spec.block_n * along_n);
+}
+
+// CTAs to launch: one wave at most, evenly loaded; with split_k one cluster for each block.
+int64_t grid_size(const KernelSpec& spec, int64_t blocks, int multiprocessors) {
+  const int cluster = cluster_size(spec);
+  if (spec.gemm.split_k > 1) return blocks * cluster;
+  const int sms = spec.num_sms > 0 ? std::min(spec.num_sms, multiprocessors) : multiprocessors;
+  const int64_t workers = std::max(sms / cluster, 1);
+  return ceil_div(blocks, ceil_div(blocks, workers)) * cluster;
+}
+
+struct Operands {
+  Operand lhs, rhs, lhs_scale, rhs_scale, out;
+};
+
+Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets results,
+                     Operands& o) {
+  const size_t expected = spec.accumulate ? 5 : 4;
+  if (args.size() != expected || results.size() != 1) {
+    return Status::error(message("gemm: wrong number of operands", std::to_string(args.size()),
+                                 std::to_string(expected) + " operands and one result",
+                                 "trace the program again with this version of jax_fp8gemm"));
+  }
+  const int rank = spec.variant == Variant::kBatched ? 3 : 2;
+  const auto out_type = spec.out == Out::kF32 ? ffi::F32 : ffi::BF16;
+  Status status = read_operand(*args.get<ffi::AnyBuffer>(0), "lhs", ffi::F8E4M3FN, rank, o.lhs);
+  auto then = [&](size_t index, const char* name, ffi::DataType type, Operand& operand) {
+    if (status.ok()) status = read_operand(*args.get<ffi::AnyBuffer>(index), name, type, rank, operand);
+  };
+  then(1, "rhs", ffi::F8E4M3FN, o.rhs);
+  then(2, "lhs scale", ffi::F32, o.lhs_scale);
+  then(3, "rhs scale", ffi::F32, o.rhs_scale);
+  if (status.ok()) status = read_operand(**results.get<ffi::AnyBuffer>(0), "out", out_type, rank, o.out);
+  if (!status.ok()) return status;
+  const int64_t g = o.lhs.groups, m = o.lhs.rows, n = o.rhs.rows, k = o.lhs.columns;
+  status = expect_shape(o.rhs, g, n, k);
+  if (status.ok()) status = expect_shape(o.out, g, m, n);
+  if (status.ok()) status = check_scales(o.lhs_scale, spec.lhs_scale, g, m, k);
+  if (status.ok()) status = check_scales(o.rhs_scale, spec.rhs_scale, g, n, k);
+  if (status.ok() && spec.accumulate) {
+    Operand init;
+    status = read_operand(*args.get<ffi::AnyBuffer>(4), "init", out_type, rank, init);
+    if (status.ok()) status = expect_shape(init, g, m, n);
+    if (status.ok() && init.data != o.out.data) {
+      return Status::error("jax_fp8gemm: gemm: init is not aliased to the output");
+    }
+  }
+  return status;
+}
+
+Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o,
+                   GemmParams& params) {
+  Status status = encode(driver, params.lhs, tile_shape(o.lhs, spec.block_m), o.lhs.data, "lhs");
+  auto then = [&](TensorMap& map, const TensorMapShape& shape, const Operand& operand) {
+    if (status.ok()) status = encode(driver, map, shape, operand.data, operand.name);
+  };
+  then(params.rhs, tile_shape(o.rhs, spec.block_n), o.rhs);
+  then(params.lhs_scale, scale_shape(o.lhs_scale, spec.lhs_scale, spec.block_m), o.lhs_scale);
+  then(params.rhs_scale, scale_shape(o.rhs_scale, spec.rhs_scale, spec.block_n), o.rhs_scale);
+  if (spec.store == Store::kTma) {
+    const TensorMapShape shape = {
+        kTensorMapBfloat16, 3, {uint64_t(o.out.columns), uint64_t(o.out.rows), uint64_t(o.out.groups)},
+        {64, 64, 1}, true};
+    then(params.out, shape, o.out);
+  }
+  return status;
+}
+
+Status launch(const Driver& driver, const KernelSpec& spec, const LoadedKernel& kernel,
+              CUstream stream, GemmParams& params) {
+  const int64_t blocks = cluster_blocks(spec.gemm, params.m, params.n, params.groups);
+  const int64_t grid = grid_size(spec, blocks, kernel.multiprocessors);
+  if (blocks > INT32_MAX || grid > INT32_MAX) {
+    return Status::error("jax_fp8gemm: gemm: more than 2^31 output blocks");
+  }
+  CUlaunchAttribute cluster = {kLaunchAttributeClusterDimension, {}, {}};
+  cluster.value.cluster = {unsigned(cluster_size(spec)), 1, 1};
+  CUlaunchConfig config = {unsigned(grid), 1, 1, unsigned(threads(spec)), 1, 1,
+                           unsigned(spec.gemm.shared_bytes), stream, &cluster,
+                           cluster_size(spec) > 1 ? 1u : 0u};
+  void* arguments[] = {&params};
+  return check(driver, driver.launch(&config, kernel.function, arguments, nullptr), "cuLaunchKernelEx");
+}
+
+ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::RemainingArgs args,
+                   ffi::RemainingRets results, ffi::Dictionary) {
+  const KernelSpec& spec = state->spec;
+  Operands o;
+  Status status = read_operands(spec.gemm, args, results, o);
+  if (!status.ok()) return to_error(status);
+  if (o.out.groups == 0 || o.out.rows == 0 || o.out.columns == 0) return ffi::Error::Success();
+  auto kernel = state->program->load(stream, device);
+  if (!kernel.ok()) return to_error(kernel.status());
+  const Driver& driver = **fp8gemm::driver();
+  GemmParams params;
+  status = encode_maps(driver, spec.gemm, o, params);
+  if (!status.ok()) return to_error(status);
+  params.out_data = o.out.data;
+  params.m = int32_t(o.lhs.rows);
+  params.n = int32_t(o.rhs.rows);
+  params.k = int32_t(o.lhs.columns);
+  params.groups = int32_t(o.lhs.groups);
+  return to_error(launch(driver, spec, *kernel, stream, params));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER(instantiate_handler, instantiate, ffi::Ffi::BindInstantiate().Attrs());
+
+XLA_FFI_DEFINE_HANDLER(initialize_handler, initialize,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::PlatformStream<CUstream>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<GemmState>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs());
+
+XLA_FFI_DEFINE_HANDLER(execute_handler, execute,
+                       ffi::Ffi::BindExecute()
+                           .Ctx<ffi::PlatformStream<CUstream>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<GemmState>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_Error* gemm_instantiate(XLA_FFI_CallFrame* frame) { return instantiate_handler(frame); }
+XLA_FFI_Error* gemm_initialize(XLA_FFI_CallFrame* frame) { return initialize_handler(frame); }
+XLA_FFI_Error* gemm_execute(XLA_FFI_CallFrame* frame) { return execute_handler(frame); }
+
+ffi::TypeId* gemm_state_id() { return &GemmState::id; }
+const ffi::TypeInfo* gemm_state_info() { return &kGemmStateInfo; }
+
+}  // namespace fp8gemm

@@ -1,0 +1,241 @@
+// The GEMM kernel: out[m, n] = Σ over 128-deep steps of k of (lhs · rhsᵀ) · lhs scale · rhs scale.
+//
+//   warpgroup 0, 1   consumers: tensor core, promotion, epilogue; half of block_m each
+//   warpgroup 2      producer: one thread starts the copies
+//
+// Persistent: a CTA takes output blocks until none is left. The epilogue of a finished sub-tile
+// runs under the next sub-tile's tensor-core work, across blocks too.
+#pragma once
+
+#include "epilogue.cuh"
+#include "params.cuh"
+#include "producer.cuh"
+#include "promotion.cuh"
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "shared_memory.cuh"
+
+namespace fp8gemm {
+
+constexpr int kMathWarpgroups = 2;
+constexpr int kProducerRegisters = 40;   // 128 × 40 + 256 × 232 = 64 Ki registers at most
+constexpr int kConsumerRegisters = 232;
+
+enum NamedBarrier : int {  // 0 is __syncthreads
+  kStoreBarrier = 1,       // + warpgroup: its 128 threads around the use of its output boxes
+};
+
+template <GemmSpec spec>
+struct GemmTraits {
+  static constexpr int kSubTiles = spec.block_m / (64 * kMathWarpgroups);  // per warpgroup
+  static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
+  static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
+  static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
+  static constexpr int kOutBytes =
+      spec.store == Store::kTma ? spec.block_m * spec.block_n * 2 : 0;
+  using Shared = SharedMemory<spec, kOutBytes, 0>;
+  using Ring = RingPosition<spec.stages>;
+
+  static_assert(spec.block_m % 128 == 0, "block_m: a multiple of 128, 64 rows for each warpgroup");
+  static_assert(spec.block_n % 16 == 0 && spec.block_n <= 256, "block_n: 16, 32, ... 256");
+  static_assert(spec.store == Store::kDirect || spec.block_n % 64 == 0,
+                "store tma: block_n must be a multiple of 64; use store direct");
+  static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
+};
+
+template <GemmSpec spec>
+struct Consumer {
+  using Traits = GemmTraits<spec>;
+  using Shared = typename Traits::Shared;
+  static constexpr int kSubTiles = Traits::kSubTiles;
+  static constexpr int kRegisters = Traits::kRegisters;
+
+  const GemmParams& params;
+  Shared& shared;
+  int warpgroup, warp, lane;
+  uint32_t lhs_low, rhs_low;  // descriptors of stage 0
+  typename Traits::Ring at{0, 0};
+  bool landed = false;  // the stage at `at` was seen full
+  int border = 0;       // see promote()
+  Block finished{};     // the block whose results are in `sums`
+  float sums[kSubTiles][kRegisters];
+
+  FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s)
+      : params(p),
+        shared(s),
+        warpgroup(warp_uniform(threadIdx.x / 128)),
+        warp(threadIdx.x / 32 % 4),
+        lane(threadIdx.x % 32),
+        lhs_low(warp_uniform(
+            descriptor_low(shared_address(s.lhs) + warpgroup * kSubTiles * 64 * kBlockK))),
+        rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))) {}
+
+  // All steps of k of one block. On entry `sums` may still hold the last sub-tile of the block
+  // before; on exit it holds this block's last one, and the others have been stored.
+  FP8GEMM_DEVICE void multiply(const Scheduler<spec>& scheduler, int steps, bool pending) {
+    if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - scheduler.block().n % 128;
+    sub_step<0, true, false>(pending);
+    finished = scheduler.block();  // after the tensor core has work: the divisions take a while
+    if constexpr (kSubTiles == 2) sub_step<1, true, false>(false);
+    // NOTE: one scale per column leaves no registers for more than one step at a time.
+#pragma unroll(Traits::kPerColumn ? 1 : 4)
+    for (int step = 1; step < steps - 1; ++step) {
+      sub_step<0, false, false>(false);
+      if constexpr (kSubTiles == 2) sub_step<1, false, false>(false);
+    }
+    sub_step<0, false, false>(false);
+    if constexpr (kSubTiles == 2) sub_step<1, false, true>(false);
+  }
+
+  FP8GEMM_DEVICE void store_last() { store<kSubTiles - 1>(); }
+
+ private:
+  // One sub-tile of one step. While its tensor-core work runs, a sub-tile that finished before is
+  // stored: the last of the previous block (pending), or this block's first (kLast).
+  template <int kSubTile, bool kFirst, bool kLast>
+  FP8GEMM_DEVICE void sub_step(bool pending) {
+    const int stage = at.stage;
+    if (kSubTile == 0 && !landed) mbarrier_try_wait(shared_address(&shared.full[stage]), at.parity);
+    float partial[kRegisters];
+    start_partial(partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
+                  rhs_low + stage * (Shared::kRhsBytes / 16));
+    const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
+    const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
+        shared_address(shared.lhs_scale[stage]), row_in_block(kSubTile));
+    if constexpr (Traits::kPerColumn) {
+      store_finished<kSubTile, kFirst, kLast>(pending);
+      finish_partial(partial);
+      promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
+      if constexpr (kSubTile == kSubTiles - 1) release();
+    } else {
+      const ColumnBlockScales<spec> rhs_scale(rhs_slot);
+      store_finished<kSubTile, kFirst, kLast>(pending);
+      finish_partial(partial);
+      if constexpr (kSubTile == kSubTiles - 1) release();
+      promote<spec, kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale, border);
+    }
+  }
+
+  template <int kSubTile, bool kFirst, bool kLast>
+  FP8GEMM_DEVICE void store_finished(bool pending) {
+    if constexpr (kSubTile == 0 && kFirst) {
+      if (pending) store<kSubTiles - 1>();
+    }
+    if constexpr (kSubTile == 1 && kLast) store<0>();
+  }
+
+  // Gives the stage back, and peeks at the next one so that the wait is over before it is needed.
+  FP8GEMM_DEVICE void release() {
+    const uint32_t empty = shared_address(&shared.empty[at.stage]);
+    if constexpr (Traits::kCtas == 1) {
+      if (lane == 0) mbarrier_arrive(empty);
+    } else {
+      if (lane < Traits::kCtas) mbarrier_arrive_remote(empty, lane);
+    }
+    at.advance();
+    landed = mbarrier_test_wait(shared_address(&shared.full[at.stage]), at.parity);
+  }
+
+  FP8GEMM_DEVICE int row_in_block(int sub_tile) const {
+    return (warpgroup * kSubTiles + sub_tile) * 64 + warp * 16 + lane / 4;
+  }
+
+  template <int kSubTile>
+  FP8GEMM_DEVICE void store() {
+    if constexpr (spec.store == Store::kTma) {
+      store_tma<kSubTile>();
+    } else {
+      store_direct<spec>(params, sums[kSubTile], finished.group,
+                         finished.m + row_in_block(kSubTile), finished.n + 2 * (lane % 4));
+    }
+  }
+
+  template <int kSubTile>
+  FP8GEMM_DEVICE void store_tma() {
+    constexpr int kBoxes = spec.block_n / 64, kBoxBytes = 64 * 128;
+    const int tile = warpgroup * kSubTiles + kSubTile;
+    const uint32_t boxes = shared_address(&shared.out) + tile * kBoxes * kBoxBytes;
+    const bool leader = threadIdx.x % 128 == 0;
+    // The boxes are free again once the store before last (of the other sub-tile: last) has read.
+    if (leader) cp_async_bulk_wait_group_read<kSubTiles - 1>();
+    bar_sync(kStoreBarrier + warpgroup, 128);
+    stage_out(boxes, sums[kSubTile], warp, lane);
+    fence_proxy_async();
+    bar_sync(kStoreBarrier + warpgroup, 128);
+    if (leader) {
+#pragma unroll
+      for (int i = 0; i < kBoxes; ++i) {
+        cp_async_bulk_tensor_3d_store(params.out, boxes + i * kBoxBytes, finished.n + i * 64,
+                                      finished.m + tile * 64, finished.group);
+      }
+      cp_async_bulk_commit_group();
+    }
+  }
+};
+
+// The barriers are ready, and visible to both CTAs of a cluster, when this returns.
+template <GemmSpec spec, class Shared>
+FP8GEMM_DEVICE void init_barriers(Shared& shared) {
+  constexpr int kCtas = GemmTraits<spec>::kCtas;
+  if (threadIdx.x == kMathWarpgroups * 128) {
+#pragma unroll
+    for (int stage = 0; stage < spec.stages; ++stage) {
+      mbarrier_init(shared_address(&shared.full[stage]), 1);
+      // One arrival per math warp of every CTA that a copy into this stage may come from.
+      mbarrier_init(shared_address(&shared.empty[stage]), kCtas * kMathWarpgroups * 4);
+    }
+    fence_mbarrier_init();
+  }
+  if constexpr (kCtas > 1) {
+    cluster_arrive_relaxed();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <GemmSpec spec>
+FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
+  using Traits = GemmTraits<spec>;
+  using Shared = typename Traits::Shared;
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+
+  const uint32_t rank = Traits::kCtas > 1 ? cluster_ctarank() : 0;
+  init_barriers<spec>(shared);
+  Scheduler<spec> scheduler(params, blockIdx.x / Traits::kCtas, gridDim.x / Traits::kCtas, rank);
+  const int steps = k_steps(params);
+  const uint32_t warp = warp_uniform(threadIdx.x / 32);
+
+  if (warp >= kMathWarpgroups * 4) {
+    setmaxnreg_dec<kProducerRegisters>();
+    if (warp == kMathWarpgroups * 4 && elect_sync()) {
+      Producer<spec, Shared> producer(params, shared, rank);
+      typename Traits::Ring at{0, 1};  // parity 1: the stages begin empty
+      for (; !scheduler.done(); scheduler.next()) {
+        const Block block = scheduler.block();
+        for (int step = 0; step < steps; ++step, at.advance()) {
+          mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
+          producer.load(block, step, at.stage);
+        }
+      }
+    }
+  } else {
+    setmaxnreg_inc<kConsumerRegisters>();
+    Consumer<spec> consumer(params, shared);
+    bool pending = false;
+    for (; !scheduler.done(); scheduler.next(), pending = true) {
+      consumer.multiply(scheduler, steps, pending);
+    }
+    if (pending) consumer.store_last();
+    // Shared memory must outlive the copies out of it.
+    if (spec.store == Store::kTma && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
+  }
+  __syncwarp();
+  if constexpr (Traits::kCtas > 1) {  // the other CTA may still arrive at this one's barriers
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
+}
+
+}  // namespace fp8gemm

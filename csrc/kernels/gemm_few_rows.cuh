@@ -1,0 +1,255 @@
+// The GEMM kernel for few rows, where bytes and latency count: the same sum as gemm.cuh, cut into
+// small blocks so that every SM streams its share of the weights at once.
+//
+//   warpgroup 0, 1   consumers: whole blocks, taking alternate steps of k
+//   warp 8           producer: fills all stages before anything else happens in the CTA
+//
+// With split_k > 1 a cluster shares one block and divides k. The partial sums of all
+// parts (2 warpgroups × split_k CTAs) meet in shared memory: each part owns every P-th group of
+// eight columns, receives the others' sums for it, adds them in a fixed order, and stores.
+#pragma once
+
+#include "epilogue.cuh"
+#include "params.cuh"
+#include "producer.cuh"
+#include "promotion.cuh"
+#include "ptx.cuh"
+#include "scheduler.cuh"
+#include "shared_memory.cuh"
+
+namespace fp8gemm {
+
+enum FewRowsBarrier : int {
+  kBarriersReady = 1,  // the producer warp has initialised the mbarriers
+  kExchangeFree,       // consumers: the exchange of the block before has been read
+  kExchangeFull,       // consumers: the exchange of this block has been written
+};
+
+template <GemmSpec spec>
+struct FewRowsTraits {
+  static constexpr int kConsumerThreads = 256, kThreads = 288;
+  static constexpr int kSubTiles = spec.block_m / 64;
+  static constexpr int kRegisters = spec.block_n / 2;
+  static constexpr int kParts = 2 * spec.split_k;
+  static constexpr int kGroups = kSubTiles * spec.block_n / 8;  // of 64 rows × 8 columns
+  static constexpr int kOwned = ceil_div(kGroups, kParts);
+  static constexpr int kGroupBytes = 64 * 8 * 4;
+  static constexpr int kExchangeBytes = 2 * (kParts - 1) * kOwned * kGroupBytes;
+  using Shared = SharedMemory<spec, 0, kExchangeBytes>;
+  using Ring = RingPosition<spec.stages>;
+
+  static_assert(spec.block_m == 64 || spec.block_m == 128, "block_m of few_rows: 64 or 128");
+  static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
+  static_assert(spec.stages % 2 == 0, "stages: even, since the warpgroups take every second one");
+  static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect);
+  static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
+};
+
+template <GemmSpec spec>
+struct FewRowsConsumer {
+  using Traits = FewRowsTraits<spec>;
+  using Shared = typename Traits::Shared;
+  static constexpr int kSubTiles = Traits::kSubTiles, kRegisters = Traits::kRegisters;
+  static constexpr int kParts = Traits::kParts;
+
+  const GemmParams& params;
+  Shared& shared;
+  int warpgroup, warp, lane, part;
+  uint32_t lhs_low, rhs_low;
+  typename Traits::Ring at;
+  int turn;  // steps until this warpgroup's next one: 0 or 1
+  float sums[kSubTiles][kRegisters];
+
+  FP8GEMM_DEVICE FewRowsConsumer(const GemmParams& p, Shared& s, uint32_t rank)
+      : params(p),
+        shared(s),
+        warpgroup(warp_uniform(threadIdx.x / 128)),
+        warp(threadIdx.x / 32 % 4),
+        lane(threadIdx.x % 32),
+        part(2 * rank + warpgroup),
+        lhs_low(warp_uniform(descriptor_low(shared_address(s.lhs)))),
+        rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))),
+        at{warpgroup, 0},
+        turn(warpgroup) {}
+
+  FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
+#pragma unroll
+    for (int m = 0; m < kSubTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) sums[m][i] = 0;
+    }
+    const int border = 128 - block.n % 128;
+    int step = turn;
+    for (; step < steps; step += 2, at.advance(2)) {
+      mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
+      one_step<0>(border);
+      if constexpr (kSubTiles == 2) one_step<1>(border);
+    }
+    turn = step - steps;  // the ring goes on into the next block
+  }
+
+  // Sends each part its columns, receives this part's, stores them.
+  FP8GEMM_DEVICE void reduce_and_store(const Block& block) {
+    if constexpr (spec.split_k == 1) bar_sync(kExchangeFree, Traits::kConsumerThreads);
+    for_each_group([&](int m, int i, int owner, int owned) {
+      if (owner != part) send(owner, owned, sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]);
+    });
+    if constexpr (spec.split_k == 1) {
+      bar_sync(kExchangeFull, Traits::kConsumerThreads);
+    } else {
+      cluster_arrive_release();
+      cluster_wait();
+    }
+    const int row = block.m + warp * 16 + lane / 4, column = block.n + 2 * (lane % 4);
+    for_each_group([&](int m, int i, int owner, int owned) {
+      if (owner != part) return;
+      const OutputRow<spec> top(params, block.group, row + m * 64, column);
+      const OutputRow<spec> bottom(params, block.group, row + m * 64 + 8, column);
+      Float4 v{sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]};
+#pragma unroll
+      for (int slot = 0; slot < kParts - 1; ++slot) {
+        const Float4 other = ld_shared_v4(slot_address(warpgroup, slot, owned));
+        v = {v.x + other.x, v.y + other.y, v.z + other.z, v.w + other.w};
+      }
+      top.store(2 * i, v.x, v.y);
+      bottom.store(2 * i, v.z, v.w);
+    });
+  }
+
+ private:
+  template <int kSubTile>
+  FP8GEMM_DEVICE void one_step(int border) {
+    constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
+    const int stage = at.stage;
+    const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
+    float partial[kRegisters];
+    start_partial(partial,
+                  lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
+                  rhs_low + stage * (Shared::kRhsBytes / 16));
+    const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
+        shared_address(shared.lhs_scale[stage]), kSubTile * 64 + warp * 16 + lane / 4);
+    if constexpr (kPerColumn) {
+      finish_partial(partial);
+      promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
+      if constexpr (kSubTile == kSubTiles - 1) release(stage);
+    } else {
+      const ColumnBlockScales<spec> rhs_scale(rhs_slot);
+      finish_partial(partial);
+      if constexpr (kSubTile == kSubTiles - 1) release(stage);
+      promote<spec, false>(sums[kSubTile], partial, lhs_scale, rhs_scale, border);
+    }
+  }
+
+  FP8GEMM_DEVICE void release(int stage) {
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.empty[stage]));
+  }
+
+  // Calls body(sub-tile, first register, owner, index among the owner's) for each group of columns.
+  template <class Body>
+  FP8GEMM_DEVICE static void for_each_group(Body body) {
+#pragma unroll
+    for (int m = 0; m < kSubTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < kRegisters; i += 4) {
+        const int group = m * (kRegisters / 4) + i / 4;
+        body(m, i, group % kParts, group / kParts);
+      }
+    }
+  }
+
+  // Where this thread's values of a group lie: [warpgroup of the owner][slot of the sender][group].
+  FP8GEMM_DEVICE uint32_t slot_address(int owner_warpgroup, int slot, int owned) const {
+    const int index = (owner_warpgroup * (kParts - 1) + slot) * Traits::kOwned + owned;
+    return shared_address(&shared.exchange) + index * Traits::kGroupBytes + threadIdx.x % 128 * 16;
+  }
+
+  FP8GEMM_DEVICE void send(int owner, int owned, float x, float y, float z, float w) const {
+    const int slot = part < owner ? part : part - 1;
+    const uint32_t address = slot_address(owner % 2, slot, owned);
+    if constexpr (spec.split_k == 1) {
+      st_shared_v4(address, {x, y, z, w});
+    } else {
+      st_shared_cluster_v4(address, owner / 2, {x, y, z, w});
+    }
+  }
+};
+
+// Initialises the barriers and fills the ring: its copies land in this CTA alone, so they need not
+// wait for the other warps.
+template <GemmSpec spec, class Shared>
+FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
+                                      Scheduler<spec> scheduler, int first_step, int last_step) {
+  const bool elected = elect_sync();
+  RingPosition<spec.stages> at{0, 1};
+  if (elected) {
+#pragma unroll
+    for (int stage = 0; stage < spec.stages; ++stage) {
+      mbarrier_init(shared_address(&shared.full[stage]), 1);
+      mbarrier_init(shared_address(&shared.empty[stage]), 4);  // the warps of one warpgroup
+    }
+    fence_mbarrier_init();
+    fence_proxy_async();
+  }
+  __syncwarp();
+  Producer<spec, Shared> producer(params, shared, 0);
+  int step = first_step;
+  Block block = scheduler.block();
+  // Starts the copies of one more step, and moves on; the caller has made sure of the stage.
+  auto load_next = [&] {
+    producer.load(block, step, at.stage);
+    at.advance();
+    if (++step == last_step) {
+      step = first_step;
+      scheduler.next();
+      block = scheduler.block();
+    }
+  };
+  if (elected) {
+    for (int i = 0; i < spec.stages && !scheduler.done(); ++i) load_next();
+  }
+  __syncwarp();
+  bar_arrive(kBarriersReady, FewRowsTraits<spec>::kThreads);
+  if (elected) {
+    while (!scheduler.done()) {
+      mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
+      load_next();
+    }
+  }
+  __syncwarp();
+}
+
+template <GemmSpec spec>
+FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
+  using Traits = FewRowsTraits<spec>;
+  using Shared = typename Traits::Shared;
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+
+  constexpr bool kCluster = spec.split_k > 1;
+  if constexpr (kCluster) cluster_arrive_relaxed();  // awaited before the first remote write
+  const uint32_t rank = kCluster ? cluster_ctarank() : 0;
+  const int steps = k_steps(params);
+  const int first_step = steps * rank / spec.split_k, last_step = steps * (rank + 1) / spec.split_k;
+  Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
+
+  if (warp_uniform(threadIdx.x / 32) == Traits::kConsumerThreads / 32) {
+    few_rows_producer<spec>(params, shared, scheduler, first_step, last_step);
+    if constexpr (kCluster) {
+      cluster_wait();
+      cluster_arrive_release();
+      cluster_wait();
+    }
+  } else {
+    bar_sync(kBarriersReady, Traits::kThreads);
+    FewRowsConsumer<spec> consumer(params, shared, rank);
+    // NOTE: a cluster gets exactly one block, so that its barriers are passed once.
+    for (; !scheduler.done(); scheduler.next()) {
+      const Block block = scheduler.block();
+      consumer.multiply(block, last_step - first_step);
+      if constexpr (kCluster) cluster_wait();
+      consumer.reduce_and_store(block);
+    }
+  }
+}
+
+}  // namespace fp8gemm

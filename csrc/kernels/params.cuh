@@ -1,0 +1,72 @@
+// What the host tells a kernel: the compile-time GemmSpec and the run-time GemmParams.
+// The only header that host and device both read, so it includes nothing on the device.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+#else
+#include <cstdint>
+#endif
+
+namespace fp8gemm {
+
+// A row of the table in variants.py.
+enum class Variant : int { kDense, kBatched };
+
+// Which elements of an operand share one scale. Named rows × columns of the operand; k is its columns.
+enum class ScaleTile : int {
+  k1x128,    // scales [k/128, rows], rows contiguous
+  k128x128,  // scales [rows/128, k/128], k contiguous
+  k1xK,      // scales [1, rows]
+  kTensor,   // one scale per operand (per group in the batched variant)
+};
+
+enum class Out : int { kBf16, kF32 };
+
+// Which operand tile the two CTAs of a cluster share; kNone means no cluster.
+enum class Multicast : int { kNone, kLhs, kRhs };
+
+// How results leave: staged through shared memory and the copy engine, or straight from registers.
+enum class Store : int { kTma, kDirect };
+
+// Everything the compiler specialises on. m, n, k and the number of groups stay free at run time.
+struct GemmSpec {
+  Variant variant;
+  ScaleTile lhs_scale;
+  ScaleTile rhs_scale;
+  Out out;
+  bool accumulate;  // out += product instead of out = product (fp32 only)
+  int block_m;      // rows of lhs per output block
+  int block_n;      // rows of rhs per output block
+  int stages;       // slots of the shared-memory ring, each one 128-deep step of k
+  Multicast multicast;
+  int split_k;  // CTAs of a cluster that divide k (few-rows kernel only)
+  int group_m;  // blocks along m that are visited before the next column of blocks
+  Store store;
+  int shared_bytes;  // dynamic shared memory; the kernel asserts that its plan has this size
+};
+
+// The driver's CUtensorMap: 128 opaque bytes.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+struct GemmParams {
+  TensorMap lhs;        // fp8 [groups * m, k]
+  TensorMap rhs;        // fp8 [groups * n, k]
+  TensorMap lhs_scale;  // fp32, layout by GemmSpec::lhs_scale
+  TensorMap rhs_scale;  // fp32, layout by GemmSpec::rhs_scale
+  TensorMap out;        // bf16 [groups, m, n]; only encoded when Store::kTma
+  void* out_data;       // [groups, m, n] of GemmSpec::out
+  int32_t m;
+  int32_t n;
+  int32_t k;
+  int32_t groups;
+};
+
+}  // namespace fp8gemm

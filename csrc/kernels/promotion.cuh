@@ -1,0 +1,109 @@
+// One step of k: four tensor-core instructions into a partial sum, then partial times scales into
+// fp32 registers. The tensor core keeps 13 bits of its sums, so nothing deeper than 128 stays there.
+//
+// Register layout of a 64-row accumulator (PTX ISA, "Register fragments for wgmma.m64nNk32"):
+// thread `lane` of warp w holds, for each 8 columns j, the four values
+//   [4j], [4j+1]: row 16w + lane/4,     columns 8j + 2(lane%4), +1
+//   [4j+2], [4j+3]: row 16w + lane/4 + 8, the same columns
+#pragma once
+
+#include "params.cuh"
+#include "ptx.cuh"
+#include "shared_memory.cuh"
+
+namespace fp8gemm {
+
+// Starts partial[64, block_n] = lhs[64, 128] · rhs[block_n, 128]ᵀ.
+template <int kRegisters>
+FP8GEMM_DEVICE void start_partial(float (&partial)[kRegisters], uint32_t lhs_low,
+                                  uint32_t rhs_low) {
+  fence_registers(partial);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kBlockK / 32; ++i) {  // 32 of k per instruction: 2 × 16 bytes further on
+    wgmma_m64k32(partial, descriptor(lhs_low + 2 * i), descriptor(rhs_low + 2 * i), i > 0);
+  }
+  wgmma_commit_group();
+  fence_registers(partial);
+}
+
+template <int kRegisters>
+FP8GEMM_DEVICE void finish_partial(float (&partial)[kRegisters]) {
+  wgmma_wait_group<0>();
+  fence_registers(partial);
+}
+
+// The lhs scales of a thread's two rows.
+template <ScaleTile tile>
+FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
+  if constexpr (is_per_row(tile)) {
+    return {ld_shared(slot + 4 * row), ld_shared(slot + 4 * (row + 8))};
+  } else {
+    static_assert(tile == ScaleTile::kTensor, "lhs scales: one per row, or one per tensor");
+    const float scale = ld_shared(slot);
+    return {scale, scale};
+  }
+}
+
+// rhs scales of a block of columns: one per 128 columns (or per tensor), held in registers.
+template <GemmSpec spec>
+struct ColumnBlockScales {
+  static constexpr int kBlocks =
+      spec.rhs_scale == ScaleTile::k128x128 ? scale_blocks(spec.block_n) : 1;
+  // Whether the border between two scale blocks can fall anywhere inside the columns.
+  static constexpr bool kFloating = kBlocks > 1 && spec.block_n % 128 != 0;
+  // Columns between which no border can fall: the largest power of two in block_n.
+  static constexpr int kRun = spec.block_n & -spec.block_n;
+
+  float value[kBlocks];
+
+  FP8GEMM_DEVICE explicit ColumnBlockScales(uint32_t slot) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) value[i] = ld_shared(slot + 16 * i);
+  }
+};
+
+// sums (+)= partial · lhs scale · rhs scale, with rhs scales by blocks of columns.
+// border: columns of this block that belong to its first scale block.
+template <GemmSpec spec, bool kFirst, int kRegisters>
+FP8GEMM_DEVICE void promote(float (&sums)[kRegisters], const float (&partial)[kRegisters],
+                            Float2 lhs, const ColumnBlockScales<spec>& rhs, int border) {
+  using Scales = ColumnBlockScales<spec>;
+  Float2 scale[Scales::kBlocks];
+#pragma unroll
+  for (int i = 0; i < Scales::kBlocks; ++i) scale[i] = {lhs.x * rhs.value[i], lhs.y * rhs.value[i]};
+#pragma unroll
+  for (int i = 0; i < kRegisters; i += 4) {
+    const int column = 2 * i;
+    Float2 s;
+    if constexpr (Scales::kFloating) {
+      s = column / Scales::kRun * Scales::kRun < border ? scale[0] : scale[1];
+    } else {
+      s = scale[Scales::kBlocks == 1 ? 0 : column / 128];
+    }
+    sums[i + 0] = kFirst ? s.x * partial[i + 0] : sums[i + 0] + s.x * partial[i + 0];
+    sums[i + 1] = kFirst ? s.x * partial[i + 1] : sums[i + 1] + s.x * partial[i + 1];
+    sums[i + 2] = kFirst ? s.y * partial[i + 2] : sums[i + 2] + s.y * partial[i + 2];
+    sums[i + 3] = kFirst ? s.y * partial[i + 3] : sums[i + 3] + s.y * partial[i + 3];
+  }
+}
+
+// The same with one rhs scale per column, read from the stage as it goes: there are too many of
+// them to hold.
+template <bool kFirst, int kRegisters>
+FP8GEMM_DEVICE void promote_per_column(float (&sums)[kRegisters],
+                                       const float (&partial)[kRegisters], Float2 lhs,
+                                       uint32_t slot, int lane) {
+  const uint32_t first = slot + 8 * (lane % 4);
+#pragma unroll
+  for (int i = 0; i < kRegisters; i += 4) {
+    const Float2 rhs = ld_shared_v2(first + 8 * i);
+    const float a = lhs.x * rhs.x, b = lhs.x * rhs.y, c = lhs.y * rhs.x, d = lhs.y * rhs.y;
+    sums[i + 0] = kFirst ? a * partial[i + 0] : sums[i + 0] + a * partial[i + 0];
+    sums[i + 1] = kFirst ? b * partial[i + 1] : sums[i + 1] + b * partial[i + 1];
+    sums[i + 2] = kFirst ? c * partial[i + 2] : sums[i + 2] + c * partial[i + 2];
+    sums[i + 3] = kFirst ? d * partial[i + 3] : sums[i + 3] + d * partial[i + 3];
+  }
+}
+
+}  // namespace fp8gemm

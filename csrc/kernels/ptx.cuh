@@ -1,0 +1,266 @@
+// One function per PTX instruction, named as in the PTX ISA manual, with the manual's section.
+// Every line of asm of this library is here, but for the wgmma wrapper that gemm_spec.cpp writes
+// for the one block_n that a kernel uses.
+#pragma once
+
+#include "params.cuh"
+
+namespace fp8gemm {
+
+#define FP8GEMM_DEVICE __device__ __forceinline__
+
+// ---- Addresses, indices -----------------------------------------------------------------------
+
+FP8GEMM_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Special registers: %cluster_ctarank
+FP8GEMM_DEVICE uint32_t cluster_ctarank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Data movement: elect.sync. True in one lane of the warp.
+FP8GEMM_DEVICE bool elect_sync() {
+  uint32_t elected;
+  asm volatile(
+      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected;
+}
+
+// The same value in every lane, in a way the compiler can see: keeps it in a uniform register.
+FP8GEMM_DEVICE uint32_t warp_uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
+
+// ---- mbarrier (Parallel synchronization: mbarrier) --------------------------------------------
+
+FP8GEMM_DEVICE void mbarrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+FP8GEMM_DEVICE void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+FP8GEMM_DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives at the same barrier of CTA `rank` of the cluster.
+// NOTE: without `.release.cluster`, which compiles to a GPU-wide MEMBAR in every warp and k-block.
+FP8GEMM_DEVICE void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+FP8GEMM_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase with this parity has completed; may suspend the thread.
+FP8GEMM_DEVICE void mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nWAIT_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra DONE_%=;\nbra WAIT_%=;\nDONE_%=:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Asks once and never suspends.
+FP8GEMM_DEVICE bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t complete;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(complete)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return complete;
+}
+
+// ---- Barriers (Parallel synchronization: bar, barrier.cluster) --------------------------------
+
+FP8GEMM_DEVICE void bar_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Warp-aligned: never call it in a branch that one elected lane takes.
+FP8GEMM_DEVICE void bar_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+FP8GEMM_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+FP8GEMM_DEVICE void cluster_arrive_release() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+FP8GEMM_DEVICE void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Makes this thread's shared-memory writes visible to the copy engine.
+FP8GEMM_DEVICE void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- Copy engine (Data movement: cp.async.bulk.tensor) -----------------------------------------
+
+FP8GEMM_DEVICE void prefetch_tensormap(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+FP8GEMM_DEVICE void cp_async_bulk_tensor_2d(uint32_t destination, const TensorMap& map,
+                                            uint32_t barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+// To the same shared-memory offset, and the same barrier, of every CTA in `mask`.
+FP8GEMM_DEVICE void cp_async_bulk_tensor_2d_multicast(uint32_t destination, const TensorMap& map,
+                                                      uint32_t barrier, int x, int y,
+                                                      uint16_t mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
+      : "memory");
+}
+
+FP8GEMM_DEVICE void cp_async_bulk_tensor_3d_store(const TensorMap& map, uint32_t source, int x,
+                                                  int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+      "r"(source), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+FP8GEMM_DEVICE void cp_async_bulk_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until all but the latest `kPending` groups of stores have read their shared memory.
+template <int kPending>
+FP8GEMM_DEVICE void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Tensor core (Asynchronous warpgroup level matrix instructions) -----------------------------
+
+FP8GEMM_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+FP8GEMM_DEVICE void wgmma_commit_group() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPending>
+FP8GEMM_DEVICE void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of accumulator registers across this point.
+template <int kCount>
+FP8GEMM_DEVICE void fence_registers(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Matrix descriptor (section "Matrix descriptor format"): k-major, 128-byte swizzle.
+// low: address >> 4 in bits 0-13, leading offset 1 at bit 16.
+// high: constant: stride of eight rows, 1024 >> 4, and swizzle mode 1.
+FP8GEMM_DEVICE uint32_t descriptor_low(uint32_t address) {
+  return ((address & 0x3FFFF) >> 4) | 0x10000u;
+}
+
+FP8GEMM_DEVICE uint64_t descriptor(uint32_t low) {
+  uint64_t both;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(0x40000040u));
+  return both;
+}
+
+// ---- Registers (Miscellaneous: setmaxnreg) ------------------------------------------------------
+
+template <int kCount>
+FP8GEMM_DEVICE void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+FP8GEMM_DEVICE void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// ---- Shared memory (Data movement: ld, st, stmatrix) ---------------------------------------------
+
+FP8GEMM_DEVICE float ld_shared(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+  return value;
+}
+
+struct alignas(8) Float2 {
+  float x, y;
+};
+
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+FP8GEMM_DEVICE Float2 ld_shared_v2(uint32_t address) {
+  Float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+
+FP8GEMM_DEVICE Float4 ld_shared_v4(uint32_t address) {
+  Float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+FP8GEMM_DEVICE void st_shared_v4(uint32_t address, Float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+// Writes to the same offset of CTA `rank` of the cluster.
+FP8GEMM_DEVICE void st_shared_cluster_v4(uint32_t address, uint32_t rank, Float4 v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+
+FP8GEMM_DEVICE void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// ---- Conversion (cvt) ---------------------------------------------------------------------------
+
+// Two fp32 to two bf16 in one word, `low` in the low half.
+FP8GEMM_DEVICE uint32_t cvt_bf16x2(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+}  // namespace fp8gemm

@@ -1,0 +1,77 @@
+// What lies in shared memory, and the ring of stages that the producer fills and consumers drain.
+#pragma once
+
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace fp8gemm {
+
+constexpr int kBlockK = 128;  // k per stage: one scale block, and one promotion to fp32
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+constexpr bool is_per_row(ScaleTile tile) {
+  return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK;
+}
+
+// 128-row scale blocks that a tile of `rows` rows can touch.
+constexpr int scale_blocks(int rows) {
+  return 128 % rows == 0 ? 1 : rows % 128 == 0 ? rows / 128 : 2;
+}
+
+// Bytes of scales that one stage receives for a tile of `rows` rows.
+constexpr int scale_bytes(ScaleTile tile, int rows) {
+  if (is_per_row(tile)) return 4 * rows;
+  // A box is at least 16 bytes wide: four steps of k, of which the first is used.
+  return tile == ScaleTile::k128x128 ? 16 * scale_blocks(rows) : 16;
+}
+
+// A member that takes no room when it has no bytes.
+template <int kBytes>
+struct Bytes {
+  alignas(128) uint8_t data[kBytes];
+};
+template <>
+struct Bytes<0> {};
+
+// Every shared array and barrier of a kernel. Operand tiles come first: the 128-byte swizzle wants
+// them at multiples of 1024.
+template <GemmSpec spec, int kOutBytes, int kExchangeBytes>
+struct alignas(1024) SharedMemory {
+  static constexpr int kLhsBytes = spec.block_m * kBlockK;
+  static constexpr int kRhsBytes = spec.block_n * kBlockK;
+  static constexpr int kLhsScaleSlot = round_up(scale_bytes(spec.lhs_scale, spec.block_m), 128);
+  static constexpr int kRhsScaleSlot = round_up(scale_bytes(spec.rhs_scale, spec.block_n), 128);
+  // What one full barrier expects: everything that lands in this CTA, a multicast included.
+  static constexpr int kStageBytes = kLhsBytes + kRhsBytes +
+                                     scale_bytes(spec.lhs_scale, spec.block_m) +
+                                     scale_bytes(spec.rhs_scale, spec.block_n);
+
+  uint8_t lhs[spec.stages][kLhsBytes];
+  uint8_t rhs[spec.stages][kRhsBytes];
+  [[no_unique_address]] Bytes<kOutBytes> out;            // bf16 results on their way to the copy engine
+  [[no_unique_address]] Bytes<kExchangeBytes> exchange;  // partial sums between warpgroups and CTAs
+  uint8_t lhs_scale[spec.stages][kLhsScaleSlot];
+  uint8_t rhs_scale[spec.stages][kRhsScaleSlot];
+  uint64_t full[spec.stages];   // completes when a stage's bytes have landed
+  uint64_t empty[spec.stages];  // completes when its readers are done
+};
+
+// A position in the ring and the parity that says whose turn its stage is.
+// NOTE: advance by comparison, not modulo: the division would sit in the producer's only loop.
+template <int kStages>
+struct RingPosition {
+  int stage;
+  uint32_t parity;
+
+  FP8GEMM_DEVICE void advance(int steps = 1) {
+    stage += steps;
+    if (stage >= kStages) {
+      stage -= kStages;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace fp8gemm

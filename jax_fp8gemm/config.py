@@ -1,0 +1,271 @@
+"""Which block shape, pipeline and cluster a product gets: a pure function of its shape.
+
+The choice is written into the program as attributes of the custom call, so it can be read there,
+and every host makes the same one.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile, ceil_div, round_up
+from jax_fp8gemm.variants import SCALES
+
+DEFAULT_DEVICE = "NVIDIA H200"
+SMS = 132  # of an H100 or H200 SXM; the launch reads the real number
+SHARED_BYTES = 232448  # that one CTA may have: 227 KiB on compute capability 9.0
+
+TILE_NAMES: dict[Tile, str] = {
+    ROW_BLOCKS: "1x128",
+    BLOCKS: "128x128",
+    ROWS: "1xk",
+    TENSOR: "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A product as far as the choice of a config may depend on it."""
+
+    variant: str
+    m: int
+    n: int
+    k: int
+    g: int = 1
+    scales: str = "1x128_128x128"
+    out: str = "bf16"
+    accumulate: bool = False
+    num_sms: int = 0
+    device: str = DEFAULT_DEVICE
+
+    @property
+    def tiles(self) -> tuple[Tile, Tile]:
+        return SCALES[self.scales]
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """How the kernel cuts the work up.
+
+    Attributes:
+      kernel: "persistent" (csrc/kernels/gemm.cuh) or "few_rows" (gemm_few_rows.cuh).
+      block_m, block_n: rows and columns of one output block.
+      stages: slots of the shared-memory ring, each 128 of k deep.
+      multicast: the operand ("lhs", "rhs") that a cluster of two CTAs shares, or "none".
+      split_k: CTAs that divide k between them (few_rows only).
+      group_m: blocks along m visited before the next column of blocks.
+    """
+
+    kernel: str
+    block_m: int
+    block_n: int
+    stages: int
+    multicast: str = "none"
+    split_k: int = 1
+    group_m: int = 8
+
+
+def store(problem: Problem, config: GemmConfig) -> str:
+    """Returns how results leave: "tma", through the copy engine, or "direct", from registers."""
+    staged = config.kernel == "persistent" and problem.out == "bf16" and not problem.accumulate
+    aligned = problem.n % 8 == 0 and config.block_n % 64 == 0  # 16-byte rows, boxes of 64 columns
+    return "tma" if staged and aligned else "direct"
+
+
+def _scale_slot(tile: Tile, rows: int) -> int:
+    return round_up(4 * rows, 128) if tile in (ROW_BLOCKS, ROWS) else 128
+
+
+def shared_bytes(problem: Problem, config: GemmConfig) -> int:
+    """Returns the bytes of shared memory of a CTA; the kernel asserts that its plan agrees."""
+    lhs, rhs = problem.tiles
+    m, n = config.block_m, config.block_n
+    stage = 128 * (m + n) + _scale_slot(lhs, m) + _scale_slot(rhs, n)
+    total = config.stages * (stage + 16)  # two barriers each
+    if config.kernel == "few_rows":
+        parts, groups = 2 * config.split_k, m // 64 * (n // 8)
+        total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
+    elif store(problem, config) == "tma":
+        total += 2 * m * n
+    return round_up(total, 1024)
+
+
+def blocks(problem: Problem, config: GemmConfig) -> int:
+    """Returns the number of output blocks, those that a cluster computes in vain included."""
+    m = ceil_div(problem.m, config.block_m)
+    n = ceil_div(problem.n, config.block_n)
+    if config.multicast == "rhs":
+        m = round_up(m, 2)
+    if config.multicast == "lhs":
+        n = round_up(n, 2)
+    return problem.g * m * n
+
+
+def legal(problem: Problem, config: GemmConfig) -> str | None:
+    """Returns why `config` cannot run `problem`, or None."""
+    c = config
+    if c.kernel not in ("persistent", "few_rows"):
+        return f"kernel {c.kernel!r}: persistent or few_rows"
+    if c.multicast not in ("none", "lhs", "rhs"):
+        return f"multicast {c.multicast!r}: none, lhs or rhs"
+    if c.stages < 2 or c.group_m < 1:
+        return f"stages {c.stages}, group_m {c.group_m}: at least 2 and 1"
+    if shared_bytes(problem, c) > SHARED_BYTES:
+        return f"{shared_bytes(problem, c)} bytes of shared memory: at most {SHARED_BYTES}"
+    # fp32 registers of a thread: sums of all its rows, and one partial of 64 rows.
+    if c.kernel == "persistent":
+        registers = c.block_m // 128 * c.block_n // 2 + c.block_n // 2
+        if c.block_m not in (128, 256) or c.block_n % 16 or not 16 <= c.block_n <= 256:
+            return f"block {c.block_m}x{c.block_n}: 128 or 256 rows, 16 to 256 columns by 16"
+        if c.split_k != 1:
+            return "split_k: few_rows only"
+        return None if registers <= 192 else f"{registers} accumulator registers: at most 192"
+    registers = c.block_m // 64 * c.block_n // 2 + c.block_n // 2
+    if c.block_m not in (64, 128) or c.block_n % 8 or not 8 <= c.block_n <= 128:
+        return f"block {c.block_m}x{c.block_n}: 64 or 128 rows, 8 to 128 columns by 8"
+    if c.multicast != "none" or c.stages % 2 or c.split_k not in (1, 2, 4):
+        return "few_rows: no multicast, an even number of stages, split_k of 1, 2 or 4"
+    if c.split_k > max(2, ceil_div(problem.k, 128)):
+        return f"split_k {c.split_k}: more CTAs than steps of 128 in k"
+    return None if registers <= 160 else f"{registers} accumulator registers: at most 160"
+
+
+# Columns per block. Those of few_rows also serve n / 128 = 56, the widths of DeepSeek-V3.
+_PERSISTENT = (
+    (256, 128, "lhs"), (256, 128, "none"), (256, 128, "rhs"), (256, 112, "lhs"), (256, 96, "lhs"),
+    (128, 192, "rhs"), (128, 192, "lhs"), (128, 192, "none"), (128, 160, "rhs"), (128, 160, "none"),
+    (128, 144, "none"), (128, 144, "rhs"), (128, 128, "rhs"), (128, 128, "lhs"), (128, 128, "none"),
+    (128, 112, "none"), (128, 96, "none"), (128, 80, "none"), (128, 64, "none"),
+)  # fmt: skip
+_FEW_ROWS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128)
+
+
+def _deepest(problem: Problem, config: GemmConfig, most: int) -> GemmConfig | None:
+    """Returns the config with as many stages as fit, or None where not even two do."""
+    step = 2 if config.kernel == "few_rows" else 1
+    for stages in range(most, 1, -step):
+        deeper = dataclasses.replace(config, stages=stages)
+        if legal(problem, deeper) is None:
+            return deeper
+    return None
+
+
+def candidates(problem: Problem) -> list[GemmConfig]:
+    """Returns the legal configs worth timing, in no order."""
+    found = []
+    steps = max(2, ceil_div(problem.k, 128))
+    for block_m, block_n, multicast in _PERSISTENT:
+        found.append(_deepest(problem, GemmConfig("persistent", block_m, block_n, 2, multicast), 8))
+    if problem.m <= 1024:
+        for block_m in (64, 128):
+            for block_n in _FEW_ROWS:
+                for split_k in (1, 2, 4):
+                    config = GemmConfig("few_rows", block_m, block_n, 2, split_k=split_k)
+                    if split_k > 1 and blocks(problem, config) * split_k > 2 * SMS:
+                        continue  # one block for each cluster: more would come in waves
+                    most = min(16, round_up(ceil_div(steps, split_k), 2))
+                    found.append(_deepest(problem, config, most))
+    return [config for config in found if config is not None]
+
+
+# Constants of the cost model, measured on an H200 (docs/measured.md).
+CLOCK = 1.60e9  # Hz, under load with promotion
+BANDWIDTH = 4.4e12  # B/s from device memory, read only
+L2_BYTES_PER_CLOCK = 50.0  # into one SM, with the sharing that rasterisation gives
+LATENCY = {"persistent": 4.0e-6, "few_rows": 3.0e-6}  # s: launch, first bytes, last store
+BLOCK_CYCLES = {"persistent": 500.0, "few_rows": 1200.0}  # per block, not hidden
+
+
+def predicted_seconds(problem: Problem, config: GemmConfig) -> float:
+    """Returns the cost model's time of `problem` with `config`; good for ranking, no more.
+
+    time = max(waves · (steps of k · max(tensor core, L2) + block overhead) / clock,
+               bytes / bandwidth) + latency
+    """
+    p, c = problem, config
+    steps = max(2, ceil_div(p.k, 128)) / c.split_k
+    sms = min(p.num_sms or SMS, SMS)
+    waves = ceil_div(blocks(p, c) * c.split_k, sms)
+    per_row = p.tiles[1] in (ROW_BLOCKS, ROWS)
+    tensor = c.block_m * c.block_n * 128 * 2 / 8192 * (1.25 if per_row else 1.05)
+    if c.kernel == "few_rows":
+        tensor = max(tensor * 1.3, 150.0)
+    loaded = 128 * (
+        c.block_m / (2 if c.multicast == "lhs" else 1)
+        + c.block_n / (2 if c.multicast == "rhs" else 1)
+    )
+    cycles = waves * (steps * max(tensor, loaded / L2_BYTES_PER_CLOCK) + BLOCK_CYCLES[c.kernel])
+    out_bytes = 4 if p.out == "f32" else 2
+    traffic = p.g * (p.m * p.k + p.n * p.k + out_bytes * p.m * p.n)
+    return max(cycles / CLOCK, traffic / BANDWIDTH) + LATENCY[c.kernel]
+
+
+TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away
+
+
+@functools.cache
+def _tuned(device: str) -> dict:
+    """Returns the measured winners of a device: (variant, n, k, ...) -> {m: config}."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    folder = pathlib.Path(__file__).parent / "tuned"
+    path = folder / f"{slug}.json"
+    if not path.exists():
+        path = folder / "nvidia-h200.json"  # the nearest relative of every Hopper GPU
+    table: dict = {}
+    fields = {field.name for field in dataclasses.fields(GemmConfig)}
+    for row in json.loads(path.read_text()) if path.exists() else []:
+        key = tuple(row[name] for name in ("variant", "n", "k", "g", "scales", "out"))
+        config = GemmConfig(**{name: row[name] for name in fields})
+        table.setdefault(key, {})[row["m"]] = config
+    return table
+
+
+def select(problem: Problem) -> GemmConfig:
+    """Returns the config for `problem`: the tuned row of the nearest m, else the model's best."""
+    p = problem
+    by_m = _tuned(p.device).get((p.variant, p.n, p.k, p.g, p.scales, p.out), {})
+
+    def distance(m: int) -> float:
+        return abs(math.log(m / p.m))
+
+    near = [m for m in by_m if distance(m) <= math.log(TUNED_RATIO)]
+    near.sort(key=distance)
+    chosen = next((by_m[m] for m in near if legal(p, by_m[m]) is None), None)
+    source = "tuned"
+    if chosen is None:
+        chosen, source = min(candidates(p), key=lambda c: predicted_seconds(p, c)), "model"
+    if os.environ.get("JAX_FP8GEMM_PRINT_CONFIGS") == "1":
+        print(f"jax_fp8gemm: {p} -> {chosen} ({source})", file=sys.stderr)
+    return chosen
+
+
+def attributes(problem: Problem, config: GemmConfig) -> dict[str, np.int64 | str]:
+    """Returns the attributes of the custom call: the kernel's whole specification."""
+    lhs, rhs = problem.tiles
+    integers = {
+        "accumulate": problem.accumulate,
+        "block_m": config.block_m,
+        "block_n": config.block_n,
+        "stages": config.stages,
+        "split_k": config.split_k,
+        "group_m": config.group_m,
+        "shared_bytes": shared_bytes(problem, config),
+        "num_sms": problem.num_sms,
+    }
+    return {
+        "variant": problem.variant,
+        "lhs_scale": TILE_NAMES[lhs],
+        "rhs_scale": TILE_NAMES[rhs],
+        "out": problem.out,
+        "kernel": config.kernel,
+        "multicast": config.multicast,
+        "store": store(problem, config),
+        **{name: np.int64(value) for name, value in integers.items()},
+    }

@@ -1,0 +1,97 @@
+"""What every operation means, in plain jnp. The kernels are tested against this.
+
+It is also what runs where there is no Hopper GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm.qarray import FP8, FP8_MAX, ROW_BLOCKS, ROWS, Tile, scale_shape
+
+EXPONENT_MASK = 0x7F800000  # of a float32
+SMALLEST_NORMAL = 2.0**-126  # float32; scales stay normal, since GPUs and XLA may flush others
+
+
+def _tiled(x: jax.Array, tile: Tile) -> tuple[jax.Array, tuple[int, ...]]:
+    """Pads the last two dims to whole tiles and splits each: [..., tiles, rows, tiles, columns]."""
+    *lead, rows, columns = x.shape
+    tile_rows = max(rows, 1) if tile[0] is None else tile[0]
+    tile_columns = max(columns, 1) if tile[1] is None else tile[1]
+    *_, scale_rows, scale_columns = scale_shape(x.shape, tile)
+    pad_rows, pad_columns = scale_rows * tile_rows - rows, scale_columns * tile_columns - columns
+    padded = jnp.pad(x, [(0, 0)] * len(lead) + [(0, pad_rows), (0, pad_columns)])
+    return padded.reshape(*lead, scale_rows, tile_rows, scale_columns, tile_columns), x.shape
+
+
+def _untiled(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    *lead, a, rows, b, columns = x.shape
+    return x.reshape(*lead, a * rows, b * columns)[..., : shape[-2], : shape[-1]]
+
+
+def scale_of(amax: jax.Array, mode: str) -> jax.Array:
+    """Returns the scale that brings values up to `amax` within ±448.
+
+    "float32": amax / 448. "pow2": the smallest power of two that is not below it, found by bits,
+    never by log2. An all-zero tile has scale 1; a tile with NaN or Inf has scale NaN.
+
+    Args:
+      amax: f32, the largest magnitude of a tile, ≥ 0, NaN or Inf.
+    """
+    scale = amax / FP8_MAX
+    if mode == "pow2":
+        bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+        floor = bits & EXPONENT_MASK
+        exponent = jnp.where(bits == floor, floor, floor + (1 << 23))
+        scale = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+    scale = jnp.maximum(scale, SMALLEST_NORMAL)
+    return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
+
+
+def quantize(x: jax.Array, tile: Tile, mode: str) -> tuple[jax.Array, jax.Array]:
+    """Returns (qvalue, scale): qvalue = e4m3(clip(x / scale, ±448)), a division in float32."""
+    tiles, shape = _tiled(x.astype(jnp.float32), tile)
+    amax = jnp.max(jnp.abs(tiles), axis=(-3, -1))  # NaN wins over every number
+    scale = scale_of(amax, mode)
+    # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
+    values = jnp.clip(tiles / scale[..., :, None, :, None], -FP8_MAX, FP8_MAX)
+    return _untiled(values.astype(FP8), shape), scale
+
+
+def dequantize(qvalue: jax.Array, scale: jax.Array, tile: Tile) -> jax.Array:
+    """Returns qvalue · scale in float32."""
+    tiles, shape = _tiled(qvalue.astype(jnp.float32), tile)
+    return _untiled(tiles * scale[..., :, None, :, None], shape)
+
+
+def scale_to_kernel(scale: jax.Array, tile: Tile) -> jax.Array:
+    """Lays scales out as the kernel's copies want them, padded with zeros.
+
+    (1, 128), (1, None): [..., rows, steps] -> [..., steps, rows↑4]; (128, 128): the last dim ↑4;
+    whole: [..., 1, 4].
+    """
+    if tile in (ROW_BLOCKS, ROWS):
+        scale = jnp.swapaxes(scale, -1, -2)
+    pad = -scale.shape[-1] % 4  # a copy's rows begin at multiples of 16 bytes
+    return jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, pad)])
+
+
+def scale_from_kernel(scale: jax.Array, shape: tuple[int, ...], tile: Tile) -> jax.Array:
+    """Undoes scale_to_kernel for an operand of `shape`."""
+    rows, columns = scale_shape(shape, tile)[-2:]
+    if tile in (ROW_BLOCKS, ROWS):
+        return jnp.swapaxes(scale[..., :columns, :rows], -1, -2)
+    return scale[..., :rows, :columns]
+
+
+def gemm(
+    lhs: jax.Array, rhs: jax.Array, lhs_scale: jax.Array, rhs_scale: jax.Array, *init, tiles, dtype
+) -> jax.Array:
+    """out[..., m, n] = Σ_k lhs[..., m, k] · rhs[..., n, k], both times their scales, in float32.
+
+    The kernel sums 128 of k in the tensor core, then times the scales in float32; that order is
+    not part of the meaning. Scales are in the kernel's layout.
+    """
+    lhs = dequantize(lhs, scale_from_kernel(lhs_scale, lhs.shape, tiles[0]), tiles[0])
+    rhs = dequantize(rhs, scale_from_kernel(rhs_scale, rhs.shape, tiles[1]), tiles[1])
+    product = jnp.einsum("...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST)
+    return (product + init[0] if init else product).astype(dtype)

@@ -1,0 +1,194 @@
+"""Times configs on the device at hand and keeps the winners: `python -m jax_fp8gemm.tuning`.
+
+The only module that reads a clock: the device's own, through jax.profiler.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import glob
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm import config as configs
+from jax_fp8gemm import reference
+from jax_fp8gemm.primitives import Static, product
+from jax_fp8gemm.qarray import FP8, QArray, scale_shape
+
+FLUSH_BYTES = 256 << 20  # several times the 50 or 60 MB of L2
+FLUSH_KERNEL = "shift_left"  # the operation that names the kernel of the flush in a trace
+KERNEL = "fp8_gemm"  # the entry point, csrc/gemm_spec.h
+
+Contender = Callable[[], jax.Array]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _flush(buffer: jax.Array, value: jax.Array) -> jax.Array:
+    """Overwrites `buffer`, and so everything else in L2."""
+    return jax.lax.shift_left(jax.lax.iota(jnp.uint32, buffer.size), value)
+
+
+def _kernels(folder: str) -> list[tuple[str, float]]:
+    """Returns (name, µs) of everything that ran on the first GPU, in order."""
+    events = []
+    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            if plane.name.startswith("/device:GPU:0"):
+                for line in plane.lines:
+                    if "Stream" in line.name:
+                        events += [(e.start_ns, e.name, e.duration_ns / 1e3) for e in line.events]
+    return [(name, us) for _, name, us in sorted(events)]
+
+
+def device_kernels(contenders: dict[str, Contender], reps: int) -> dict[str, list[list]]:
+    """Runs contenders in turn, L2 flushed before each, and returns what ran on the device.
+
+    Args:
+      contenders: by name, functions that start work on the device and return its output.
+      reps: turns of all contenders.
+
+    Returns:
+      For each contender, for each turn, [(kernel name, µs), ...].
+    """
+    buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.uint32)
+    for run in contenders.values():
+        jax.block_until_ready(run())
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder, profiler_options=options)
+        for turn in range(reps):
+            for run in contenders.values():
+                buffer = _flush(buffer, jnp.uint32(turn % 8))
+                jax.block_until_ready(buffer)
+                jax.block_until_ready(run())
+        jax.profiler.stop_trace()
+        events = _kernels(folder)
+    turns: list[list] = []
+    for name, us in events:
+        if FLUSH_KERNEL in name:
+            turns.append([])
+        elif turns:
+            turns[-1].append((name, us))
+    if len(turns) != reps * len(contenders):
+        raise RuntimeError(f"{len(turns)} flushes in the trace, {reps * len(contenders)} expected")
+    return {name: turns[i :: len(contenders)] for i, name in enumerate(contenders)}
+
+
+def device_microseconds(
+    contenders: dict[str, Contender], reps: int, only: str = ""
+) -> dict[str, list[float]]:
+    """Returns, for each contender, the µs of each turn: the sum of kernels that `only` is in."""
+    ran = device_kernels(contenders, reps)
+    return {
+        name: [sum(us for kernel, us in turn if only in kernel) for turn in turns]
+        for name, turns in ran.items()
+    }
+
+
+def random_operand(key: jax.Array, shape: tuple[int, ...], tile: configs.Tile) -> QArray:
+    """Returns normal numbers in FP8, with scales of about 1/100 that differ from tile to tile."""
+    values, scales = jax.random.split(key)
+    q = jnp.clip(64 * jax.random.normal(values, shape, jnp.bfloat16), -448, 448).astype(FP8)
+    scale = jax.random.uniform(scales, scale_shape(shape, tile), minval=0.005, maxval=0.015)
+    return QArray(q, scale)
+
+
+def random_operands(problem: configs.Problem, seed: int = 0) -> tuple[QArray, QArray]:
+    lead = (problem.g,) if problem.variant == "batched" else ()
+    keys = jax.random.split(jax.random.key(seed))
+    shapes = ((*lead, problem.m, problem.k), (*lead, problem.n, problem.k))
+    make = jax.jit(random_operand, static_argnums=(1, 2))
+    return tuple(make(*a) for a in zip(keys, shapes, problem.tiles, strict=True))
+
+
+def compiled(problem: configs.Problem, config: configs.GemmConfig | None, operands) -> Contender:
+    """Returns a function that runs the product with `config`, compiled ahead."""
+    static = Static(problem.variant, problem.scales, problem.out, problem.num_sms, config)
+    function = jax.jit(lambda lhs, rhs: product(lhs, rhs, None, static))
+    executable = function.lower(*operands).compile()
+    return lambda: executable(*operands)
+
+
+@jax.jit
+def squared_error(out: jax.Array, lhs: QArray, rhs: QArray) -> jax.Array:
+    """Returns Σ(out − reference)² / Σ(out² + reference²), DeepGEMM's calc_diff."""
+    expected = jnp.einsum(
+        "...mk,...nk->...mn",
+        reference.dequantize(lhs.qvalue, lhs.scale, lhs.tile),
+        reference.dequantize(rhs.qvalue, rhs.scale, rhs.tile),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    out = out.astype(jnp.float32)
+    return jnp.sum((out - expected) ** 2) / jnp.sum(out**2 + expected**2)
+
+
+def best_by_model(problem: configs.Problem, count: int) -> list[configs.GemmConfig]:
+    """Returns the `count` candidates that the cost model likes, half of each kernel at least."""
+    ranked = sorted(
+        configs.candidates(problem), key=lambda c: configs.predicted_seconds(problem, c)
+    )
+    kinds = [[c for c in ranked if c.kernel == kind] for kind in ("persistent", "few_rows")]
+    share = count // 2 if all(kinds) else count
+    return kinds[0][:share] + kinds[1][: count - len(kinds[0][:share])]
+
+
+def tune(problem: configs.Problem, count: int, reps: int, pool) -> list[dict]:
+    """Returns one row for each config that gives the right product, fastest first."""
+    operands = random_operands(problem)
+    tried = best_by_model(problem, count)
+    made = pool.map(lambda c: compiled(problem, c, operands), tried)
+    contenders = dict(zip(map(str, tried), made, strict=True))
+    errors = {name: float(squared_error(run(), *operands)) for name, run in contenders.items()}
+    times = device_microseconds(contenders, reps, KERNEL)
+    rows = []
+    for config in tried:
+        if not errors[str(config)] <= 1e-5:
+            print(f"WRONG {problem} {config}: {errors[str(config)]:.1e}", file=sys.stderr)
+            continue
+        us = statistics.median(times[str(config)])
+        keys = ("variant", "m", "n", "k", "g", "scales", "out")
+        row = {key: getattr(problem, key) for key in keys}
+        rows.append({**row, **dataclasses.asdict(config), "us": round(us, 2)})
+    return sorted(rows, key=lambda row: row["us"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shapes", help="JSON list of {variant, m, n, k, g, scales, out}")
+    parser.add_argument("--out", required=True, help="where the winners go, as tuned/*.json")
+    parser.add_argument("--log", help="where every timing goes")
+    parser.add_argument("--count", type=int, default=12, help="configs to time for each shape")
+    parser.add_argument("--reps", type=int, default=9)
+    options = parser.parse_args()
+    winners, everything = [], []
+    shapes = json.loads(pathlib.Path(options.shapes).read_text())
+    kind = jax.devices()[0].device_kind
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for index, shape in enumerate(shapes):
+            problem = configs.Problem(**shape, device=kind)
+            rows = tune(problem, options.count, options.reps, pool)
+            everything += rows
+            if rows:
+                winners.append(rows[0])
+                best = {k: v for k, v in rows[0].items() if k not in shape}
+                sizes = [shape[key] for key in "mnk"]
+                print(f"[{index + 1}/{len(shapes)}] {sizes} {best}", flush=True)
+            lines = ",\n".join(json.dumps(row) for row in winners)
+            pathlib.Path(options.out).write_text(f"[\n{lines}\n]\n")
+            if options.log:
+                pathlib.Path(options.log).write_text("\n".join(map(json.dumps, everything)))
+
+
+if __name__ == "__main__":
+    main()
