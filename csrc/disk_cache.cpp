@@ -1,15 +1,14 @@
 #include "disk_cache.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
+#include <string_view>
+
+#include "files.h"
 
 namespace fp8gemm {
 namespace {
@@ -47,20 +46,6 @@ std::string checksum(const std::string& text) {
   return digits;
 }
 
-// Writes all of it and makes sure that it is on the disk.
-bool write_durably(const std::string& path, const std::string& text) {
-  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0644);
-  if (file < 0) return false;
-  size_t done = 0;
-  while (done < text.size()) {
-    const ssize_t written = write(file, text.data() + done, text.size() - done);
-    if (written <= 0) break;
-    done += written;
-  }
-  const bool good = done == text.size() && fsync(file) == 0;
-  return close(file) == 0 && good;
-}
-
 }  // namespace
 
 std::string DiskCache::path(const std::string& key) const {
@@ -68,9 +53,7 @@ std::string DiskCache::path(const std::string& key) const {
 }
 
 std::optional<CompiledKernel> DiskCache::load(const std::string& key) const {
-  std::ifstream file(path(key), std::ios::binary);
-  if (!file) return std::nullopt;
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  const std::string text = read_file(path(key));
   const size_t magic = sizeof kMagic - 1;
   if (text.compare(0, magic, kMagic) != 0) return std::nullopt;
   std::string_view rest = std::string_view(text).substr(magic);
@@ -91,16 +74,12 @@ void DiskCache::store(const std::string& key, const CompiledKernel& kernel) cons
   append(text, checksum(body));
   append(text, body);
 
-  std::error_code error;
-  std::filesystem::create_directories(folder_, error);
+  make_folders(folder_);
   static std::atomic<int> counter{0};
   const std::string temporary = path(key) + "." + std::to_string(getpid()) + "." +
                                 std::to_string(counter++) + ".tmp";
   // Losing a race against another writer is fine: both wrote the same kernel.
-  if (write_durably(temporary, text)) {
-    std::filesystem::rename(temporary, path(key), error);
-    if (!error) return;
-  }
+  if (write_file(temporary, text) && rename(temporary.c_str(), path(key).c_str()) == 0) return;
   unlink(temporary.c_str());
   static std::atomic<bool> warned{false};
   if (!warned.exchange(true)) {

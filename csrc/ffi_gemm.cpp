@@ -123,12 +123,11 @@ TensorMapShape tile_shape(const Operand& operand, int rows) {
           {128, uint32_t(rows)}, true};
 }
 
-TensorMapShape scale_shape(const Operand& scale, ScaleTile tile, int rows) {
-  const bool per_row = tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK;
-  // Scale blocks that a tile of `rows` rows can touch, as shared_memory.cuh counts them.
-  const int blocks = tile != ScaleTile::k128x128 ? 1 : 128 % rows == 0 ? 1 : rows % 128 == 0 ? rows / 128 : 2;
+bool is_per_row(ScaleTile tile) { return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK; }
+
+TensorMapShape row_scale_shape(const Operand& scale, int rows) {
   return {kTensorMapFloat32, 2, {uint64_t(scale.columns), uint64_t(scale.groups * scale.rows)},
-          {uint32_t(per_row ? rows : 4), uint32_t(blocks)}, false};
+          {uint32_t(rows), 1}, false};
 }
 
 // Output blocks, a cluster's neighbours counted as one.
@@ -193,8 +192,12 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
     if (status.ok()) status = encode(driver, map, shape, operand.data, operand.name);
   };
   then(params.rhs, tile_shape(o.rhs, spec.block_n), o.rhs);
-  then(params.lhs_scale, scale_shape(o.lhs_scale, spec.lhs_scale, spec.block_m), o.lhs_scale);
-  then(params.rhs_scale, scale_shape(o.rhs_scale, spec.rhs_scale, spec.block_n), o.rhs_scale);
+  if (is_per_row(spec.lhs_scale)) {
+    then(params.lhs_scale, row_scale_shape(o.lhs_scale, spec.block_m), o.lhs_scale);
+  }
+  if (is_per_row(spec.rhs_scale)) {
+    then(params.rhs_scale, row_scale_shape(o.rhs_scale, spec.block_n), o.rhs_scale);
+  }
   if (spec.store == Store::kTma) {
     const TensorMapShape shape = {
         kTensorMapBfloat16, 3, {uint64_t(o.out.columns), uint64_t(o.out.rows), uint64_t(o.out.groups)},
@@ -233,6 +236,8 @@ ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::Remai
   GemmParams params;
   status = encode_maps(driver, spec.gemm, o, params);
   if (!status.ok()) return to_error(status);
+  params.lhs_scale_data = static_cast<const float*>(o.lhs_scale.data);
+  params.rhs_scale_data = static_cast<const float*>(o.rhs_scale.data);
   params.out_data = o.out.data;
   params.m = int32_t(o.lhs.rows);
   params.n = int32_t(o.rhs.rows);

@@ -1,7 +1,5 @@
 #include "gemm_spec.h"
 
-#include <sstream>
-
 namespace fp8gemm {
 namespace {
 
@@ -73,39 +71,42 @@ class Reader {
 
 std::string code(const Names& names, int index) { return names[index].code; }
 
+std::string field(const char* name, const std::string& value) {
+  return std::string("    .") + name + " = " + value + ",\n";
+}
+
+std::string field(const char* name, int value) { return field(name, std::to_string(value)); }
+
 std::string spec_text(const GemmSpec& s) {
-  std::ostringstream out;
-  out << "constexpr GemmSpec kSpec = {\n"
-      << "    .variant = " << code(kVariants, int(s.variant)) << ",\n"
-      << "    .lhs_scale = " << code(kScaleTiles, int(s.lhs_scale)) << ",\n"
-      << "    .rhs_scale = " << code(kScaleTiles, int(s.rhs_scale)) << ",\n"
-      << "    .out = " << code(kOuts, int(s.out)) << ",\n"
-      << "    .accumulate = " << (s.accumulate ? "true" : "false") << ",\n"
-      << "    .block_m = " << s.block_m << ",\n"
-      << "    .block_n = " << s.block_n << ",\n"
-      << "    .stages = " << s.stages << ",\n"
-      << "    .multicast = " << code(kMulticasts, int(s.multicast)) << ",\n"
-      << "    .split_k = " << s.split_k << ",\n"
-      << "    .group_m = " << s.group_m << ",\n"
-      << "    .store = " << code(kStores, int(s.store)) << ",\n"
-      << "    .shared_bytes = " << s.shared_bytes << ",\n"
-      << "};\n";
-  return out.str();
+  return "constexpr GemmSpec kSpec = {\n" + field("variant", code(kVariants, int(s.variant))) +
+         field("lhs_scale", code(kScaleTiles, int(s.lhs_scale))) +
+         field("rhs_scale", code(kScaleTiles, int(s.rhs_scale))) +
+         field("out", code(kOuts, int(s.out))) +
+         field("accumulate", std::string(s.accumulate ? "true" : "false")) +
+         field("block_m", s.block_m) + field("block_n", s.block_n) + field("stages", s.stages) +
+         field("multicast", code(kMulticasts, int(s.multicast))) + field("split_k", s.split_k) +
+         field("group_m", s.group_m) + field("store", code(kStores, int(s.store))) +
+         field("shared_bytes", s.shared_bytes) + "};\n";
+}
+
+// "before0after, before1after, ..."
+std::string numbered(const char* before, int count, const char* after) {
+  std::string text;
+  for (int i = 0; i < count; ++i) text += (i ? ", " : "") + (before + std::to_string(i) + after);
+  return text;
 }
 
 // PTX ISA, "wgmma.mma_async": D[64, n] (+)= A[64, 32] · B[n, 32]ᵀ, e4m3, both in shared memory.
 std::string wgmma_text(int n) {
-  const int registers = n / 2;
-  std::ostringstream out;
-  out << "__device__ __forceinline__ void wgmma_m64k32(float (&d)[" << registers
-      << "], uint64_t lhs, uint64_t rhs, bool accumulate) {\n"
-      << "  asm volatile(\n      \"{\\n.reg .pred p;\\nsetp.ne.b32 p, %" << registers + 2
-      << ", 0;\\n\"\n      \"wgmma.mma_async.sync.aligned.m64n" << n << "k32.f32.e4m3.e4m3 {";
-  for (int i = 0; i < registers; ++i) out << (i ? ", " : "") << "%" << i;
-  out << "}, %" << registers << ", %" << registers + 1 << ", p, 1, 1;\\n}\\n\"\n      : ";
-  for (int i = 0; i < registers; ++i) out << (i ? ", " : "") << "\"+f\"(d[" << i << "])";
-  out << "\n      : \"l\"(lhs), \"l\"(rhs), \"r\"(int(accumulate)));\n}\n";
-  return out.str();
+  const int r = n / 2;  // accumulator registers of a thread
+  auto operand = [&](int i) { return "%" + std::to_string(r + i); };
+  return "__device__ __forceinline__ void wgmma_m64k32(float (&d)[" + std::to_string(r) +
+         "], uint64_t lhs, uint64_t rhs, bool accumulate) {\n  asm volatile(\n" +
+         "      \"{\\n.reg .pred p;\\nsetp.ne.b32 p, " + operand(2) + ", 0;\\n\"\n" +
+         "      \"wgmma.mma_async.sync.aligned.m64n" + std::to_string(n) +
+         "k32.f32.e4m3.e4m3 {" + numbered("%", r, "") + "}, " + operand(0) + ", " + operand(1) +
+         ", p, 1, 1;\\n}\\n\"\n      : " + numbered("\"+f\"(d[", r, "])") +
+         "\n      : \"l\"(lhs), \"l\"(rhs), \"r\"(int(accumulate)));\n}\n";
 }
 
 }  // namespace
@@ -139,16 +140,14 @@ std::vector<std::string> variant_names() {
 }
 
 std::string program_text(const KernelSpec& spec) {
-  const bool few_rows = spec.kernel == Kernel::kFewRows;
-  std::ostringstream out;
-  out << "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n"
-      << spec_text(spec.gemm) << "\n"
-      << wgmma_text(spec.gemm.block_n) << "\n}  // namespace fp8gemm\n\n#include \""
-      << (few_rows ? "gemm_few_rows.cuh" : "gemm.cuh") << "\"\n\n"
-      << "extern \"C\" __global__ void __launch_bounds__(" << threads(spec) << ", 1) "
-      << kEntryPoint << "(const __grid_constant__ fp8gemm::GemmParams params) {\n  fp8gemm::"
-      << code(kKernels, int(spec.kernel)) << "_kernel<fp8gemm::kSpec>(params);\n}\n";
-  return out.str();
+  const std::string name = code(kKernels, int(spec.kernel));
+  const std::string header = spec.kernel == Kernel::kFewRows ? "gemm_few_rows" : "gemm";
+  return "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec.gemm) + "\n" +
+         wgmma_text(spec.gemm.block_n) + "\n}  // namespace fp8gemm\n\n#include \"" + header +
+         ".cuh\"\n\nextern \"C\" __global__ void __launch_bounds__(" +
+         std::to_string(threads(spec)) + ", 1) " + kEntryPoint +
+         "(const __grid_constant__ fp8gemm::GemmParams params) {\n  fp8gemm::" + name +
+         "_kernel<fp8gemm::kSpec>(params);\n}\n";
 }
 
 int threads(const KernelSpec& spec) {

@@ -2,11 +2,10 @@
 
 #include <chrono>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
 #include <future>
 #include <vector>
 
+#include "files.h"
 #include "kernel_sources.h"
 
 namespace fp8gemm {
@@ -66,13 +65,12 @@ Result<CompiledKernel> compile(const Nvrtc& nvrtc, const std::string& text, std:
 
 void dump(const std::string& folder, const std::string& name, const std::string& text,
           const std::string& ptx, const CompiledKernel& kernel) {
-  std::error_code ignored;
-  std::filesystem::create_directories(folder, ignored);
+  make_folders(folder);
   const std::string base = folder + "/" + name;
-  std::ofstream(base + ".cu") << text;
-  std::ofstream(base + ".ptx") << ptx.c_str();
-  std::ofstream(base + ".log") << kernel.log;
-  std::ofstream(base + ".cubin", std::ios::binary) << kernel.cubin;
+  write_file(base + ".cu", text);
+  write_file(base + ".ptx", ptx.c_str());  // without the final zero byte
+  write_file(base + ".log", kernel.log);
+  write_file(base + ".cubin", kernel.cubin);
 }
 
 std::string short_name(const KernelSpec& spec) {

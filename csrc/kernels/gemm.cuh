@@ -74,17 +74,17 @@ struct Consumer {
   // before; on exit it holds this block's last one, and the others have been stored.
   FP8GEMM_DEVICE void multiply(const Scheduler<spec>& scheduler, int steps, bool pending) {
     if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - scheduler.block().n % 128;
-    sub_step<0, true, false>(pending);
+    sub_step<0, true, false>(0, pending);
     finished = scheduler.block();  // after the tensor core has work: the divisions take a while
-    if constexpr (kSubTiles == 2) sub_step<1, true, false>(false);
+    if constexpr (kSubTiles == 2) sub_step<1, true, false>(0);
     // NOTE: one scale per column leaves no registers for more than one step at a time.
 #pragma unroll(Traits::kPerColumn ? 1 : 4)
     for (int step = 1; step < steps - 1; ++step) {
-      sub_step<0, false, false>(false);
-      if constexpr (kSubTiles == 2) sub_step<1, false, false>(false);
+      sub_step<0, false, false>(step);
+      if constexpr (kSubTiles == 2) sub_step<1, false, false>(step);
     }
-    sub_step<0, false, false>(false);
-    if constexpr (kSubTiles == 2) sub_step<1, false, true>(false);
+    sub_step<0, false, false>(steps - 1);
+    if constexpr (kSubTiles == 2) sub_step<1, false, true>(steps - 1);
   }
 
   FP8GEMM_DEVICE void store_last() { store<kSubTiles - 1>(); }
@@ -93,7 +93,7 @@ struct Consumer {
   // One sub-tile of one step. While its tensor-core work runs, a sub-tile that finished before is
   // stored: the last of the previous block (pending), or this block's first (kLast).
   template <int kSubTile, bool kFirst, bool kLast>
-  FP8GEMM_DEVICE void sub_step(bool pending) {
+  FP8GEMM_DEVICE void sub_step(int step, bool pending = false) {
     const int stage = at.stage;
     if (kSubTile == 0 && !landed) mbarrier_try_wait(shared_address(&shared.full[stage]), at.parity);
     float partial[kRegisters];
@@ -108,7 +108,7 @@ struct Consumer {
       promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
       if constexpr (kSubTile == kSubTiles - 1) release();
     } else {
-      const ColumnBlockScales<spec> rhs_scale(rhs_slot);
+      const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);
       store_finished<kSubTile, kFirst, kLast>(pending);
       finish_partial(partial);
       if constexpr (kSubTile == kSubTiles - 1) release();

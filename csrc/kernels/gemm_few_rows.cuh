@@ -72,7 +72,7 @@ struct FewRowsConsumer {
         at{warpgroup, 0},
         turn(warpgroup) {}
 
-  FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
+  FP8GEMM_DEVICE void multiply(const Block& block, int first_step, int steps) {
 #pragma unroll
     for (int m = 0; m < kSubTiles; ++m) {
 #pragma unroll
@@ -82,8 +82,8 @@ struct FewRowsConsumer {
     int step = turn;
     for (; step < steps; step += 2, at.advance(2)) {
       mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
-      one_step<0>(border);
-      if constexpr (kSubTiles == 2) one_step<1>(border);
+      one_step<0>(first_step + step, border);
+      if constexpr (kSubTiles == 2) one_step<1>(first_step + step, border);
     }
     turn = step - steps;  // the ring goes on into the next block
   }
@@ -118,7 +118,7 @@ struct FewRowsConsumer {
 
  private:
   template <int kSubTile>
-  FP8GEMM_DEVICE void one_step(int border) {
+  FP8GEMM_DEVICE void one_step(int step, int border) {
     constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
     const int stage = at.stage;
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
@@ -133,7 +133,7 @@ struct FewRowsConsumer {
       promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);
     } else {
-      const ColumnBlockScales<spec> rhs_scale(rhs_slot);
+      const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);
       finish_partial(partial);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);
       promote<spec, false>(sums[kSubTile], partial, lhs_scale, rhs_scale, border);
@@ -245,7 +245,7 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
     // NOTE: a cluster gets exactly one block, so that its barriers are passed once.
     for (; !scheduler.done(); scheduler.next()) {
       const Block block = scheduler.block();
-      consumer.multiply(block, last_step - first_step);
+      consumer.multiply(block, first_step, last_step - first_step);
       if constexpr (kCluster) cluster_wait();
       consumer.reduce_and_store(block);
     }

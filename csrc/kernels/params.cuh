@@ -20,10 +20,10 @@ enum class Variant : int { kDense, kBatched };
 
 // Which elements of an operand share one scale. Named rows × columns of the operand; k is its columns.
 enum class ScaleTile : int {
-  k1x128,    // scales [k/128, rows], rows contiguous
-  k128x128,  // scales [rows/128, k/128], k contiguous
-  k1xK,      // scales [1, rows]
-  kTensor,   // one scale per operand (per group in the batched variant)
+  k1x128,    // scales [k/128, rows↑4], rows contiguous
+  k128x128,  // scales [rows/128, (k/128)↑4], k contiguous
+  k1xK,      // scales [1, rows↑4]
+  kTensor,   // scales [1, 4], the first of which counts; one for each group of a batch
 };
 
 enum class Out : int { kBf16, kF32 };
@@ -59,10 +59,12 @@ struct alignas(64) TensorMap {
 struct GemmParams {
   TensorMap lhs;        // fp8 [groups * m, k]
   TensorMap rhs;        // fp8 [groups * n, k]
-  TensorMap lhs_scale;  // fp32, layout by GemmSpec::lhs_scale
-  TensorMap rhs_scale;  // fp32, layout by GemmSpec::rhs_scale
-  TensorMap out;        // bf16 [groups, m, n]; only encoded when Store::kTma
-  void* out_data;       // [groups, m, n] of GemmSpec::out
+  TensorMap lhs_scale;  // fp32, where GemmSpec::lhs_scale is per row
+  TensorMap rhs_scale;  // likewise
+  TensorMap out;        // bf16 [groups, m, n], where Store::kTma
+  const float* lhs_scale_data;  // layout by GemmSpec::lhs_scale; rows are multiples of 16 bytes
+  const float* rhs_scale_data;
+  void* out_data;  // [groups, m, n] of GemmSpec::out
   int32_t m;
   int32_t n;
   int32_t k;

@@ -1,4 +1,4 @@
-// Fills stages: four copies per 128 of k, issued by one thread.
+// Fills stages: four or five copies per 128 of k, issued by one thread.
 #pragma once
 
 #include "params.cuh"
@@ -19,18 +19,14 @@ struct Producer {
   const GemmParams& params;
   Shared& shared;
   uint32_t rank;  // in the cluster; CTA 0 loads what both share
-  int scale_steps, rhs_scale_rows;
+  int scale_steps;
 
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)
-      : params(p),
-        shared(s),
-        rank(cta_rank),
-        scale_steps(ceil_div(p.k, kBlockK)),
-        rhs_scale_rows(ceil_div(p.n, 128)) {
+      : params(p), shared(s), rank(cta_rank), scale_steps(ceil_div(p.k, kBlockK)) {
     prefetch_tensormap(params.lhs);
     prefetch_tensormap(params.rhs);
-    prefetch_tensormap(params.lhs_scale);
-    prefetch_tensormap(params.rhs_scale);
+    if constexpr (is_per_row(spec.lhs_scale)) prefetch_tensormap(params.lhs_scale);
+    if constexpr (is_per_row(spec.rhs_scale)) prefetch_tensormap(params.rhs_scale);
   }
 
   // Starts the copies of step `step` of `block` into `stage`, which must be empty.
@@ -41,10 +37,21 @@ struct Producer {
                                                  block.group * params.n + block.n);
     load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,
                                                  block.group * params.m + block.m);
-    load_scales<spec.lhs_scale>(shared.lhs_scale[stage], params.lhs_scale, full, block.group, step,
-                                block.m, 0);
-    load_scales<spec.rhs_scale>(shared.rhs_scale[stage], params.rhs_scale, full, block.group, step,
-                                block.n, rhs_scale_rows);
+    if constexpr (is_per_row(spec.lhs_scale)) {
+      load_row_scales<spec.lhs_scale>(shared.lhs_scale[stage], params.lhs_scale, full, block.group,
+                                      step, block.m);
+    } else {
+      static_assert(spec.lhs_scale == ScaleTile::kTensor, "lhs scales: per row, or per tensor");
+      load_tensor_scale(shared.lhs_scale[stage], params.lhs_scale_data, full, block.group);
+    }
+    if constexpr (is_per_row(spec.rhs_scale)) {
+      load_row_scales<spec.rhs_scale>(shared.rhs_scale[stage], params.rhs_scale, full, block.group,
+                                      step, block.n);
+    } else if constexpr (spec.rhs_scale == ScaleTile::k128x128) {
+      load_block_scales(shared.rhs_scale[stage], full, block, step);
+    } else {
+      load_tensor_scale(shared.rhs_scale[stage], params.rhs_scale_data, full, block.group);
+    }
   }
 
  private:
@@ -58,22 +65,31 @@ struct Producer {
     }
   }
 
-  // `block_rows`: rows of a group in a 128x128 scale array.
   template <ScaleTile tile>
-  FP8GEMM_DEVICE void load_scales(const uint8_t* to, const TensorMap& map, uint32_t full, int group,
-                                  int step, int row, int block_rows) {
-    int x = 0, y = group;
-    if constexpr (tile == ScaleTile::k1x128) {
-      x = row;
-      // NOTE: the step past a short k must not meet the next group's scales, which may be NaN.
-      y = group * scale_steps + min(step, scale_steps - 1);
-    } else if constexpr (tile == ScaleTile::k1xK) {
-      x = row;
-    } else if constexpr (tile == ScaleTile::k128x128) {
-      x = step;
-      y = group * block_rows + row / 128;
+  FP8GEMM_DEVICE void load_row_scales(const uint8_t* to, const TensorMap& map, uint32_t full,
+                                      int group, int step, int row) {
+    // NOTE: the step past a short k must not meet the next group's scales, which may be NaN.
+    const int line = tile == ScaleTile::k1x128
+                         ? group * scale_steps + min(step, scale_steps - 1)
+                         : group;
+    cp_async_bulk_tensor_2d(shared_address(to), map, full, row, line);
+  }
+
+  // The aligned run of four steps that `step` is in, for each scale block of the columns.
+  FP8GEMM_DEVICE void load_block_scales(const uint8_t* to, uint32_t full, const Block& block,
+                                        int step) {
+    const int rows = ceil_div(params.n, 128), columns = round_up(scale_steps, 4);
+    const float* from = params.rhs_scale_data + block.group * rows * columns + step / 4 * 4;
+#pragma unroll
+    for (int i = 0; i < scale_blocks(spec.block_n); ++i) {
+      const int row = min(block.n / 128 + i, rows - 1);
+      cp_async_bulk(shared_address(to) + 16 * i, from + row * columns, 16, full);
     }
-    cp_async_bulk_tensor_2d(shared_address(to), map, full, x, y);
+  }
+
+  FP8GEMM_DEVICE void load_tensor_scale(const uint8_t* to, const float* scales, uint32_t full,
+                                        int group) {
+    cp_async_bulk(shared_address(to), scales + 4 * group, 16, full);
   }
 };
 

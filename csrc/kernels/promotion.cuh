@@ -57,9 +57,11 @@ struct ColumnBlockScales {
 
   float value[kBlocks];
 
-  FP8GEMM_DEVICE explicit ColumnBlockScales(uint32_t slot) {
+  // A slot holds the aligned run of four steps that `step` is in.
+  FP8GEMM_DEVICE ColumnBlockScales(uint32_t slot, int step) {
+    const uint32_t first = spec.rhs_scale == ScaleTile::k128x128 ? slot + 4 * (step % 4) : slot;
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) value[i] = ld_shared(slot + 16 * i);
+    for (int i = 0; i < kBlocks; ++i) value[i] = ld_shared(first + 16 * i);
   }
 };
 

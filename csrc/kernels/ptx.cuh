@@ -119,6 +119,16 @@ FP8GEMM_DEVICE void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// Plain bytes: addresses and size are multiples of 16.
+FP8GEMM_DEVICE void cp_async_bulk(uint32_t destination, const void* source, uint32_t bytes,
+                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 FP8GEMM_DEVICE void cp_async_bulk_tensor_2d(uint32_t destination, const TensorMap& map,
                                             uint32_t barrier, int x, int y) {
   asm volatile(

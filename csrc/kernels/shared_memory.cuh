@@ -23,7 +23,7 @@ constexpr int scale_blocks(int rows) {
 // Bytes of scales that one stage receives for a tile of `rows` rows.
 constexpr int scale_bytes(ScaleTile tile, int rows) {
   if (is_per_row(tile)) return 4 * rows;
-  // A box is at least 16 bytes wide: four steps of k, of which the first is used.
+  // A copy has at least 16 bytes: an aligned run of four steps of k.
   return tile == ScaleTile::k128x128 ? 16 * scale_blocks(rows) : 16;
 }
 

@@ -1,0 +1,135 @@
+"""What a user reads when an argument is wrong: golden texts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm import config as configs
+
+F32 = jnp.float32
+
+
+def q(*shape, tile=(1, 128)):
+    return fp8.quantize(jnp.ones(shape), tile)
+
+
+def raised(error, function, *args, **kwargs) -> str:
+    with pytest.raises(error) as info:
+        function(*args, **kwargs)
+    return str(info.value)
+
+
+def test_k_differs_in_fp8_matmul():
+    x, w = jnp.ones((256, 512), jnp.bfloat16), jnp.ones((384, 512), jnp.bfloat16)
+    assert raised(ValueError, fp8.fp8_matmul, x, w) == (
+        "fp8_matmul: dim k differs between x and w.\n"
+        "  got       x bf16[256, 512], w bf16[384, 512]\n"
+        "  expected  w [512, n]\n"
+        "  mend      if w is stored [n, k], pass w.T"
+    )
+
+
+def test_k_differs_in_gemm():
+    assert raised(ValueError, fp8.gemm, q(4, 256), q(8, 128, tile=(128, 128))) == (
+        "gemm: dim k differs between lhs and rhs.\n"
+        "  got       lhs e4m3[4, 256], rhs e4m3[8, 128]\n"
+        "  expected  rhs [..., n, 256]\n"
+        "  mend      both operands have k last; if rhs is stored [k, n], quantise its transpose"
+    )
+
+
+def test_k_no_multiple_of_16():
+    assert raised(ValueError, fp8.gemm, q(4, 100), q(8, 100, tile=(128, 128))) == (
+        "gemm: dim k is not a multiple of 16.\n"
+        "  got       lhs e4m3[4, 100], rhs e4m3[8, 100]\n"
+        "  expected  k % 16 == 0\n"
+        "  mend      pad k to 112 with zeros, as fp8_matmul does"
+    )
+
+
+def test_wrong_rank():
+    assert raised(ValueError, fp8.gemm, q(2, 4, 128), q(8, 128)) == (
+        "gemm: lhs has the wrong rank.\n"
+        "  got       lhs e4m3[2, 4, 128], scale f32[2, 4, 1]\n"
+        "  expected  lhs [m, k]\n"
+        "  mend      reshape lhs to lhs [m, k]"
+    )
+
+
+def test_scale_of_the_wrong_shape():
+    lhs = fp8.QArray(q(4, 256).qvalue, jnp.ones((3, 2)))
+    assert raised(ValueError, fp8.gemm, lhs, q(8, 256, tile=(128, 128))) == (
+        "gemm: the scales have shapes that no kernel takes.\n"
+        "  got       lhs [4, 256] with scale [3, 2], rhs [8, 256] with scale [1, 2]\n"
+        "  expected  [4, 2] and [1, 2] or [4, 2] and [8, 2] or [4, 1] and [8, 1] or "
+        "[1, 1] and [1, 1]\n"
+        "  mend      quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
+    )
+    assert "fits no tile" in raised(ValueError, lambda: lhs.tile)
+
+
+@pytest.mark.parametrize(
+    "error, call, first_line",
+    [
+        (TypeError, lambda: fp8.gemm(jnp.ones((4, 128)), q(8, 128)), "lhs is not quantised."),
+        (
+            TypeError,
+            lambda: fp8.gemm(fp8.QArray(jnp.ones((4, 128)), jnp.ones((4, 1))), q(8, 128)),
+            "lhs has the wrong dtype.",
+        ),
+        (TypeError, lambda: fp8.gemm(q(4, 128), q(8, 128), out_dtype=jnp.int8), "unknown out_dtype."),
+        (
+            TypeError,
+            lambda: fp8.gemm(q(4, 128), q(8, 128), init=jnp.ones((4, 8))),
+            "init needs float32.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(4, 128), q(8, 128), init=jnp.ones((8, 4)), out_dtype=F32),
+            "init has the wrong shape.",
+        ),
+        (ValueError, lambda: fp8.gemm(q(4, 128), q(8, 128), variant="sparse"), "unknown variant."),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(2, 4, 128), q(3, 8, 128), variant="batched"),
+            "dim g differs between lhs and rhs.",
+        ),
+        (TypeError, lambda: fp8.quantize(jnp.ones((4, 128), jnp.int32)), "x has the wrong dtype."),
+        (ValueError, lambda: fp8.quantize(jnp.ones((4, 128)), (64, 64)), "unknown tile."),
+        (ValueError, lambda: fp8.quantize(jnp.ones((4, 128)), scale="log"), "unknown scale."),
+        (ValueError, lambda: fp8.quantize(jnp.ones(128)), "x is no matrix."),
+        (
+            TypeError,
+            lambda: fp8.fp8_matmul(jnp.ones((4, 8), jnp.int32), jnp.ones((8, 8))),
+            "x has the wrong dtype.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.fp8_matmul(jnp.ones((4, 8)), jnp.ones((2, 8, 8))),
+            "w or x has the wrong rank.",
+        ),
+    ],
+)
+def test_every_error_has_four_parts(error, call, first_line):
+    text = raised(error, call)
+    lines = text.split("\n")
+    assert first_line in lines[0]
+    for line, part in zip(lines[1:], ("got", "expected", "mend"), strict=True):
+        assert line.startswith(f"  {part:10}")
+
+
+def test_illegal_config_is_an_error_when_lowering():
+    config = configs.GemmConfig("persistent", 256, 256, 9)
+    run = jax.jit(lambda a, b: fp8.gemm(a, b, config=config))
+    traced = run.trace(q(4, 128), q(8, 128))
+    text = raised(ValueError, traced.lower, lowering_platforms=("cuda",))
+    assert "the config cannot run this product" in text and "shared memory" in text
+
+
+def test_second_derivative_is_a_clear_error(key):
+    x, w = jax.random.normal(key, (32, 64)), jax.random.normal(key, (64, 48))
+    first = jax.grad(lambda x: (fp8.fp8_matmul(x, w) ** 2).sum())
+    first(x)
+    text = raised(NotImplementedError, jax.grad(lambda x: first(x).sum()), x)
+    assert "a product of FP8 operands has no derivative" in text

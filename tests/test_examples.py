@@ -1,0 +1,27 @@
+"""The examples run, at a tiny size, and do what they say."""
+
+import importlib.util
+import pathlib
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_matmul():
+    assert load("01_matmul").main(m=32, n=64, k=256) < 0.05
+
+
+def test_train_step_learns():
+    losses = load("02_train_step").main(steps=20, width=64, hidden=128)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("[0-9]*.py"):
+        assert len(path.read_text().splitlines()) < 60, path.name

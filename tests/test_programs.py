@@ -1,0 +1,54 @@
+"""Programs for a GPU made on a machine without one, export, and the persistent cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm import config as configs
+
+
+def test_cuda_lowering_has_the_custom_call_with_its_whole_specification():
+    x, w = jnp.ones((4096, 7168), jnp.bfloat16), jnp.ones((7168, 4096), jnp.bfloat16)
+    traced = jax.jit(jax.grad(lambda w, x: fp8.fp8_matmul(x, w).sum())).trace(w, x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@jax_fp8gemm_gemm_v1" in line]
+    assert any('rhs_scale = "1x128"' in call and 'out = "f32"' in call for call in calls)
+    problem = configs.Problem("dense", 4096, 7168, 4096, 1, "1x128_1x128", "f32")
+    for name in configs.attributes(problem, configs.select(problem)):
+        assert all(f"{name} = " in call for call in calls), name
+
+
+def test_init_is_aliased_to_the_output():
+    lhs, rhs = fp8.quantize(jnp.ones((8, 128))), fp8.quantize(jnp.ones((8, 128)), (128, 128))
+    init = jnp.ones((8, 8))
+    run = jax.jit(lambda lhs, rhs, init: fp8.gemm(lhs, rhs, init=init, out_dtype=jnp.float32))
+    text = run.trace(lhs, rhs, init).lower(lowering_platforms=("cuda",)).as_text()
+    assert "output_operand_alias" in text and "accumulate = 1" in text
+
+
+def test_cpu_lowering_has_no_custom_call():
+    text = jax.jit(fp8.fp8_matmul).lower(jnp.ones((8, 128)), jnp.ones((128, 8))).as_text()
+    assert "jax_fp8gemm_gemm_v1" not in text
+
+
+def test_num_sms_and_config_reach_the_program():
+    config = configs.GemmConfig("persistent", 128, 64, 4)
+    lhs, rhs = fp8.quantize(jnp.ones((8, 128))), fp8.quantize(jnp.ones((8, 128)), (128, 128))
+    run = jax.jit(lambda lhs, rhs: fp8.gemm(lhs, rhs, num_sms=20, config=config))
+    text = run.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "num_sms = 20" in text and "block_n = 64" in text
+
+
+def test_export_round_trip(key):
+    x, w = jax.random.normal(key, (32, 64)), jax.random.normal(key, (64, 48))
+    exported = jax.export.export(
+        jax.jit(fp8.fp8_matmul), platforms=("cpu", "cuda"), disabled_checks=fp8.EXPORT_CHECKS
+    )(x, w)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(x, w), jax.jit(fp8.fp8_matmul)(x, w))
+
+
+def test_config_is_the_same_for_equal_problems():
+    first = configs.Problem("dense", 777, 4096, 7168)
+    assert configs.select(first) == configs.select(configs.Problem("dense", 777, 4096, 7168))
