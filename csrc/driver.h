@@ -45,7 +45,8 @@ constexpr int kDeviceAttributeComputeCapabilityMinor = 76;
 
 // CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 constexpr int kTensorMapUint8 = 0, kTensorMapFloat32 = 7, kTensorMapBfloat16 = 9;
-constexpr int kTensorMapSwizzleNone = 0, kTensorMapSwizzle128 = 3;
+constexpr int kTensorMapSwizzleNone = 0, kTensorMapSwizzle32 = 1, kTensorMapSwizzle64 = 2,
+              kTensorMapSwizzle128 = 3;
 constexpr int kTensorMapPromotion256 = 3;
 
 struct Driver {

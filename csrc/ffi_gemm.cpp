@@ -120,14 +120,15 @@ Status check_scales(const Operand& scale, ScaleTile tile, int64_t groups, int64_
 
 TensorMapShape tile_shape(const Operand& operand, int rows) {
   return {kTensorMapUint8, 2, {uint64_t(operand.columns), uint64_t(operand.groups * operand.rows)},
-          {128, uint32_t(rows)}, true};
+          {128, uint32_t(copied_rows(rows, int(operand.rows)))}, true};
 }
 
 bool is_per_row(ScaleTile tile) { return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK; }
 
-TensorMapShape row_scale_shape(const Operand& scale, int rows) {
+// `rows` of the operand, of which `block_rows` make a tile.
+TensorMapShape row_scale_shape(const Operand& scale, int block_rows, int64_t rows) {
   return {kTensorMapFloat32, 2, {uint64_t(scale.columns), uint64_t(scale.groups * scale.rows)},
-          {uint32_t(rows), 1}, false};
+          {uint32_t(copied_rows(block_rows, int(rows))), 1}, false};
 }
 
 // Output blocks, a cluster's neighbours counted as one.
@@ -193,15 +194,15 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
   };
   then(params.rhs, tile_shape(o.rhs, spec.block_n), o.rhs);
   if (is_per_row(spec.lhs_scale)) {
-    then(params.lhs_scale, row_scale_shape(o.lhs_scale, spec.block_m), o.lhs_scale);
+    then(params.lhs_scale, row_scale_shape(o.lhs_scale, spec.block_m, o.lhs.rows), o.lhs_scale);
   }
   if (is_per_row(spec.rhs_scale)) {
-    then(params.rhs_scale, row_scale_shape(o.rhs_scale, spec.block_n), o.rhs_scale);
+    then(params.rhs_scale, row_scale_shape(o.rhs_scale, spec.block_n, o.rhs.rows), o.rhs_scale);
   }
   if (spec.store == Store::kTma) {
     const TensorMapShape shape = {
         kTensorMapBfloat16, 3, {uint64_t(o.out.columns), uint64_t(o.out.rows), uint64_t(o.out.groups)},
-        {64, 64, 1}, true};
+        {uint32_t(store_columns(spec.block_n)), 64, 1}, true};
     then(params.out, shape, o.out);
   }
   return status;

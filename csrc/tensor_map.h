@@ -13,7 +13,7 @@ struct TensorMapShape {
   int rank;
   uint64_t dims[3];
   uint32_t box[3];
-  bool swizzled;  // 128 bytes
+  bool swizzled;  // by the box's inner bytes: 32, 64 or 128
 };
 
 // `name` is the operand's, for the error.

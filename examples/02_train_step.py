@@ -24,7 +24,7 @@ def loss(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
 @jax.jit
 def step(params, x, y):
     value, gradients = jax.value_and_grad(loss)(params, x, y)
-    return jax.tree.map(lambda p, g: p - 30.0 * g, params, gradients), value
+    return jax.tree.map(lambda p, g: p - 10.0 * g, params, gradients), value
 
 
 def main(steps: int = 30, width: int = 128, hidden: int = 256) -> list[float]:

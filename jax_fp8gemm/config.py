@@ -75,8 +75,7 @@ class GemmConfig:
 def store(problem: Problem, config: GemmConfig) -> str:
     """Returns how results leave: "tma", through the copy engine, or "direct", from registers."""
     staged = config.kernel == "persistent" and problem.out == "bf16" and not problem.accumulate
-    aligned = problem.n % 8 == 0 and config.block_n % 64 == 0  # 16-byte rows, boxes of 64 columns
-    return "tma" if staged and aligned else "direct"
+    return "tma" if staged and problem.n % 8 == 0 else "direct"  # rows of 16 bytes
 
 
 def _scale_slot(tile: Tile, rows: int) -> int:
@@ -137,13 +136,14 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
     return None if registers <= 160 else f"{registers} accumulator registers: at most 160"
 
 
-# Columns per block. Those of few_rows also serve n / 128 = 56, the widths of DeepSeek-V3.
-_PERSISTENT = (
-    (256, 128, "lhs"), (256, 128, "none"), (256, 128, "rhs"), (256, 112, "lhs"), (256, 96, "lhs"),
-    (128, 192, "rhs"), (128, 192, "lhs"), (128, 192, "none"), (128, 160, "rhs"), (128, 160, "none"),
-    (128, 144, "none"), (128, 144, "rhs"), (128, 128, "rhs"), (128, 128, "lhs"), (128, 128, "none"),
-    (128, 112, "none"), (128, 96, "none"), (128, 80, "none"), (128, 64, "none"),
-)  # fmt: skip
+# (block_m, block_n, multicast). Widths follow n / 132: one wave of blocks on all SMs.
+_PERSISTENT = [
+    *[(256, 128, which) for which in ("lhs", "none", "rhs")],
+    *[(256, 96, which) for which in ("lhs", "none")],
+    *[(128, n, which) for n in (192, 160, 144, 128, 64, 32) for which in ("lhs", "none", "rhs")],
+    *[(128, n, which) for n in (112, 96, 80, 48) for which in ("none", "rhs")],
+]
+_LARGEST = [(256, 128, "lhs"), (128, 192, "rhs")]  # for which the order of blocks matters
 _FEW_ROWS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128)
 
 
@@ -162,49 +162,73 @@ def candidates(problem: Problem) -> list[GemmConfig]:
     found = []
     steps = max(2, ceil_div(problem.k, 128))
     for block_m, block_n, multicast in _PERSISTENT:
-        found.append(_deepest(problem, GemmConfig("persistent", block_m, block_n, 2, multicast), 8))
+        config = GemmConfig("persistent", block_m, block_n, 2, multicast)
+        found.append(_deepest(problem, config, 8))
+        if problem.m > 2048 and (block_m, block_n, multicast) in _LARGEST and found[-1]:
+            found += [dataclasses.replace(found[-1], group_m=group) for group in (4, 16, 32)]
     if problem.m <= 1024:
         for block_m in (64, 128):
             for block_n in _FEW_ROWS:
                 for split_k in (1, 2, 4):
                     config = GemmConfig("few_rows", block_m, block_n, 2, split_k=split_k)
-                    if split_k > 1 and blocks(problem, config) * split_k > 2 * SMS:
+                    ctas = blocks(problem, config) * split_k
+                    if split_k > 1 and ctas > 2 * SMS:
                         continue  # one block for each cluster: more would come in waves
-                    most = min(16, round_up(ceil_div(steps, split_k), 2))
+                    # With one block to a CTA, a stage for each step is all that can be used.
+                    most = 16 if ctas > SMS else min(16, round_up(ceil_div(steps, split_k), 2))
                     found.append(_deepest(problem, config, most))
     return [config for config in found if config is not None]
 
 
-# Constants of the cost model, measured on an H200 (docs/measured.md).
-CLOCK = 1.60e9  # Hz, under load with promotion
-BANDWIDTH = 4.4e12  # B/s from device memory, read only
-L2_BYTES_PER_CLOCK = 50.0  # into one SM, with the sharing that rasterisation gives
-LATENCY = {"persistent": 4.0e-6, "few_rows": 3.0e-6}  # s: launch, first bytes, last store
-BLOCK_CYCLES = {"persistent": 500.0, "few_rows": 1200.0}  # per block, not hidden
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Constants of `predicted_seconds`, fitted to timings on an H200 (docs/measured.md)."""
+
+    clock: float = 1.80e9  # Hz, under load with promotion
+    bandwidth: float = 4.7e12  # B/s from device memory, when every SM asks for its share
+    l2_bytes: float = 46.0  # per clock into one SM
+    tensor: float = 1.25  # clocks of a step over the tensor core's own
+    per_column: float = 1.25  # likewise with a scale for each column
+    few_rows_tensor: float = 2.0
+    few_rows_step: float = 190.0  # clocks that a step takes at least
+    latency: float = 4.5e-6  # s: launch, first bytes, last store
+    few_rows_latency: float = 4.1e-6
+    block: float = 1400.0  # clocks for each block that nothing hides
+    few_rows_block: float = 1800.0
+    output: float = 27.0  # bytes per clock that leave one SM
 
 
-def predicted_seconds(problem: Problem, config: GemmConfig) -> float:
+def predicted_seconds(
+    problem: Problem, config: GemmConfig, model: CostModel | None = None
+) -> float:
     """Returns the cost model's time of `problem` with `config`; good for ranking, no more.
 
     time = max(waves · (steps of k · max(tensor core, L2) + block overhead) / clock,
                bytes / bandwidth) + latency
     """
-    p, c = problem, config
+    p, c, model = problem, config, model or CostModel()
+    few_rows = c.kernel == "few_rows"
     steps = max(2, ceil_div(p.k, 128)) / c.split_k
     sms = min(p.num_sms or SMS, SMS)
-    waves = ceil_div(blocks(p, c) * c.split_k, sms)
-    per_row = p.tiles[1] in (ROW_BLOCKS, ROWS)
-    tensor = c.block_m * c.block_n * 128 * 2 / 8192 * (1.25 if per_row else 1.05)
-    if c.kernel == "few_rows":
-        tensor = max(tensor * 1.3, 150.0)
-    loaded = 128 * (
-        c.block_m / (2 if c.multicast == "lhs" else 1)
-        + c.block_n / (2 if c.multicast == "rhs" else 1)
-    )
-    cycles = waves * (steps * max(tensor, loaded / L2_BYTES_PER_CLOCK) + BLOCK_CYCLES[c.kernel])
+    if c.split_k == 4:
+        sms = sms * 10 // 11  # no more clusters of four find a place
+    ctas = blocks(p, c) * c.split_k
+    waves = ceil_div(ctas, sms)
+    tensor = c.block_m * c.block_n * 128 * 2 / 8192
+    tensor *= model.per_column if p.tiles[1] in (ROW_BLOCKS, ROWS) else model.tensor
+    if few_rows:
+        tensor = max(tensor * model.few_rows_tensor, model.few_rows_step)
+    rows = min(c.block_m, p.m) / (2 if c.multicast == "lhs" else 1)
+    columns = c.block_n / (2 if c.multicast == "rhs" else 1)
+    loads = 128 * (rows + columns) / model.l2_bytes
     out_bytes = 4 if p.out == "f32" else 2
+    block = model.few_rows_block if few_rows else model.block
+    block += min(c.block_m, p.m) * c.block_n * out_bytes / c.split_k / model.output
+    cycles = waves * (steps * max(tensor, loads) + block)
     traffic = p.g * (p.m * p.k + p.n * p.k + out_bytes * p.m * p.n)
-    return max(cycles / CLOCK, traffic / BANDWIDTH) + LATENCY[c.kernel]
+    streaming = traffic / (model.bandwidth * min(1.0, ctas / SMS))
+    latency = model.few_rows_latency if few_rows else model.latency
+    return max(cycles / model.clock, streaming) + latency
 
 
 TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away

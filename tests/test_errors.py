@@ -78,7 +78,11 @@ def test_scale_of_the_wrong_shape():
             lambda: fp8.gemm(fp8.QArray(jnp.ones((4, 128)), jnp.ones((4, 1))), q(8, 128)),
             "lhs has the wrong dtype.",
         ),
-        (TypeError, lambda: fp8.gemm(q(4, 128), q(8, 128), out_dtype=jnp.int8), "unknown out_dtype."),
+        (
+            TypeError,
+            lambda: fp8.gemm(q(4, 128), q(8, 128), out_dtype=jnp.int8),
+            "unknown out_dtype.",
+        ),
         (
             TypeError,
             lambda: fp8.gemm(q(4, 128), q(8, 128), init=jnp.ones((4, 8))),

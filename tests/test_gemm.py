@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import calc_diff, product64
+from numerics import calc_diff, product64
 from shapes import ODD
 
 import jax_fp8gemm as fp8

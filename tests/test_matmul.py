@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import calc_diff
+from numerics import calc_diff
 
 import jax_fp8gemm as fp8
 
@@ -14,7 +14,9 @@ import jax_fp8gemm as fp8
 def operands(key, m, k, n, dtype=jnp.float32):
     keys = jax.random.split(key, 3)
     shapes = ((m, k), (k, n), (m, n))
-    return [jax.random.normal(s, shape).astype(dtype) for s, shape in zip(keys, shapes, strict=True)]
+    return [
+        jax.random.normal(s, shape).astype(dtype) for s, shape in zip(keys, shapes, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("m, k, n", [(256, 512, 384), (100, 300, 77), (1, 16, 1), (3, 7, 130)])
@@ -112,7 +114,9 @@ def test_control_flow(key):
     x, w, _ = operands(key, 16, 64, 64)
     step = lambda x: jnp.tanh(fp8.fp8_matmul(x, w))  # noqa: E731
     looped = jax.lax.fori_loop(0, 3, lambda _, x: step(x), x)
-    np.testing.assert_array_equal(jax.jit(lambda x: step(step(step(x))))(x), jax.jit(lambda: looped)())
+    np.testing.assert_array_equal(
+        jax.jit(lambda x: step(step(step(x))))(x), jax.jit(lambda: looped)()
+    )
     out = jax.lax.cond(x[0, 0] > 10, lambda x: x, step, x)
     assert out.shape == x.shape
 
@@ -120,7 +124,10 @@ def test_control_flow(key):
 def test_gradient_accumulation_matches_the_full_batch(key):
     x, w, dy = operands(key, 512, 64, 48)
     full = jax.vjp(fp8.fp8_matmul, x, w)[1](dy)[1]
-    parts = [jax.vjp(fp8.fp8_matmul, x[i : i + 128], w)[1](dy[i : i + 128])[1] for i in range(0, 512, 128)]
+    parts = [
+        jax.vjp(fp8.fp8_matmul, x[i : i + 128], w)[1](dy[i : i + 128])[1]
+        for i in range(0, 512, 128)
+    ]
     np.testing.assert_allclose(full, sum(parts), rtol=1e-5, atol=1e-4)
 
 

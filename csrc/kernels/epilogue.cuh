@@ -59,27 +59,29 @@ struct OutputRow {
 };
 
 // Straight from registers. row, column: of this thread's first value, counted in the group.
+// NOTE: one row after the other: pointers to both would not fit beside the sums.
 template <GemmSpec spec, int kRegisters>
 FP8GEMM_DEVICE void store_direct(const GemmParams& params, const float (&sums)[kRegisters],
                                  int group, int row, int column) {
-  const OutputRow<spec> top(params, group, row, column), bottom(params, group, row + 8, column);
 #pragma unroll
-  for (int i = 0; i < kRegisters; i += 4) {
-    top.store(2 * i, sums[i], sums[i + 1]);
-    bottom.store(2 * i, sums[i + 2], sums[i + 3]);
+  for (int half = 0; half < 2; ++half) {
+    const OutputRow<spec> out(params, group, row + 8 * half, column);
+#pragma unroll
+    for (int i = 2 * half; i < kRegisters; i += 4) out.store(2 * (i / 4 * 4), sums[i], sums[i + 1]);
   }
 }
 
-// Packs 64 rows into boxes of 64 bf16 columns, swizzled by 128 bytes as the tensor map wants:
-// the 16-byte chunk c of row r lies at chunk c xor (r mod 8).
-template <int kRegisters>
+// Packs 64 rows into boxes of kColumns bf16 columns, swizzled as the tensor map wants: the 16-byte
+// chunk of a row moves by an exclusive or with the number of its 128-byte line.
+template <int kColumns, int kRegisters>
 FP8GEMM_DEVICE void stage_out(uint32_t boxes, const float (&sums)[kRegisters], int warp, int lane) {
-  constexpr int kBoxBytes = 64 * 128;
-  const uint32_t row = boxes + (warp * 16 + lane % 16) * 128;
+  constexpr int kRowBytes = 2 * kColumns, kBoxBytes = 64 * kRowBytes, kChunks = kColumns / 8;
+  const int row = lane % 16, swizzle = row * kRowBytes / 128 % kChunks;
+  const uint32_t first = boxes + (warp * 16 + row) * kRowBytes;
 #pragma unroll
-  for (int i = 0; i < kRegisters; i += 8) {
-    const int box = i / 32, chunk = (i % 32) / 4 + lane / 16;
-    stmatrix_x4(row + box * kBoxBytes + (chunk ^ (lane % 8)) * 16,
+  for (int i = 0; i < kRegisters; i += 8) {  // 16 columns
+    const int box = 2 * i / kColumns, chunk = 2 * i % kColumns / 8 + lane / 16;
+    stmatrix_x4(first + box * kBoxBytes + (chunk ^ swizzle) * 16,
                 cvt_bf16x2(sums[i + 0], sums[i + 1]), cvt_bf16x2(sums[i + 2], sums[i + 3]),
                 cvt_bf16x2(sums[i + 4], sums[i + 5]), cvt_bf16x2(sums[i + 6], sums[i + 7]));
   }

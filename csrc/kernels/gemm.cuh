@@ -18,7 +18,7 @@
 namespace fp8gemm {
 
 constexpr int kMathWarpgroups = 2;
-constexpr int kProducerRegisters = 40;   // 128 × 40 + 256 × 232 = 64 Ki registers at most
+constexpr int kProducerRegisters = 48;  // 128 × 48 + 256 × 232 = the 64 Ki of an SM
 constexpr int kConsumerRegisters = 232;
 
 enum NamedBarrier : int {  // 0 is __syncthreads
@@ -38,8 +38,6 @@ struct GemmTraits {
 
   static_assert(spec.block_m % 128 == 0, "block_m: a multiple of 128, 64 rows for each warpgroup");
   static_assert(spec.block_n % 16 == 0 && spec.block_n <= 256, "block_n: 16, 32, ... 256");
-  static_assert(spec.store == Store::kDirect || spec.block_n % 64 == 0,
-                "store tma: block_n must be a multiple of 64; use store direct");
   static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
 };
 
@@ -152,20 +150,21 @@ struct Consumer {
 
   template <int kSubTile>
   FP8GEMM_DEVICE void store_tma() {
-    constexpr int kBoxes = spec.block_n / 64, kBoxBytes = 64 * 128;
+    constexpr int kColumns = store_columns(spec.block_n), kBoxes = spec.block_n / kColumns;
+    constexpr int kBoxBytes = 64 * kColumns * 2;
     const int tile = warpgroup * kSubTiles + kSubTile;
     const uint32_t boxes = shared_address(&shared.out) + tile * kBoxes * kBoxBytes;
     const bool leader = threadIdx.x % 128 == 0;
     // The boxes are free again once the store before last (of the other sub-tile: last) has read.
     if (leader) cp_async_bulk_wait_group_read<kSubTiles - 1>();
     bar_sync(kStoreBarrier + warpgroup, 128);
-    stage_out(boxes, sums[kSubTile], warp, lane);
+    stage_out<kColumns>(boxes, sums[kSubTile], warp, lane);
     fence_proxy_async();
     bar_sync(kStoreBarrier + warpgroup, 128);
     if (leader) {
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
-        cp_async_bulk_tensor_3d_store(params.out, boxes + i * kBoxBytes, finished.n + i * 64,
+        cp_async_bulk_tensor_3d_store(params.out, boxes + i * kBoxBytes, finished.n + i * kColumns,
                                       finished.m + tile * 64, finished.group);
       }
       cp_async_bulk_commit_group();

@@ -4,6 +4,9 @@
 //   warpgroup 0, 1   consumers: whole blocks, taking alternate steps of k
 //   warp 8           producer: fills all stages before anything else happens in the CTA
 //
+// Every CTA begins somewhere else in k and wraps around: with one row of lhs all of them would
+// otherwise read the same few bytes at the same time, and wait for one slice of L2.
+//
 // With split_k > 1 a cluster shares one block and divides k. The partial sums of all
 // parts (2 warpgroups × split_k CTAs) meet in shared memory: each part owns every P-th group of
 // eight columns, receives the others' sums for it, adds them in a fixed order, and stores.
@@ -45,6 +48,21 @@ struct FewRowsTraits {
   static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
 };
 
+// The steps of k of one CTA, in its own order: from `begin` to `end`, around from `start`.
+struct StepRange {
+  int begin, end, start;
+
+  FP8GEMM_DEVICE StepRange(int steps, int part, int parts)
+      : begin(steps * part / parts), end(steps * (part + 1) / parts) {
+    start = begin + blockIdx.x / parts % (end - begin);
+  }
+  FP8GEMM_DEVICE int count() const { return end - begin; }
+  FP8GEMM_DEVICE int step(int index) const {
+    const int step = start + index;
+    return step < end ? step : step - count();
+  }
+};
+
 template <GemmSpec spec>
 struct FewRowsConsumer {
   using Traits = FewRowsTraits<spec>;
@@ -72,20 +90,20 @@ struct FewRowsConsumer {
         at{warpgroup, 0},
         turn(warpgroup) {}
 
-  FP8GEMM_DEVICE void multiply(const Block& block, int first_step, int steps) {
+  FP8GEMM_DEVICE void multiply(const Block& block, const StepRange& range) {
 #pragma unroll
     for (int m = 0; m < kSubTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < kRegisters; ++i) sums[m][i] = 0;
     }
     const int border = 128 - block.n % 128;
-    int step = turn;
-    for (; step < steps; step += 2, at.advance(2)) {
+    int index = turn;
+    for (; index < range.count(); index += 2, at.advance(2)) {
       mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
-      one_step<0>(first_step + step, border);
-      if constexpr (kSubTiles == 2) one_step<1>(first_step + step, border);
+      one_step<0>(range.step(index), border);
+      if constexpr (kSubTiles == 2) one_step<1>(range.step(index), border);
     }
-    turn = step - steps;  // the ring goes on into the next block
+    turn = index - range.count();  // the ring goes on into the next block
   }
 
   // Sends each part its columns, receives this part's, stores them.
@@ -178,7 +196,7 @@ struct FewRowsConsumer {
 // wait for the other warps.
 template <GemmSpec spec, class Shared>
 FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
-                                      Scheduler<spec> scheduler, int first_step, int last_step) {
+                                      Scheduler<spec> scheduler, const StepRange& range) {
   const bool elected = elect_sync();
   RingPosition<spec.stages> at{0, 1};
   if (elected) {
@@ -192,14 +210,14 @@ FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
   }
   __syncwarp();
   Producer<spec, Shared> producer(params, shared, 0);
-  int step = first_step;
+  int index = 0;
   Block block = scheduler.block();
   // Starts the copies of one more step, and moves on; the caller has made sure of the stage.
   auto load_next = [&] {
-    producer.load(block, step, at.stage);
+    producer.load(block, range.step(index), at.stage);
     at.advance();
-    if (++step == last_step) {
-      step = first_step;
+    if (++index == range.count()) {
+      index = 0;
       scheduler.next();
       block = scheduler.block();
     }
@@ -228,12 +246,11 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
   constexpr bool kCluster = spec.split_k > 1;
   if constexpr (kCluster) cluster_arrive_relaxed();  // awaited before the first remote write
   const uint32_t rank = kCluster ? cluster_ctarank() : 0;
-  const int steps = k_steps(params);
-  const int first_step = steps * rank / spec.split_k, last_step = steps * (rank + 1) / spec.split_k;
+  const StepRange range(k_steps(params), rank, spec.split_k);
   Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
 
   if (warp_uniform(threadIdx.x / 32) == Traits::kConsumerThreads / 32) {
-    few_rows_producer<spec>(params, shared, scheduler, first_step, last_step);
+    few_rows_producer<spec>(params, shared, scheduler, range);
     if constexpr (kCluster) {
       cluster_wait();
       cluster_arrive_release();
@@ -245,7 +262,7 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
     // NOTE: a cluster gets exactly one block, so that its barriers are passed once.
     for (; !scheduler.done(); scheduler.next()) {
       const Block block = scheduler.block();
-      consumer.multiply(block, first_step, last_step - first_step);
+      consumer.multiply(block, range);
       if constexpr (kCluster) cluster_wait();
       consumer.reduce_and_store(block);
     }

@@ -20,9 +20,13 @@ struct Producer {
   Shared& shared;
   uint32_t rank;  // in the cluster; CTA 0 loads what both share
   int scale_steps;
+  int stage_bytes;  // what a full barrier expects: all that lands in this CTA, a multicast included
 
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)
       : params(p), shared(s), rank(cta_rank), scale_steps(ceil_div(p.k, kBlockK)) {
+    const int lhs_rows = copied_rows(spec.block_m, p.m), rhs_rows = copied_rows(spec.block_n, p.n);
+    stage_bytes = (lhs_rows + rhs_rows) * kBlockK + scale_bytes(spec.lhs_scale, lhs_rows) +
+                  scale_bytes(spec.rhs_scale, is_per_row(spec.rhs_scale) ? rhs_rows : spec.block_n);
     prefetch_tensormap(params.lhs);
     prefetch_tensormap(params.rhs);
     if constexpr (is_per_row(spec.lhs_scale)) prefetch_tensormap(params.lhs_scale);
@@ -32,7 +36,7 @@ struct Producer {
   // Starts the copies of step `step` of `block` into `stage`, which must be empty.
   FP8GEMM_DEVICE void load(const Block& block, int step, int stage) {
     const uint32_t full = shared_address(&shared.full[stage]);
-    mbarrier_arrive_expect_tx(full, Shared::kStageBytes);
+    mbarrier_arrive_expect_tx(full, stage_bytes);
     load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step,
                                                  block.group * params.n + block.n);
     load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,

@@ -43,11 +43,6 @@ struct alignas(1024) SharedMemory {
   static constexpr int kRhsBytes = spec.block_n * kBlockK;
   static constexpr int kLhsScaleSlot = round_up(scale_bytes(spec.lhs_scale, spec.block_m), 128);
   static constexpr int kRhsScaleSlot = round_up(scale_bytes(spec.rhs_scale, spec.block_n), 128);
-  // What one full barrier expects: everything that lands in this CTA, a multicast included.
-  static constexpr int kStageBytes = kLhsBytes + kRhsBytes +
-                                     scale_bytes(spec.lhs_scale, spec.block_m) +
-                                     scale_bytes(spec.rhs_scale, spec.block_n);
-
   uint8_t lhs[spec.stages][kLhsBytes];
   uint8_t rhs[spec.stages][kRhsBytes];
   [[no_unique_address]] Bytes<kOutBytes> out;            // bf16 results on their way to the copy engine

@@ -1,0 +1,88 @@
+"""`python -m jax_fp8gemm`: what is here, what is missing, and whether the kernels work."""
+
+import platform
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fp8gemm import _native
+from jax_fp8gemm import config as configs
+from jax_fp8gemm.ops import gemm, quantize
+
+
+def line(name: str, value: object) -> None:
+    print(f"{name:12} {value}")
+
+
+def mend_of(error: str) -> str:
+    """Returns the last part of a four-part message: what to do."""
+    return error.split("mend")[-1].strip()
+
+
+def devices() -> bool:
+    """Prints the GPUs and the driver; returns whether a Hopper GPU is there."""
+    facts = _native.device_facts()
+    if "error" in facts:
+        line("device", f"no GPU: {mend_of(facts['error'])}")
+        return False
+    line("driver", f"CUDA {facts['driver']}")
+    for device in facts["devices"]:
+        hopper = device["compute_capability"] == "9.0"
+        note = "" if hopper else ": the kernels need compute capability 9.0 (H100, H200)"
+        line("device", f"{device['name']}, {device['compute_capability']}{note}")
+    return any(device["compute_capability"] == "9.0" for device in facts["devices"])
+
+
+def toolchain() -> bool:
+    """Prints the run-time compiler and the cache; returns whether kernels can be compiled."""
+    facts = _native.nvrtc_facts()
+    if "error" in facts:
+        line("compiler", f"missing: {mend_of(facts['error'])}")
+    else:
+        line("compiler", f"NVRTC {facts['version']} from {facts['path']}")
+    line("cache", _native.cache_dir())
+    return "error" not in facts
+
+
+def compile_check() -> None:
+    """Compiles, or loads, one kernel."""
+    problem = configs.Problem("dense", 4096, 4096, 7168)
+    made = _native.compile(configs.attributes(problem, configs.select(problem)))
+    line("kernel", f"from {made['origin']} in {1e3 * made['seconds']:.1f} ms")
+
+
+def product_check() -> bool:
+    """Multiplies once, and compares with float64; returns whether the product is right."""
+    keys = jax.random.split(jax.random.key(0))
+    lhs = quantize(jax.random.normal(keys[0], (200, 512)))
+    rhs = quantize(jax.random.normal(keys[1], (136, 512)), (128, 128))
+    out = np.asarray(gemm(lhs, rhs, out_dtype=jnp.float32), np.float64)
+    exact = np.asarray(jax.device_get(lhs.qvalue), np.float64).reshape(200, 4, 128)
+    exact = exact * np.asarray(lhs.scale, np.float64)[:, :, None]
+    other = np.asarray(jax.device_get(rhs.qvalue), np.float64).reshape(136, 4, 128)
+    scale = np.repeat(np.asarray(rhs.scale, np.float64), 128, 0)[:136]
+    expected = np.einsum("mbk,nbk->mn", exact, other * scale[:, :, None])
+    error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+    where = jax.devices()[0].device_kind
+    line("product", f"on {where}, relative error {error:.1e}")
+    return error < 1e-3
+
+
+def main() -> int:
+    line("jax_fp8gemm", _native.version())
+    line("versions", f"jax {jax.__version__}, Python {platform.python_version()}")
+    hopper, compiler = devices(), toolchain()
+    if compiler:
+        compile_check()
+    good = product_check()
+    if hopper and compiler:
+        line("result", "kernels run on this GPU" if good else "WRONG PRODUCT: please report this")
+    else:
+        line("result", "the reference runs here; kernels need a Hopper GPU and NVRTC")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Whole programs on the GPU: gradients, transformations, CUDA graphs, the sanitizer, the cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import calc_diff
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm import _native
+
+
+def operands(m=512, k=384, n=640, dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((m, k), (k, n), (m, n))
+    return [
+        jax.random.normal(s, shape).astype(dtype) for s, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("m, k, n", [(512, 384, 640), (100, 300, 77), (1, 16, 1), (3, 7, 130)])
+@pytest.mark.parametrize("scale", ["pow2", "float32"])
+def test_gradients_are_those_of_the_reference(m, k, n, scale):
+    x, w, dy = operands(m, k, n, jnp.float32)
+
+    @jax.jit
+    def both(x, w, dy):
+        y, pull = jax.vjp(lambda x, w: fp8.fp8_matmul(x, w, scale=scale), x, w)
+        return (y, *pull(dy))
+
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        expected = both(*jax.device_put((x, w, dy), cpu))
+    for got, right in zip(both(x, w, dy), expected, strict=True):
+        # The same FP8 numbers but for ties of the division: the sums differ by their order alone.
+        assert calc_diff(got, right) < 2e-6
+
+
+def test_gradients_are_near_the_exact_ones_and_repeat():
+    x, w, dy = operands(1024, 1024, 1024)
+    both = jax.jit(lambda x, w, dy: jax.vjp(fp8.fp8_matmul, x, w)[1](dy))
+    dx, dw = both(x, w, dy)
+    f32 = [np.asarray(a, np.float32) for a in (x, w, dy)]
+    assert calc_diff(dx, f32[2] @ f32[1].T) < 1e-3 and calc_diff(dw, f32[0].T @ f32[2]) < 1e-3
+    for a, b in zip((dx, dw), both(x, w, dy), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_vmap_scan_and_remat_match_the_plain_loop():
+    x, _, _ = operands(256, 256, 256)
+    ws = jax.random.normal(jax.random.key(5), (4, 256, 256), jnp.bfloat16)
+
+    def loss(ws, layer):
+        return (jax.lax.scan(layer, x, ws)[0].astype(jnp.float32) ** 2).sum()
+
+    layer = lambda x, w: (jnp.tanh(fp8.fp8_matmul(x, w)), None)  # noqa: E731
+    plain = jax.jit(jax.grad(lambda ws: loss(ws, layer)))(ws)
+    remat = jax.jit(jax.grad(lambda ws: loss(ws, jax.checkpoint(layer))))(ws)
+    np.testing.assert_array_equal(np.asarray(plain), np.asarray(remat))
+    many = jax.jit(jax.vmap(fp8.fp8_matmul, (None, 0)))(x, ws)
+    for got, w in zip(many, ws, strict=True):
+        assert calc_diff(got.astype(jnp.float32), jax.jit(fp8.fp8_matmul)(x, w)) < 1e-5
+
+
+def test_a_chain_in_a_cuda_graph_gives_the_same_bits(tmp_path):
+    """Eight products in a row: captured by default, launched one by one without command buffers."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np, sys, jax_fp8gemm as fp8
+x = jax.random.normal(jax.random.key(0), (256, 256), jnp.bfloat16)
+ws = jax.random.normal(jax.random.key(1), (8, 256, 256), jnp.bfloat16) / 16
+qs = [fp8.quantize(w.T, (128, 128)) for w in ws]
+@jax.jit
+def chain(q, qs):
+    outs = [fp8.gemm(q, w) for w in qs]
+    return outs
+q = fp8.quantize(x)
+for turn in range(5):
+    q = fp8.quantize(x * (turn + 1))  # other buffers, other numbers
+    outs = chain(q, qs)
+np.save(sys.argv[1], np.asarray(jnp.stack(outs).astype(jnp.float32)))
+"""
+    results = []
+    for name, flags in (("on", ""), ("off", "--xla_gpu_enable_command_buffer=")):
+        path = str(tmp_path / f"{name}.npy")
+        environment = {**os.environ, "XLA_FLAGS": flags}
+        subprocess.run([sys.executable, "-c", code, path], env=environment, check=True, timeout=120)
+        results.append(np.load(path))
+    assert np.isfinite(results[0]).all()
+    np.testing.assert_array_equal(*results)
+
+
+SANITIZED = """
+import jax, jax.numpy as jnp, jax_fp8gemm as fp8
+from jax_fp8gemm.config import GemmConfig, Problem
+from jax_fp8gemm.tuning import compiled, random_operands
+for shape in ((130, 136, 272), (5, 7, 384)):
+    for config in (GemmConfig("persistent", 256, 128, 3, "lhs"),
+                   GemmConfig("persistent", 128, 192, 3, "rhs"),
+                   GemmConfig("persistent", 128, 144, 3),
+                   GemmConfig("few_rows", 64, 56, 4), GemmConfig("few_rows", 64, 32, 2, split_k=2)):
+        problem = Problem("dense", *shape)
+        operands = random_operands(problem)
+        compiled(problem, config, operands)().block_until_ready()
+problem = Problem("dense", 130, 131, 272, 1, "1x128_1x128", "f32")
+operands = random_operands(problem)
+compiled(problem, GemmConfig("persistent", 128, 128, 3), operands)().block_until_ready()
+print("finished")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if not sanitizer:
+        pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--kernel-name", "kernel_substring=fp8_gemm",
+               "--error-exitcode", "9", sys.executable, "-c", SANITIZED]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and "finished" in done.stdout, (
+        done.stdout[-2000:] + done.stderr[-500:]
+    )
+
+
+def test_persistent_compilation_cache_is_hit(tmp_path):
+    code = """
+import sys, jax, jax.numpy as jnp, jax_fp8gemm as fp8
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+x = jnp.ones((256, 256), jnp.bfloat16)
+print(float(jax.jit(lambda x: fp8.fp8_matmul(x, x).sum())(x)))
+print(sum(name.endswith("cache_hits") for name in hits))
+"""
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout.split())
+    assert outputs[0][0] == outputs[1][0] and int(outputs[1][1]) > int(outputs[0][1])
+
+
+def test_second_process_compiles_no_kernel(tmp_path):
+    code = """
+import jax.numpy as jnp, jax_fp8gemm as fp8
+from jax_fp8gemm import _native
+fp8.fp8_matmul(jnp.ones((256, 256)), jnp.ones((256, 256))).block_until_ready()
+print(_native.cache_facts()["compiled"], _native.cache_facts()["from_disk"])
+"""
+    environment = {**os.environ, "JAX_FP8GEMM_CACHE_DIR": str(tmp_path)}
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        outputs.append(done.stdout.split())
+    assert outputs[0] == ["1", "0"] and outputs[1] == ["0", "1"]
+
+
+def test_check_command_says_that_the_kernels_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "jax_fp8gemm"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "kernels run on this GPU" in done.stdout
+    assert _native.device_facts()["devices"][0]["name"] in done.stdout

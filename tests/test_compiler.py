@@ -1,0 +1,208 @@
+"""The run-time compiler and its cache, and every config that can be chosen."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from shapes import DENSE, ODD, WEIGHT_GRADIENT
+
+from jax_fp8gemm import _native
+from jax_fp8gemm import config as configs
+from jax_fp8gemm.variants import SCALES
+
+pytestmark = pytest.mark.skipif(
+    "error" in _native.nvrtc_facts(),
+    reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12",
+)
+
+SMALL = configs.Problem("dense", 64, 64, 256)
+CONFIG = configs.GemmConfig("few_rows", 64, 8, 4)
+
+
+def attributes(problem=SMALL, config=CONFIG) -> dict:
+    return {
+        k: v if isinstance(v, str) else int(v)
+        for k, v in configs.attributes(problem, config).items()
+    }
+
+
+def compile_elsewhere(cache: pathlib.Path, **environment) -> dict:
+    """Compiles the small kernel in a fresh process and returns its facts."""
+    code = (
+        "import json, sys; from jax_fp8gemm import _native\n"
+        f"made = _native.compile({attributes()!r})\n"
+        "print(json.dumps({'origin': made['origin'], 'seconds': made['seconds']}))"
+    )
+    environment = {**os.environ, "JAX_FP8GEMM_CACHE_DIR": str(cache), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        return {"error": done.stderr}
+    return {**json.loads(done.stdout), "stderr": done.stderr}
+
+
+def entries(cache: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(cache.glob("*.kernel"))
+
+
+def test_second_process_does_not_compile(tmp_path):
+    first, second = compile_elsewhere(tmp_path), compile_elsewhere(tmp_path)
+    assert (first["origin"], second["origin"]) == ("nvrtc", "disk")
+    assert first["seconds"] < 10  # under 1.5 s on an idle machine
+    assert second["seconds"] < 0.2  # under 20 ms on an idle machine
+
+
+def test_damaged_entries_are_compiled_again(tmp_path):
+    compile_elsewhere(tmp_path)
+    (entry,) = entries(tmp_path)
+    good = entry.read_bytes()
+    for bad in (b"", good[:100], good[:-1], good[:-200] + bytes(200), b"something else" * 99):
+        entry.write_bytes(bad)
+        assert compile_elsewhere(tmp_path)["origin"] == "nvrtc"
+        assert compile_elsewhere(tmp_path)["origin"] == "disk"
+
+
+def test_a_killed_writer_does_no_harm(tmp_path):
+    (tmp_path / "0123456789abcdef.kernel.77.0.tmp").write_bytes(b"half an en")
+    assert compile_elsewhere(tmp_path)["origin"] == "nvrtc"
+    assert compile_elsewhere(tmp_path)["origin"] == "disk"
+
+
+def test_a_process_killed_while_compiling_does_no_harm(tmp_path):
+    code = (
+        f"from jax_fp8gemm import _native; print(1, flush=True); _native.compile({attributes()!r})"
+    )
+    environment = {**os.environ, "JAX_FP8GEMM_CACHE_DIR": str(tmp_path)}
+    victim = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    victim.stdout.readline()
+    time.sleep(0.05)
+    victim.kill()
+    victim.communicate()
+    assert compile_elsewhere(tmp_path)["origin"] in ("nvrtc", "disk")
+    assert compile_elsewhere(tmp_path)["origin"] == "disk"
+
+
+def test_many_processes_at_once(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(compile_elsewhere, [tmp_path] * 4))
+    assert all("origin" in facts for facts in made), made
+    assert len(entries(tmp_path)) == 1 and not list(tmp_path.glob("*.tmp"))
+    assert compile_elsewhere(tmp_path)["origin"] == "disk"
+
+
+def test_unwritable_cache_warns_once_and_works(tmp_path):
+    blocked = tmp_path / "a file, not a folder"
+    blocked.write_text("")
+    made = compile_elsewhere(blocked)
+    assert made["origin"] == "nvrtc"
+    assert made["stderr"].count("cannot write the kernel cache") == 1
+    assert "JAX_FP8GEMM_CACHE_DIR" in made["stderr"]
+
+
+def test_missing_compiler_is_a_clear_error(tmp_path):
+    error = compile_elsewhere(tmp_path, JAX_FP8GEMM_NVRTC=str(tmp_path / "libnvrtc.so"))["error"]
+    for part in ("the run-time compiler does not load", "got", "expected", "mend", "pip install"):
+        assert part in error
+
+
+def test_verbose_and_dump(tmp_path):
+    dump = tmp_path / "dump"
+    made = compile_elsewhere(tmp_path, JAX_FP8GEMM_VERBOSE="1", JAX_FP8GEMM_DUMP=str(dump))
+    assert "few_rows_64x8" in made["stderr"] and "from nvrtc" in made["stderr"]
+    text = {path.suffix: path.read_bytes() for path in dump.iterdir()}
+    assert (
+        b"kSpec" in text[".cu"]
+        and b"registers" in text[".log"]
+        and text[".cubin"][:4] == b"\x7fELF"
+    )
+    assert b"wgmma" in text[".ptx"]
+
+
+def test_threads_share_one_compilation():
+    before = _native.cache_facts()["programs"]
+    wanted = attributes(config=configs.GemmConfig("few_rows", 64, 24, 4))
+    threads = [threading.Thread(target=_native.compile, args=(wanted,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert _native.cache_facts()["programs"] == before + 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"variant": "sparse"},
+            ["attribute variant has an unknown value", "one of dense, batched"],
+        ),
+        ({"block_m": None}, ["attribute block_m is missing"]),
+        ({"shared_bytes": 5}, ["does not compile", "config.py and kernel disagree"]),
+    ],
+)
+def test_bad_specifications_are_named(change, words):
+    wanted = {k: v for k, v in {**attributes(), **change}.items() if v is not None}
+    with pytest.raises(ValueError) as info:
+        _native.compile(wanted)
+    assert all(word in str(info.value) for word in words)
+
+
+# ---- Every kernel that can be chosen ------------------------------------------------------------
+
+
+def reachable() -> dict[str, dict]:
+    """Returns the attributes of every config that the shapes of tests and benchmarks lead to."""
+    found = {}
+    for shape in [*DENSE, *WEIGHT_GRADIENT, *ODD]:
+        found |= chosen(shape, shape.scales, shape.out)
+    for shape in ODD:
+        for scales in SCALES:
+            for out in ("bf16", "f32"):
+                found |= chosen(shape, scales, out)
+                found |= chosen(shape, scales, out, accumulate=out == "f32", variant="batched")
+    return found
+
+
+def chosen(shape, scales, out, accumulate=False, variant="dense") -> dict[str, dict]:
+    problem = configs.Problem(variant, shape.m, shape.n, shape.k, 1, scales, out, accumulate)
+    wanted = attributes(problem, configs.select(problem))
+    wanted["num_sms"] = 0
+    return {json.dumps(wanted, sort_keys=True): wanted}
+
+
+def disassembler() -> str | None:
+    import importlib.util
+
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations if spec else []:
+        for path in pathlib.Path(root).glob("*/bin/nvdisasm"):
+            return str(path)
+    return None
+
+
+@pytest.mark.parametrize(
+    "wanted", reachable().values(), ids=lambda w: f"{w['kernel']}-{w['block_m']}x{w['block_n']}"
+)
+def test_reachable_kernels_have_no_spills_and_use_the_tensor_core(wanted, tmp_path):
+    made = _native.compile(wanted)
+    assert re.search(
+        r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", made["log"]
+    )
+    assert "C7514" not in made["log"] and "C7518" not in made["log"]  # "wgmma serialized"
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(made["cubin"])
+    sass = subprocess.run([tool, str(cubin)], capture_output=True, text=True, check=True).stdout
+    assert "QGMMA" in sass and "UTMALDG" in sass
+    first, last = sass.index("QGMMA"), sass.rindex("QGMMA")
+    assert "MEMBAR" not in sass[first:last] and "LDL" not in sass  # see ptx.cuh on remote arrivals
