@@ -18,12 +18,15 @@
 namespace fp8gemm {
 
 constexpr int kMathWarpgroups = 2;
-constexpr int kProducerRegisters = 48;  // 128 × 48 + 256 × 232 = the 64 Ki of an SM
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;  // of the 384 × 168 that a CTA starts with, the producer
+constexpr int kConsumerRegisters = 232;  // gives back as many as the consumers take
 
 enum NamedBarrier : int {  // 0 is __syncthreads
   kStoreBarrier = 1,       // + warpgroup: its 128 threads around the use of its output boxes
 };
+
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168,
+              "setmaxnreg: more registers than the CTA has would wait for ever");
 
 template <GemmSpec spec>
 struct GemmTraits {
@@ -213,6 +216,7 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
       typename Traits::Ring at{0, 1};  // parity 1: the stages begin empty
       for (; !scheduler.done(); scheduler.next()) {
         const Block block = scheduler.block();
+#pragma unroll 1  // 40 registers hold one step's addresses
         for (int step = 0; step < steps; ++step, at.advance()) {
           mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
           producer.load(block, step, at.stage);
