@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 
 import jax
@@ -26,6 +27,9 @@ from jax_fp8gemm.qarray import FP8, QArray, scale_shape
 
 FLUSH_BYTES = 256 << 20  # several times the 50 or 60 MB of L2
 FLUSH_KERNEL = "shift_left"  # the operation that names the kernel of the flush in a trace
+READING_KERNEL = "reduce"  # likewise
+FLUSH_US = 20.0  # that a flush takes at least
+PAUSE = 0.1  # s between bursts, for the clock to recover
 KERNEL = "fp8_gemm"  # the entry point, csrc/gemm_spec.h
 
 Contender = Callable[[], jax.Array]
@@ -49,50 +53,83 @@ def _kernels(folder: str) -> list[tuple[str, float]]:
     return [(name, us) for _, name, us in sorted(events)]
 
 
-def device_kernels(contenders: dict[str, Contender], reps: int) -> dict[str, list[list]]:
-    """Runs contenders in turn, L2 flushed before each, and returns what ran on the device.
+@jax.jit
+def _flush_by_reading(buffer: jax.Array, value: jax.Array) -> jax.Array:
+    """Reads `buffer`, and leaves L2 full of lines that nobody has to write back."""
+    return jnp.max(jax.lax.shift_left(buffer, value))
+
+
+def device_kernels(
+    contenders: dict[str, Contender], reps: int, *, burst: bool = False, flush: str = "write"
+) -> dict[str, list[list]]:
+    """Runs contenders, L2 flushed before each launch, and returns what ran on the device.
 
     Args:
       contenders: by name, functions that start work on the device and return its output.
-      reps: turns of all contenders.
+      reps: launches of each contender.
+      burst: all launches of one contender, a pause, then the next's, so that each runs at the
+        clock of a short burst; otherwise contenders take turns, and share a clock.
+      flush: "write" or "read" 256 MB before each launch.
 
     Returns:
-      For each contender, for each turn, [(kernel name, µs), ...].
+      For each contender, for each launch, [(kernel name, µs), ...].
     """
     buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.uint32)
+    names = list(contenders)
+    order = [n for n in names for _ in range(reps)] if burst else names * reps
     for run in contenders.values():
         jax.block_until_ready(run())
+    jax.block_until_ready(_flush_by_reading(buffer, jnp.uint32(0)))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder, profiler_options=options)
-        for turn in range(reps):
-            for run in contenders.values():
-                buffer = _flush(buffer, jnp.uint32(turn % 8))
+        for index, name in enumerate(order):
+            if burst and index % reps == 0:
+                time.sleep(PAUSE)
+            value = jnp.uint32(index % 8)
+            if flush == "write":
+                buffer = _flush(buffer, value)
                 jax.block_until_ready(buffer)
-                jax.block_until_ready(run())
+            else:
+                jax.block_until_ready(_flush_by_reading(buffer, value))
+            jax.block_until_ready(contenders[name]())
         jax.profiler.stop_trace()
         events = _kernels(folder)
-    turns: list[list] = []
+    launches = _between_flushes(events, flush)
+    if len(launches) != len(order):
+        raise RuntimeError(f"{len(launches)} flushes in the trace, {len(order)} expected")
+    found: dict[str, list[list]] = {name: [] for name in names}
+    for name, launch in zip(order, launches, strict=True):
+        found[name].append(launch)
+    return found
+
+
+def _between_flushes(events: list[tuple[str, float]], flush: str) -> list[list]:
+    """Splits a trace at the flushes; one by reading is two kernels."""
+    launches: list[list] = []
+    kernel = FLUSH_KERNEL if flush == "write" else READING_KERNEL
+    in_flush = False
     for name, us in events:
-        if FLUSH_KERNEL in name:
-            turns.append([])
-        elif turns:
-            turns[-1].append((name, us))
-    if len(turns) != reps * len(contenders):
-        raise RuntimeError(f"{len(turns)} flushes in the trace, {reps * len(contenders)} expected")
-    return {name: turns[i :: len(contenders)] for i, name in enumerate(contenders)}
+        if kernel in name and us > FLUSH_US:
+            launches.append([])
+            in_flush = flush == "read"
+        elif in_flush and "fp8_gemm" not in name:
+            in_flush = False  # the second, small, kernel of the reduction
+        elif launches:
+            launches[-1].append((name, us))
+    return launches
 
 
 def device_microseconds(
-    contenders: dict[str, Contender], reps: int, only: str = ""
+    contenders: dict[str, Contender], reps: int, only: str = "", **how
 ) -> dict[str, list[float]]:
-    """Returns, for each contender, the µs of each turn: the sum of kernels that `only` is in."""
-    ran = device_kernels(contenders, reps)
+    """Returns, for each contender, the µs of each launch: the sum of kernels that `only` is in."""
+    ran = device_kernels(contenders, reps, **how)
     return {
-        name: [sum(us for kernel, us in turn if only in kernel) for turn in turns]
-        for name, turns in ran.items()
+        name: [sum(us for kernel, us in launch if only in kernel) for launch in launches]
+        for name, launches in ran.items()
     }
 
 
@@ -114,10 +151,15 @@ def random_operands(problem: configs.Problem, seed: int = 0) -> tuple[QArray, QA
 
 def compiled(problem: configs.Problem, config: configs.GemmConfig | None, operands) -> Contender:
     """Returns a function that runs the product with `config`, compiled ahead."""
+    executable = executable_of(problem, config, operands)
+    return lambda: executable(*operands)
+
+
+def executable_of(problem: configs.Problem, config: configs.GemmConfig | None, operands):
+    """Compiles the product; operands may be shapes."""
     static = Static(problem.variant, problem.scales, problem.out, problem.num_sms, config)
     function = jax.jit(lambda lhs, rhs: product(lhs, rhs, None, static))
-    executable = function.lower(*operands).compile()
-    return lambda: executable(*operands)
+    return function.lower(*operands).compile()
 
 
 @jax.jit

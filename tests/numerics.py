@@ -27,4 +27,4 @@ def dequantized64(q, tile=None) -> np.ndarray:
 def product64(lhs, rhs, tiles=(None, None)) -> np.ndarray:
     """Returns the product of the dequantised operands in float64: what kernels are judged by."""
     left, right = dequantized64(lhs, tiles[0]), dequantized64(rhs, tiles[1])
-    return np.einsum("...mk,...nk->...mn", left, right)
+    return left @ np.swapaxes(right, -1, -2)
