@@ -205,4 +205,5 @@ def test_reachable_kernels_have_no_spills_and_use_the_tensor_core(wanted, tmp_pa
     sass = subprocess.run([tool, str(cubin)], capture_output=True, text=True, check=True).stdout
     assert "QGMMA" in sass and "UTMALDG" in sass
     first, last = sass.index("QGMMA"), sass.rindex("QGMMA")
-    assert "MEMBAR" not in sass[first:last] and "LDL" not in sass  # see ptx.cuh on remote arrivals
+    # A fence of the whole GPU in the main loop costs half the speed: see ptx.cuh, remote arrivals.
+    assert not re.search(r"MEMBAR\.\w+\.(GPU|SYS)", sass[first:last]) and "LDL" not in sass
