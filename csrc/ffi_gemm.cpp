@@ -131,11 +131,13 @@ TensorMapShape row_scale_shape(const Operand& scale, int block_rows, int64_t row
           {uint32_t(copied_rows(block_rows, int(rows))), 1}, false};
 }
 
-// Output blocks, a cluster's neighbours counted as one.
-int64_t cluster_blocks(const GemmSpec& spec, int64_t m, int64_t n, int64_t groups) {
-  const int along_m = spec.multicast == Multicast::kRhs ? 2 : 1;
-  const int along_n = spec.multicast == Multicast::kLhs ? 2 : 1;
-  return groups * ceil_div(m, spec.block_m * along_m) * ceil_div(n, spec.block_n * along_n);
+// Output blocks, a cluster's neighbours counted as one; an upper bound where sizes are on the device.
+int64_t cluster_blocks(const GemmSpec& spec, const GemmParams& params) {
+  const int rows = spec.block_m * (spec.multicast == Multicast::kRhs ? 2 : 1);
+  const int columns = spec.block_n * (spec.multicast == Multicast::kLhs ? 2 : 1);
+  const int64_t n_blocks = ceil_div(params.n, columns), m_blocks = ceil_div(params.m, rows);
+  if (spec.variant == Variant::kRagged) return (m_blocks + params.groups) * n_blocks;
+  return m_blocks * n_blocks * (out_has_groups(spec.variant) ? params.groups : 1);
 }
 
 // CTAs to launch: one wave at most, evenly loaded; with split_k one cluster for each block.
@@ -149,36 +151,63 @@ int64_t grid_size(const KernelSpec& spec, int64_t blocks, int multiprocessors) {
 
 struct Operands {
   Operand lhs, rhs, lhs_scale, rhs_scale, out;
+  const int32_t* group_data = nullptr;
+  int64_t groups = 1;
 };
+
+// Sizes [groups], or the group of each row [m].
+Status read_group_data(const ffi::AnyBuffer& buffer, Variant variant, int64_t m, Operands& o) {
+  const int64_t expected = variant == Variant::kContiguous ? m : o.groups;
+  if (buffer.element_type() != ffi::S32 || int64_t(buffer.element_count()) != expected) {
+    return Status::error(message("gemm: the group operand has the wrong type",
+                                 "element type " + std::to_string(int(buffer.element_type())) +
+                                     ", shape " + shape_text(buffer),
+                                 "int32 [" + std::to_string(expected) + "]",
+                                 "trace the program again with this version of jax_fp8gemm"));
+  }
+  o.group_data = static_cast<const int32_t*>(buffer.untyped_data());
+  return {};
+}
 
 Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets results,
                      Operands& o) {
-  const size_t expected = spec.accumulate ? 5 : 4;
+  const size_t expected = 4 + is_grouped(spec.variant) + spec.accumulate;
   if (args.size() != expected || results.size() != 1) {
     return Status::error(message("gemm: wrong number of operands", std::to_string(args.size()),
                                  std::to_string(expected) + " operands and one result",
                                  "trace the program again with this version of jax_fp8gemm"));
   }
-  const int rank = spec.variant == Variant::kBatched ? 3 : 2;
+  const int lhs_rank = lhs_has_groups(spec.variant) ? 3 : 2;
+  const int rhs_rank = rhs_has_groups(spec.variant) ? 3 : 2;
+  const int out_rank = out_has_groups(spec.variant) ? 3 : 2;
   const auto out_type = spec.out == Out::kF32 ? ffi::F32 : ffi::BF16;
-  Status status = read_operand(*args.get<ffi::AnyBuffer>(0), "lhs", ffi::F8E4M3FN, rank, o.lhs);
-  auto then = [&](size_t index, const char* name, ffi::DataType type, Operand& operand) {
+  Status status;
+  auto then = [&](size_t index, const char* name, ffi::DataType type, int rank, Operand& operand) {
     if (status.ok()) status = read_operand(*args.get<ffi::AnyBuffer>(index), name, type, rank, operand);
   };
-  then(1, "rhs", ffi::F8E4M3FN, o.rhs);
-  then(2, "lhs scale", ffi::F32, o.lhs_scale);
-  then(3, "rhs scale", ffi::F32, o.rhs_scale);
-  if (status.ok()) status = read_operand(**results.get<ffi::AnyBuffer>(0), "out", out_type, rank, o.out);
+  then(0, "lhs", ffi::F8E4M3FN, lhs_rank, o.lhs);
+  then(1, "rhs", ffi::F8E4M3FN, rhs_rank, o.rhs);
+  then(2, "lhs scale", ffi::F32, lhs_rank, o.lhs_scale);
+  then(3, "rhs scale", ffi::F32, rhs_rank, o.rhs_scale);
+  if (status.ok()) {
+    status = read_operand(**results.get<ffi::AnyBuffer>(0), "out", out_type, out_rank, o.out);
+  }
   if (!status.ok()) return status;
-  const int64_t g = o.lhs.groups, m = o.lhs.rows, n = o.rhs.rows, k = o.lhs.columns;
-  status = expect_shape(o.rhs, g, n, k);
-  if (status.ok()) status = expect_shape(o.out, g, m, n);
-  if (status.ok()) status = check_scales(o.lhs_scale, spec.lhs_scale, g, m, k);
-  if (status.ok()) status = check_scales(o.rhs_scale, spec.rhs_scale, g, n, k);
+  o.groups = std::max(o.rhs.groups, o.out.groups);
+  const int64_t lhs_groups = lhs_rank == 3 ? o.groups : 1, rhs_groups = rhs_rank == 3 ? o.groups : 1;
+  const int64_t m = o.lhs.rows, n = o.rhs.rows, k = o.lhs.columns;
+  status = expect_shape(o.lhs, lhs_groups, m, k);
+  if (status.ok()) status = expect_shape(o.rhs, rhs_groups, n, k);
+  if (status.ok()) status = expect_shape(o.out, out_rank == 3 ? o.groups : 1, m, n);
+  if (status.ok()) status = check_scales(o.lhs_scale, spec.lhs_scale, lhs_groups, m, k);
+  if (status.ok()) status = check_scales(o.rhs_scale, spec.rhs_scale, rhs_groups, n, k);
+  if (status.ok() && is_grouped(spec.variant)) {
+    status = read_group_data(*args.get<ffi::AnyBuffer>(4), spec.variant, m, o);
+  }
   if (status.ok() && spec.accumulate) {
     Operand init;
-    status = read_operand(*args.get<ffi::AnyBuffer>(4), "init", out_type, rank, init);
-    if (status.ok()) status = expect_shape(init, g, m, n);
+    status = read_operand(*args.get<ffi::AnyBuffer>(expected - 1), "init", out_type, out_rank, init);
+    if (status.ok()) status = expect_shape(init, o.out.groups, m, n);
     if (status.ok() && init.data != o.out.data) {
       return Status::error("jax_fp8gemm: gemm: init is not aliased to the output");
     }
@@ -210,7 +239,7 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
 
 Status launch(const Driver& driver, const KernelSpec& spec, const LoadedKernel& kernel,
               CUstream stream, GemmParams& params) {
-  const int64_t blocks = cluster_blocks(spec.gemm, params.m, params.n, params.groups);
+  const int64_t blocks = cluster_blocks(spec.gemm, params);
   const int64_t grid = grid_size(spec, blocks, kernel.multiprocessors);
   if (blocks > INT32_MAX || grid > INT32_MAX) {
     return Status::error("jax_fp8gemm: gemm: more than 2^31 output blocks");
@@ -243,7 +272,8 @@ ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::Remai
   params.m = int32_t(o.lhs.rows);
   params.n = int32_t(o.rhs.rows);
   params.k = int32_t(o.lhs.columns);
-  params.groups = int32_t(o.lhs.groups);
+  params.groups = int32_t(o.groups);
+  params.group_data = o.group_data;
   return to_error(launch(driver, spec, *kernel, stream, params));
 }
 

@@ -10,7 +10,12 @@ struct Name {
 };
 using Names = std::vector<Name>;  // in the order of the enum
 
-const Names kVariants = {{"dense", "Variant::kDense"}, {"batched", "Variant::kBatched"}};
+const Names kVariants = {{"dense", "Variant::kDense"},
+                         {"batched", "Variant::kBatched"},
+                         {"ragged", "Variant::kRagged"},
+                         {"contiguous", "Variant::kContiguous"},
+                         {"masked", "Variant::kMasked"},
+                         {"ragged_contracting", "Variant::kRaggedContracting"}};
 const Names kScaleTiles = {{"1x128", "ScaleTile::k1x128"},
                            {"128x128", "ScaleTile::k128x128"},
                            {"1xk", "ScaleTile::k1xK"},

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile, ceil_div, round_up
-from jax_fp8gemm.variants import SCALES
+from jax_fp8gemm.variants import SCALES, VARIANTS
 
 DEFAULT_DEVICE = "NVIDIA H200"
 SMS = 132  # of an H100 or H200 SXM; the launch reads the real number
@@ -32,7 +32,13 @@ TILE_NAMES: dict[Tile, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product as far as the choice of a config may depend on it."""
+    """A product as far as the choice of a config may depend on it.
+
+    Attributes:
+      m: rows of lhs, of all groups together; in "masked" the rows that one group is expected to
+        have.
+      k: of all groups together in "ragged_contracting".
+    """
 
     variant: str
     m: int
@@ -48,6 +54,13 @@ class Problem:
     @property
     def tiles(self) -> tuple[Tile, Tile]:
         return SCALES[self.scales]
+
+    @property
+    def one_group(self) -> tuple[int, int]:
+        """Rows and depth of one product, where groups are all of one size."""
+        groups = VARIANTS[self.variant].groups
+        rows = ceil_div(self.m, self.g) if groups == "m" and self.variant != "masked" else self.m
+        return rows, ceil_div(self.k, self.g) if groups == "k" else self.k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +100,7 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
     lhs, rhs = problem.tiles
     m, n = config.block_m, config.block_n
     stage = 128 * (m + n) + _scale_slot(lhs, m) + _scale_slot(rhs, n)
-    total = config.stages * (stage + 16)  # two barriers each
+    total = config.stages * (stage + 16 + 32)  # two barriers and a note on the block
     if config.kernel == "few_rows":
         parts, groups = 2 * config.split_k, m // 64 * (n // 8)
         total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
@@ -98,7 +111,7 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
 
 def blocks(problem: Problem, config: GemmConfig) -> int:
     """Returns the number of output blocks, those that a cluster computes in vain included."""
-    m = ceil_div(problem.m, config.block_m)
+    m = ceil_div(problem.one_group[0], config.block_m)
     n = ceil_div(problem.n, config.block_n)
     if config.multicast == "rhs":
         m = round_up(m, 2)
@@ -118,6 +131,8 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
         return f"stages {c.stages}, group_m {c.group_m}: at least 2 and 1"
     if shared_bytes(problem, c) > SHARED_BYTES:
         return f"{shared_bytes(problem, c)} bytes of shared memory: at most {SHARED_BYTES}"
+    if problem.variant == "contiguous" and (c.block_m != 128 or c.multicast == "rhs"):
+        return "contiguous: blocks of 128 rows, each of a group of its own"
     # fp32 registers of a thread: sums of all its rows, and one partial of 64 rows.
     if c.kernel == "persistent":
         registers = c.block_m // 128 * c.block_n // 2 + c.block_n // 2
@@ -127,6 +142,10 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
             return "split_k: few_rows only"
         return None if registers <= 192 else f"{registers} accumulator registers: at most 192"
     registers = c.block_m // 64 * c.block_n // 2 + c.block_n // 2
+    if problem.variant in ("contiguous", "ragged_contracting"):
+        return f"few_rows: not for {problem.variant}"
+    if c.split_k > 1 and VARIANTS[problem.variant].groups:
+        return "split_k: only where the number of blocks is known"
     if c.block_m not in (64, 128) or c.block_n % 8 or not 8 <= c.block_n <= 128:
         return f"block {c.block_m}x{c.block_n}: 64 or 128 rows, 8 to 128 columns by 8"
     if c.multicast != "none" or c.stages % 2 or c.split_k not in (1, 2, 4):
@@ -160,13 +179,13 @@ def _deepest(problem: Problem, config: GemmConfig, most: int) -> GemmConfig | No
 def candidates(problem: Problem) -> list[GemmConfig]:
     """Returns the legal configs worth timing, in no order."""
     found = []
-    steps = max(2, ceil_div(problem.k, 128))
+    steps = max(2, ceil_div(problem.one_group[1], 128))
     for block_m, block_n, multicast in _PERSISTENT:
         config = GemmConfig("persistent", block_m, block_n, 2, multicast)
         found.append(_deepest(problem, config, 8))
-        if problem.m > 2048 and (block_m, block_n, multicast) in _LARGEST and found[-1]:
+        if problem.one_group[0] > 2048 and (block_m, block_n, multicast) in _LARGEST and found[-1]:
             found += [dataclasses.replace(found[-1], group_m=group) for group in (4, 16, 32)]
-    if problem.m <= 1024:
+    if problem.one_group[0] <= 1024:
         for block_m in (64, 128):
             for block_n in _FEW_ROWS:
                 for split_k in (1, 2, 4):
@@ -208,7 +227,8 @@ def predicted_seconds(
     """
     p, c, model = problem, config, model or CostModel()
     few_rows = c.kernel == "few_rows"
-    steps = max(2, ceil_div(p.k, 128)) / c.split_k
+    m, k = p.one_group
+    steps = max(2, ceil_div(k, 128)) / c.split_k
     sms = min(p.num_sms or SMS, SMS)
     if c.split_k == 4:
         sms = sms * 10 // 11  # no more clusters of four find a place
@@ -218,14 +238,14 @@ def predicted_seconds(
     tensor *= model.per_column if p.tiles[1] in (ROW_BLOCKS, ROWS) else model.tensor
     if few_rows:
         tensor = max(tensor * model.few_rows_tensor, model.few_rows_step)
-    rows = min(c.block_m, p.m) / (2 if c.multicast == "lhs" else 1)
+    rows = min(c.block_m, m) / (2 if c.multicast == "lhs" else 1)
     columns = c.block_n / (2 if c.multicast == "rhs" else 1)
     loads = 128 * (rows + columns) / model.l2_bytes
     out_bytes = 4 if p.out == "f32" else 2
     block = model.few_rows_block if few_rows else model.block
-    block += min(c.block_m, p.m) * c.block_n * out_bytes / c.split_k / model.output
+    block += min(c.block_m, m) * c.block_n * out_bytes / c.split_k / model.output
     cycles = waves * (steps * max(tensor, loads) + block)
-    traffic = p.g * (p.m * p.k + p.n * p.k + out_bytes * p.m * p.n)
+    traffic = p.g * (m * k + p.n * k + out_bytes * m * p.n)
     streaming = traffic / (model.bandwidth * min(1.0, ctas / SMS))
     latency = model.few_rows_latency if few_rows else model.latency
     return max(cycles / model.clock, streaming) + latency

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm.errors import message
-from jax_fp8gemm.ops import gemm
-from jax_fp8gemm.qarray import QArray, round_up
+from jax_fp8gemm.kernel_level import gemm
+from jax_fp8gemm.qarray import BLOCK, QArray, round_up
 from jax_fp8gemm.qarray import ceil_div as ceil_div
 
 _num_sms: int | None = None
@@ -55,3 +55,59 @@ def gemm_fp8_fp8_bf16_nt(
       rhs: e4m3 [n, k] and its f32 scales [ceil(n / 128), ceil(k / 128)].
     """
     return gemm(QArray(*lhs), QArray(*rhs), out_dtype=jnp.bfloat16, num_sms=_num_sms)
+
+
+def get_m_alignment_for_contiguous_layout() -> int:
+    """Returns 128: a block of so many rows belongs to one group."""
+    return BLOCK
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
+    lhs: tuple[jax.Array, jax.Array], rhs: tuple[jax.Array, jax.Array], m_indices: jax.Array
+) -> jax.Array:
+    """Returns bfloat16 [m, n]: row i of lhs times the matrix m_indices[i] of rhs.
+
+    Args:
+      lhs: e4m3 [m, k] and its f32 scales [m, ceil(k / 128)].
+      rhs: e4m3 [g, n, k] and its f32 scales [g, ceil(n / 128), ceil(k / 128)].
+      m_indices: int32 [m], the same for each 128 rows; -1 for padding, whose rows become zero.
+    """
+    return gemm(QArray(*lhs), QArray(*rhs), m_indices, variant="contiguous", num_sms=_num_sms)
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
+    lhs: tuple[jax.Array, jax.Array],
+    rhs: tuple[jax.Array, jax.Array],
+    masked_m: jax.Array,
+    expected_m: int,
+) -> jax.Array:
+    """Returns bfloat16 [g, m, n], of which the first masked_m[i] rows of group i are defined.
+
+    Args:
+      lhs: e4m3 [g, m, k] and its f32 scales [g, m, ceil(k / 128)].
+      rhs: e4m3 [g, n, k] and its f32 scales [g, ceil(n / 128), ceil(k / 128)].
+      masked_m: int32 [g].
+      expected_m: rows that a group is expected to have; decides on the blocks, not on results.
+    """
+    operands = QArray(*lhs), QArray(*rhs), masked_m
+    return gemm(*operands, variant="masked", num_sms=_num_sms, expected_rows=expected_m)
+
+
+def k_grouped_fp8_gemm_nt_contiguous(
+    lhs: tuple[jax.Array, jax.Array],
+    rhs: tuple[jax.Array, jax.Array],
+    ks: jax.Array,
+    c: jax.Array | None = None,
+) -> jax.Array:
+    """Returns float32 [g, m, n]: for each group the product over its part of k, added to c.
+
+    Args:
+      lhs: e4m3 [m, k] and its f32 scales [m, ceil(k / 128)].
+      rhs: e4m3 [n, k] and its f32 scales [n, ceil(k / 128)].
+      ks: int32 [g], multiples of 128 that lie end to end along k; on the device or not.
+      c: f32 [g, m, n].
+    """
+    operands = QArray(*lhs), QArray(*rhs), ks
+    return gemm(
+        *operands, variant="ragged_contracting", out_dtype=jnp.float32, init=c, num_sms=_num_sms
+    )

@@ -1,4 +1,4 @@
-"""What users call: quantize, dequantize, gemm, fp8_matmul."""
+"""What users of float arrays call: fp8_matmul, fp8_ragged_dot. Quantised inside, differentiable."""
 
 import functools
 
@@ -6,212 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_fp8gemm import reference
-from jax_fp8gemm.config import GemmConfig
-from jax_fp8gemm.errors import describe, message
-from jax_fp8gemm.primitives import Static, product
-from jax_fp8gemm.qarray import (
-    BLOCKS,
-    FP8,
-    ROW_BLOCKS,
-    TILES,
-    QArray,
-    Tile,
-    round_up,
-    scale_shape,
-)
-from jax_fp8gemm.variants import SCALES, VARIANTS
-
-K_MULTIPLE = 16  # bytes: what the copy engine wants of a row of FP8 numbers
-FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> QArray:
-    """Quantises to FP8 with one scale for each tile of the last two dims.
-
-    qvalue = e4m3(clip(x / scale, ±448)), scale ≈ max|tile| / 448.
-
-    Args:
-      x: bf16, f16 or f32 [..., rows, k].
-      tile: (1, 128) for activations and gradients, (128, 128) for weights, (1, None) per row,
-        (None, None) per matrix.
-      scale: "pow2" rounds scales up to powers of two, which makes quantising once more along the
-        other axis exact; "float32" keeps max|tile| / 448.
-
-    Returns:
-      QArray. A tile of zeros has scale 1; a tile with NaN or Inf has scale NaN.
-
-    Raises:
-      TypeError: x is not of a float type. ValueError: an unknown tile or scale, or rank below 2.
-
-    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2; E4M3 (arXiv 2209.05433).
-    """
-    if tile not in TILES:
-        _fail("quantize", "unknown tile.", f"tile {tile}", f"one of {TILES}", "choose one of these")
-    if scale not in ("pow2", "float32"):
-        _fail("quantize", "unknown scale.", f"scale {scale!r}", '"pow2" or "float32"', "choose one")
-    _check_float("quantize", "x", x)
-    if x.ndim < 2:
-        _fail("quantize", "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
-    return QArray(*reference.quantize(x, tile, scale))
-
-
-def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Returns qvalue · scale, multiplied in float32, as `dtype` [..., rows, k]."""
-    return reference.dequantize(q.qvalue, q.scale, q.tile).astype(dtype)
-
-
-def gemm(
-    lhs: QArray,
-    rhs: QArray,
-    *,
-    variant: str = "dense",
-    out_dtype: jnp.dtype = jnp.bfloat16,
-    init: jax.Array | None = None,
-    num_sms: int | None = None,
-    config: GemmConfig | None = None,
-) -> jax.Array:
-    """Multiplies FP8 operands: out[m, n] = Σ_k lhs[m, k] · rhs[n, k], both with their scales.
-
-    Sums of 128 of k are made by the tensor core and added up in float32.
-
-    Args:
-      lhs: QArray [m, k] (dense) or [g, m, k] (batched).
-      rhs: QArray [n, k] or [g, n, k]; both operands have k last, a multiple of 16. Scales are
-        1x128 × 128x128, 1x128 × 1x128, per row × per row, or per tensor × per tensor.
-      variant: "dense" or "batched".
-      out_dtype: bfloat16 or float32.
-      init: f32, of the output's shape: what to add the product to; needs out_dtype float32.
-        Donate it to save a copy.
-      num_sms: upper bound of the multiprocessors to use; None for all.
-      config: overrides jax_fp8gemm.config.select.
-
-    Returns:
-      out_dtype [m, n] or [g, m, n]. On a Hopper GPU two runs give the same bits.
-
-    Raises:
-      ValueError: shapes or scales that do not fit, an unknown variant. TypeError: dtypes.
-
-    Example:
-      out = gemm(quantize(x), quantize(w.T, (128, 128)))
-    """
-    if variant not in VARIANTS:
-        _fail("gemm", "unknown variant.", repr(variant), f"one of {list(VARIANTS)}", "choose one")
-    _check_operands(lhs, rhs, variant)
-    shape = VARIANTS[variant].out_shape(lhs.shape, rhs.shape)
-    static = Static(
-        variant, _scales(lhs, rhs), _out_name(out_dtype, init, shape), num_sms or 0, config
-    )
-    return product(lhs, rhs, init, static)
-
-
-def _fail(op: str, what: str, got: str, expected: str, mend: str, error: type = ValueError):
-    raise error(message(op, what, got=got, expected=expected, mend=mend))
-
-
-def _check_float(op: str, name: str, x: jax.Array) -> None:
-    if x.dtype not in FLOATS:
-        mend = f"cast {name} to bfloat16"
-        _fail(
-            op,
-            f"{name} has the wrong dtype.",
-            describe(name, x),
-            "bf16, f16 or f32",
-            mend,
-            TypeError,
-        )
-
-
-def _check_operands(lhs: QArray, rhs: QArray, variant: str) -> None:
-    row = VARIANTS[variant]
-    for name, q, letters in (("lhs", lhs, row.lhs), ("rhs", rhs, row.rhs)):
-        if not isinstance(q, QArray):
-            _fail(
-                "gemm",
-                f"{name} is not quantised.",
-                type(q).__name__,
-                "QArray",
-                f"quantize({name})",
-                TypeError,
-            )
-        text = f"{name} [{', '.join(letters)}]"
-        if q.ndim != len(letters) or q.scale.ndim != len(letters):
-            got = describe(name, q.qvalue) + ", " + describe("scale", q.scale)
-            _fail("gemm", f"{name} has the wrong rank.", got, text, f"reshape {name} to {text}")
-        if q.qvalue.dtype != FP8 or q.scale.dtype != jnp.float32:
-            got = describe(name, q.qvalue) + ", " + describe("scale", q.scale)
-            _fail(
-                "gemm",
-                f"{name} has the wrong dtype.",
-                got,
-                "e4m3 and f32 scales",
-                f"quantize({name})",
-                TypeError,
-            )
-    both = describe("lhs", lhs.qvalue) + ", " + describe("rhs", rhs.qvalue)
-    k = lhs.shape[-1]
-    if k != rhs.shape[-1]:
-        mend = "both operands have k last; if rhs is stored [k, n], quantise its transpose"
-        _fail("gemm", "dim k differs between lhs and rhs.", both, f"rhs [..., n, {k}]", mend)
-    if lhs.shape[:-2] != rhs.shape[:-2]:
-        _fail(
-            "gemm", "dim g differs between lhs and rhs.", both, "equal g", "broadcast one of them"
-        )
-    if k % K_MULTIPLE:
-        mend = f"pad k to {round_up(k, K_MULTIPLE)} with zeros, as fp8_matmul does"
-        _fail("gemm", f"dim k is not a multiple of {K_MULTIPLE}.", both, "k % 16 == 0", mend)
-
-
-def _scales(lhs: QArray, rhs: QArray) -> str:
-    """Returns the name of the first pair of tiles that fits; small arrays fit several, alike."""
-    for name, (lhs_tile, rhs_tile) in SCALES.items():
-        if lhs.has_tile(lhs_tile) and rhs.has_tile(rhs_tile):
-            return name
-    got = f"lhs {list(lhs.shape)} with scale {list(lhs.scale.shape)}, "
-    got += f"rhs {list(rhs.shape)} with scale {list(rhs.scale.shape)}"
-    pairs = [
-        f"{list(scale_shape(lhs.shape, a))} and {list(scale_shape(rhs.shape, b))}"
-        for a, b in SCALES.values()
-    ]
-    mend = "quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
-    _fail("gemm", "the scales have shapes that no kernel takes.", got, " or ".join(pairs), mend)
-
-
-def _out_name(out_dtype, init: jax.Array | None, shape: tuple[int, ...]) -> str:
-    name = {"bfloat16": "bf16", "float32": "f32"}.get(jnp.dtype(out_dtype).name)
-    if name is None:
-        _fail(
-            "gemm",
-            "unknown out_dtype.",
-            str(out_dtype),
-            "bfloat16 or float32",
-            "choose one",
-            TypeError,
-        )
-    if init is None:
-        return name
-    if name != "f32" or init.dtype != jnp.float32:
-        got = f"{describe('init', init)}, out_dtype {jnp.dtype(out_dtype).name}"
-        _fail(
-            "gemm",
-            "init needs float32.",
-            got,
-            "f32 init and out_dtype",
-            "cast init to f32",
-            TypeError,
-        )
-    if init.shape != shape:
-        _fail(
-            "gemm",
-            "init has the wrong shape.",
-            describe("init", init),
-            f"f32{list(shape)}",
-            "reshape it",
-        )
-    return name
-
-
-# ---- fp8_matmul ---------------------------------------------------------------------------------
+from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.kernel_level import K_MULTIPLE, check_float, gemm, quantize
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, FP8, QArray
+from jax_fp8gemm.reference import group_ends
 
 
 def fp8_matmul(
@@ -245,16 +43,16 @@ def fp8_matmul(
     Example:
       y = jax.jit(fp8_matmul)(x, w)
     """
-    _check_float("fp8_matmul", "x", x)
-    _check_float("fp8_matmul", "w", w)
+    check_float("fp8_matmul", "x", x)
+    check_float("fp8_matmul", "w", w)
     both = describe("x", x) + ", " + describe("w", w)
     if w.ndim != 2 or x.ndim < 1:
-        _fail(
+        fail(
             "fp8_matmul", "w or x has the wrong rank.", both, "x [..., k], w [k, n]", "reshape them"
         )
     if x.shape[-1] != w.shape[0]:
         expected, mend = f"w [{x.shape[-1]}, n]", "if w is stored [n, k], pass w.T"
-        _fail("fp8_matmul", "dim k differs between x and w.", both, expected, mend)
+        fail("fp8_matmul", "dim k differs between x and w.", both, expected, mend)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(x, w))
     y = _matmul(x.reshape(-1, x.shape[-1]), w, scale, dtype)
     return y.reshape(*x.shape[:-1], w.shape[1])
@@ -281,7 +79,7 @@ def _from_bits(x: jax.Array) -> jax.Array:
 
 def _transpose(q: QArray) -> QArray:
     """The transposed matrix; exact where a tile has as many rows as columns."""
-    return QArray(q.qvalue.T, q.scale.T)
+    return QArray(jnp.swapaxes(q.qvalue, -1, -2), jnp.swapaxes(q.scale, -1, -2))
 
 
 def _product(lhs: QArray, rhs: QArray, dtype: jnp.dtype) -> jax.Array:
@@ -320,3 +118,120 @@ def _load(saved: tuple[jax.Array, jax.Array]) -> QArray:
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+# ---- fp8_ragged_dot -----------------------------------------------------------------------------
+
+
+def fp8_ragged_dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    preferred_element_type: jnp.dtype | None = None,
+    scale: str = "pow2",
+) -> jax.Array:
+    """Multiplies groups of rows by a matrix each, as jax.lax.ragged_dot does, in FP8.
+
+    out[i, n] = Σ_k lhs[i, k] · rhs[group of i, k, n]; zero for rows past the groups.
+
+    Args:
+      lhs: bf16, f16 or f32 [m, k]. Rows past the groups are not looked at.
+      rhs: bf16, f16 or f32 [g, k, n].
+      group_sizes: int [g], any sizes, on the device and never read back. Negative sizes count as
+        zero, and what does not fit into m is cut off.
+      preferred_element_type: dtype of the result; default: the promoted dtype of lhs and rhs.
+      scale: "pow2" or "float32", see `quantize`.
+
+    Returns:
+      [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
+
+    Raises:
+      ValueError: ranks, k or the number of groups do not fit. TypeError: not floats, sizes that
+      are no integers. NotImplementedError: a second derivative.
+
+    Source: jax.lax.ragged_dot; DeepSeek-V3 (arXiv 2412.19437), section 3.3.
+
+    Example:
+      y = fp8_ragged_dot(x, w, jnp.array([3, 0, 5]))
+    """
+    check_float("fp8_ragged_dot", "lhs", lhs)
+    check_float("fp8_ragged_dot", "rhs", rhs)
+    group_sizes = jnp.asarray(group_sizes)
+    both = ", ".join(
+        describe(name, x) for name, x in (("lhs", lhs), ("rhs", rhs), ("group_sizes", group_sizes))
+    )
+    if (lhs.ndim, rhs.ndim, group_sizes.ndim) != (2, 3, 1):
+        expected = "lhs [m, k], rhs [g, k, n], group_sizes [g]"
+        fail("fp8_ragged_dot", "wrong ranks.", both, expected, "reshape them")
+    if lhs.shape[1] != rhs.shape[1]:
+        expected, mend = f"rhs [g, {lhs.shape[1]}, n]", "if rhs is [g, n, k], swap its last dims"
+        fail("fp8_ragged_dot", "dim k differs between lhs and rhs.", both, expected, mend)
+    if rhs.shape[0] != group_sizes.shape[0]:
+        expected = f"group_sizes [{rhs.shape[0]}]"
+        mend = "pass one size for each matrix of rhs"
+        fail("fp8_ragged_dot", "the number of groups differs.", both, expected, mend)
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        mend = "cast group_sizes to int32"
+        fail("fp8_ragged_dot", "group_sizes are no integers.", both, "int [g]", mend, TypeError)
+    dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
+    return _ragged_dot(lhs, rhs, group_sizes, scale, dtype)
+
+
+def _ragged_product(lhs: QArray, rhs: QArray, group_sizes, dtype: jnp.dtype) -> jax.Array:
+    out_dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
+    lhs, rhs = _pad_k(lhs), _pad_k(rhs)
+    return gemm(lhs, rhs, group_sizes, variant="ragged", out_dtype=out_dtype).astype(dtype)
+
+
+def _by_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Moves rows so that every group begins at a multiple of 128, zeros between, as [k, rows].
+
+    Rows past the groups are not looked at. Groups take (m + min(g, m) · 127) // 128 · 128 rows at
+    most, whatever their sizes.
+    """
+    m, g = x.shape[0], group_sizes.shape[0]
+    rows = (m + min(g, m) * (BLOCK - 1)) // BLOCK * BLOCK
+    ends = group_ends(group_sizes, m)
+    sizes = jnp.diff(ends, prepend=0)
+    places = jnp.cumsum(-(-sizes // BLOCK)) * BLOCK  # where the next group begins
+    group = jnp.searchsorted(places, jnp.arange(rows), side="right")
+    last = jnp.minimum(group, g - 1)
+    offset = jnp.arange(rows) - jnp.where(group > 0, places[group - 1], 0)
+    inside = (group < g) & (offset < sizes[last])
+    source = jnp.where(inside, ends[last] - sizes[last] + offset, 0)
+    return jnp.where(inside[:, None], x[source], 0).T
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _ragged_dot(lhs, rhs, group_sizes, scale, dtype):
+    rhs = _transpose(quantize(rhs, BLOCKS, scale=scale))
+    return _ragged_product(quantize(lhs, scale=scale), rhs, group_sizes, dtype)
+
+
+def _ragged_forward(lhs, rhs, group_sizes, scale, dtype):
+    """Residuals: lhs's transposed copy by groups and rhs's, in FP8."""
+    wq = quantize(rhs, BLOCKS, scale=scale)
+    y = _ragged_product(quantize(lhs, scale=scale), _transpose(wq), group_sizes, dtype)
+    saved_lhs = _save(quantize(_by_groups(lhs, group_sizes), scale=scale), "fp8_ragged_dot_lhs")
+    saved_rhs = _save(wq, "fp8_ragged_dot_rhs")
+    like = jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype)
+    return y, (saved_lhs, saved_rhs, group_sizes, *like)
+
+
+def _ragged_backward(scale, dtype, residuals, dy):
+    saved_lhs, saved_rhs, group_sizes, like_lhs, like_rhs = residuals
+    dlhs = _ragged_product(quantize(dy, scale=scale), _load(saved_rhs), group_sizes, like_lhs.dtype)
+    # What counts of a group is its clamped size.
+    own = jnp.diff(group_ends(group_sizes, dy.shape[0]), prepend=0)
+    drhs = gemm(
+        _load(saved_lhs),
+        quantize(_by_groups(dy, group_sizes), scale=scale),
+        own,
+        variant="ragged_contracting",
+        out_dtype=jnp.float32,
+    )
+    return dlhs, drhs.astype(like_rhs.dtype), None
+
+
+_ragged_dot.defvjp(_ragged_forward, _ragged_backward)

@@ -1,7 +1,8 @@
 """The inner primitive and its rules: shape, lowering for each platform, batching.
 
 Operands, in order: lhs, rhs (e4m3), lhs scale, rhs scale (f32, in the kernel's layout, see
-reference.scale_to_kernel), and init (f32) when accumulating. The stack above it is
+reference.scale_to_kernel), the group operand (int32) of a grouped variant, and init (f32) when
+accumulating. The stack above it is
 custom_vjp (ops.py) > custom_vmap (here) > sharding (its place is between `product` and `_bind`).
 """
 
@@ -38,13 +39,29 @@ class Static:
     out: str
     num_sms: int = 0
     config: configs.GemmConfig | None = None
+    expected_rows: int = 0  # of a masked group; 0: as many as there is room for
+
+    @property
+    def groups_at(self) -> int | None:
+        """Where among the operands the group operand is."""
+        return 4 if VARIANTS[self.variant].group_operand else None
+
+    @property
+    def init_at(self) -> int:
+        """Where init is, if there is one."""
+        return 4 if self.groups_at is None else 5
 
 
 gemm_p = Primitive("jax_fp8gemm_gemm")
 
 
-def _abstract(lhs, rhs, lhs_scale, rhs_scale, *init, static: Static):
-    shape = VARIANTS[static.variant].out_shape(lhs.shape, rhs.shape)
+def _out_shape(static: Static, operands) -> tuple[int, ...]:
+    count = None if static.groups_at is None else operands[static.groups_at].shape[0]
+    return VARIANTS[static.variant].out_shape(operands[0].shape, operands[1].shape, count)
+
+
+def _abstract(*operands, static: Static):
+    lhs, shape = operands[0], _out_shape(static, operands)
     # The update carries the manual axes of a shard_map along; the mesh too, unsharded.
     sharding = NamedSharding(lhs.sharding.mesh, PartitionSpec(*[None] * len(shape)))
     return lhs.update(shape=shape, dtype=DTYPES[static.out], weak_type=False, sharding=sharding)
@@ -54,7 +71,12 @@ gemm_p.def_abstract_eval(_abstract)
 
 
 def _reference(*operands, static: Static):
-    return reference.gemm(*operands, tiles=SCALES[static.scales], dtype=DTYPES[static.out])
+    return reference.gemm(
+        *operands,
+        variant=static.variant,
+        tiles=SCALES[static.scales],
+        dtype=DTYPES[static.out],
+    )
 
 
 def _no_derivative(primals, tangents, **params):
@@ -79,19 +101,20 @@ def _device_kind() -> str:
     return device.device_kind if device.platform in ("gpu", "cuda") else configs.DEFAULT_DEVICE
 
 
-def _problem(static: Static, shapes, accumulate: bool) -> configs.Problem:
-    lhs, rhs = shapes
-    g = lhs[0] if len(lhs) == 3 else 1
-    m, n, k = lhs[-2], rhs[-2], lhs[-1]
+def _problem(static: Static, operands, accumulate: bool) -> configs.Problem:
+    row = VARIANTS[static.variant]
+    count = None if static.groups_at is None else operands[static.groups_at].shape[0]
+    sizes = row.sizes(operands[0].shape, operands[1].shape, count)
+    m = static.expected_rows or sizes["m"]
     return configs.Problem(
-        static.variant, m, n, k, g, static.scales, static.out, accumulate, static.num_sms,
-        _device_kind(),
+        static.variant, m, sizes["n"], sizes["k"], sizes.get("g", 1), static.scales, static.out,
+        accumulate, static.num_sms, _device_kind(),
     )  # fmt: skip
 
 
 def _lower_cuda(ctx, *operands, static: Static):
-    accumulate = len(operands) == 5
-    problem = _problem(static, [aval.shape for aval in ctx.avals_in[:2]], accumulate)
+    accumulate = len(operands) > static.init_at
+    problem = _problem(static, ctx.avals_in, accumulate)
     config = static.config or configs.select(problem)
     reason = configs.legal(problem, config)
     if reason:
@@ -104,7 +127,7 @@ def _lower_cuda(ctx, *operands, static: Static):
                 mend="leave config out, or take one of jax_fp8gemm.config.candidates(problem)",
             )
         )
-    aliases = {4: 0} if accumulate else None
+    aliases = {static.init_at: 0} if accumulate else None
     rule = jax.ffi.ffi_lowering(TARGET, operand_output_aliases=aliases)
     return rule(ctx, *operands, **configs.attributes(problem, config))
 
@@ -113,7 +136,7 @@ mlir.register_lowering(gemm_p, _lower_cuda, platform="cuda")
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _bind(lhs, rhs, lhs_scale, rhs_scale, *init, static: Static):
+def _bind(lhs, rhs, lhs_scale, rhs_scale, *rest, static: Static):
     """One product on one device. Scales in their logical layout."""
     lhs_tile, rhs_tile = SCALES[static.scales]
     return gemm_p.bind(
@@ -121,16 +144,23 @@ def _bind(lhs, rhs, lhs_scale, rhs_scale, *init, static: Static):
         rhs,
         reference.scale_to_kernel(lhs_scale, lhs_tile),
         reference.scale_to_kernel(rhs_scale, rhs_tile),
-        *init,
+        *rest,
         static=static,
     )
 
 
-def product(lhs: QArray, rhs: QArray, init: jax.Array | None, static: Static) -> jax.Array:
+def product(
+    lhs: QArray,
+    rhs: QArray,
+    static: Static,
+    groups: jax.Array | None = None,
+    init: jax.Array | None = None,
+) -> jax.Array:
     """Binds one product, under every transformation. Shapes have been checked."""
-    operands = (lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *(() if init is None else (init,)))
-    shape = VARIANTS[static.variant].out_shape(lhs.shape, rhs.shape)
-    if 0 in (*shape, lhs.shape[-1]):
+    rest = [x for x in (groups, init) if x is not None]
+    operands = (lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest)
+    shape = _out_shape(static, operands)
+    if 0 in (*shape, *lhs.shape, *rhs.shape):
         return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
     return _batchable(static)(*operands)
 
@@ -152,11 +182,21 @@ def _batchable(static: Static):
                 if i in which
             ]
 
-        if static.variant == "batched":
-            merged = [x.reshape(-1, *x.shape[2:]) for x in spread(0, 1, 2, 3, 4)]
+        if static.variant in ("batched", "masked"):  # more groups
+            merged = [x.reshape(-1, *x.shape[2:]) for x in spread(0, 1, 2, 3, 4, 5)]
             out = _batchable(static)(*merged)
             return out.reshape(size, -1, *out.shape[1:]), True
-        return _vmap_dense(static, size, batched, operands, spread), True
+        if static.variant == "dense":
+            return _vmap_dense(static, size, batched, operands, spread), True
+        raise NotImplementedError(
+            message(
+                "gemm",
+                f"variant {static.variant} has no vmap.",
+                got=f"a vmap of size {size}",
+                expected="vmap of dense, batched or masked products",
+                mend="loop with jax.lax.map, or make the batch part of the groups",
+            )
+        )
 
     return call
 

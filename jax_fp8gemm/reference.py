@@ -6,7 +6,8 @@ It is also what runs where there is no Hopper GPU.
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm.qarray import FP8, FP8_MAX, ROW_BLOCKS, ROWS, Tile, scale_shape
+from jax_fp8gemm.qarray import BLOCK, FP8, FP8_MAX, ROW_BLOCKS, ROWS, Tile, scale_shape
+from jax_fp8gemm.variants import VARIANTS
 
 EXPONENT_MASK = 0x7F800000  # of a float32
 SMALLEST_NORMAL = 2.0**-126  # float32; scales stay normal, since GPUs and XLA may flush others
@@ -83,15 +84,87 @@ def scale_from_kernel(scale: jax.Array, shape: tuple[int, ...], tile: Tile) -> j
     return scale[..., :rows, :columns]
 
 
+def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return jnp.einsum("...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST)
+
+
+def group_ends(group_sizes: jax.Array, limit: int) -> jax.Array:
+    """Returns where groups that lie end to end in `limit` places end, int32 [g].
+
+    Negative sizes count as zero; what does not fit any more is cut off.
+    """
+    sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.uint32)
+    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes)
+    return ends.astype(jnp.int32)
+
+
+def group_of_row(group_sizes: jax.Array, m: int) -> jax.Array:
+    """Returns the group of each of m rows, int32 [m]; g for rows past the groups."""
+    return jnp.searchsorted(group_ends(group_sizes, m), jnp.arange(m), side="right").astype("int32")
+
+
+def group_of_step(group_sizes: jax.Array, steps: int) -> jax.Array:
+    """Returns the group of each step of 128 of k, int32 [steps]; every group begins a new step."""
+    own = jnp.clip(group_sizes, 0, steps * BLOCK)
+    return group_of_row((own + BLOCK - 1) // BLOCK, steps)
+
+
+def _ragged(lhs, rhs, rows):
+    """Row i times rhs[rows[i]]; zeros where there is no such group."""
+
+    def one_group(out, group):
+        index, matrix = group
+        return jnp.where((rows == index)[:, None], _product(lhs, matrix), out), None
+
+    out = jnp.zeros((lhs.shape[0], rhs.shape[1]), jnp.float32)
+    return jax.lax.scan(one_group, out, (jnp.arange(rhs.shape[0]), rhs))[0]
+
+
+def _ragged_contracting(lhs, rhs, group_sizes):
+    columns = jnp.repeat(group_of_step(group_sizes, -(-lhs.shape[1] // BLOCK)), BLOCK)
+    columns = columns[: lhs.shape[1]]
+
+    def one_group(index):
+        own = columns == index
+        return _product(jnp.where(own, lhs, 0), jnp.where(own, rhs, 0))
+
+    return jax.lax.map(one_group, jnp.arange(group_sizes.shape[0]))
+
+
+def _masked(lhs, rhs, group_sizes):
+    rows = jnp.arange(lhs.shape[1])[:, None] < group_sizes[:, None, None]
+    return jnp.where(rows, _product(lhs, rhs), 0)
+
+
+PRODUCTS = {
+    "dense": _product,
+    "batched": _product,
+    "ragged": lambda lhs, rhs, sizes: _ragged(lhs, rhs, group_of_row(sizes, lhs.shape[0])),
+    "contiguous": lambda lhs, rhs, rows: _ragged(lhs, rhs, jnp.minimum(rows, rhs.shape[0] - 1)),
+    "masked": _masked,
+    "ragged_contracting": _ragged_contracting,
+}
+
+
 def gemm(
-    lhs: jax.Array, rhs: jax.Array, lhs_scale: jax.Array, rhs_scale: jax.Array, *init, tiles, dtype
+    lhs: jax.Array,
+    rhs: jax.Array,
+    lhs_scale: jax.Array,
+    rhs_scale: jax.Array,
+    *rest: jax.Array,
+    variant: str,
+    tiles: tuple[Tile, Tile],
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """out[..., m, n] = Σ_k lhs[..., m, k] · rhs[..., n, k], both times their scales, in float32.
 
     The kernel sums 128 of k in the tensor core, then times the scales in float32; that order is
-    not part of the meaning. Scales are in the kernel's layout.
+    not part of the meaning. Scales are in the kernel's layout. `rest`: the group operand, where
+    the variant has one, then init, where there is one.
     """
     lhs = dequantize(lhs, scale_from_kernel(lhs_scale, lhs.shape, tiles[0]), tiles[0])
     rhs = dequantize(rhs, scale_from_kernel(rhs_scale, rhs.shape, tiles[1]), tiles[1])
-    product = jnp.einsum("...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST)
+    groups = 0 if VARIANTS[variant].group_operand is None else 1
+    product = PRODUCTS[variant](lhs, rhs, *rest[:groups])
+    init = rest[groups:]
     return (product + init[0] if init else product).astype(dtype)

@@ -19,11 +19,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fp8gemm import config as configs
 from jax_fp8gemm import reference
 from jax_fp8gemm.primitives import Static, product
-from jax_fp8gemm.qarray import FP8, QArray, scale_shape
+from jax_fp8gemm.qarray import BLOCK, FP8, QArray, round_up, scale_shape
+from jax_fp8gemm.variants import VARIANTS
 
 FLUSH_BYTES = 256 << 20  # several times the 50 or 60 MB of L2
 FLUSH_KERNEL = "shift_left"  # the operation that names the kernel of the flush in a trace
@@ -141,12 +143,42 @@ def random_operand(key: jax.Array, shape: tuple[int, ...], tile: configs.Tile) -
     return QArray(q, scale)
 
 
-def random_operands(problem: configs.Problem, seed: int = 0) -> tuple[QArray, QArray]:
-    lead = (problem.g,) if problem.variant == "batched" else ()
+def group_sizes(problem: configs.Problem, seed: int = 0) -> np.ndarray:
+    """Returns sizes of 0.7 to 1.3 times the mean; they sum to m (k) where groups lie end to end."""
+    along_k = VARIANTS[problem.variant].groups == "k"
+    masked = problem.variant == "masked"
+    total = problem.k if along_k else problem.m * (problem.g if masked else 1)
+    unit = BLOCK if along_k else 1
+    weights = np.random.default_rng(seed).uniform(0.7, 1.3, problem.g)
+    if masked:
+        return np.round(problem.m * weights).astype(np.int32)
+    ends = np.round(np.cumsum(weights) / weights.sum() * total / unit) * unit
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+def group_operand(problem: configs.Problem, sizes: np.ndarray) -> np.ndarray | None:
+    """Returns what gemm takes as group_sizes for groups of these sizes, or None."""
+    operand = VARIANTS[problem.variant].group_operand
+    if operand == "m":  # every group padded to whole blocks
+        rows = [np.repeat([i, -1], [n, -n % BLOCK]) for i, n in enumerate(sizes)]
+        return np.concatenate(rows).astype(np.int32)
+    return sizes if operand else None
+
+
+def random_operands(problem: configs.Problem, seed: int = 0) -> tuple:
+    """Returns lhs, rhs and, in a grouped variant, the group operand."""
+    row, p = VARIANTS[problem.variant], problem
+    letters = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
+    groups = group_operand(p, group_sizes(p, seed)) if row.group_operand else None
+    if p.variant == "contiguous":
+        letters["m"] = len(groups)
+    if p.variant == "masked":
+        letters["m"] = round_up(int(groups.max()), 64)
     keys = jax.random.split(jax.random.key(seed))
-    shapes = ((*lead, problem.m, problem.k), (*lead, problem.n, problem.k))
     make = jax.jit(random_operand, static_argnums=(1, 2))
-    return tuple(make(*a) for a in zip(keys, shapes, problem.tiles, strict=True))
+    shapes = (tuple(letters[c] for c in dims) for dims in (row.lhs, row.rhs))
+    operands = tuple(make(*a) for a in zip(keys, shapes, p.tiles, strict=True))
+    return operands if groups is None else (*operands, jnp.asarray(groups))
 
 
 def compiled(problem: configs.Problem, config: configs.GemmConfig | None, operands) -> Contender:
@@ -157,22 +189,56 @@ def compiled(problem: configs.Problem, config: configs.GemmConfig | None, operan
 
 def executable_of(problem: configs.Problem, config: configs.GemmConfig | None, operands):
     """Compiles the product; operands may be shapes."""
-    static = Static(problem.variant, problem.scales, problem.out, problem.num_sms, config)
-    function = jax.jit(lambda lhs, rhs: product(lhs, rhs, None, static))
+    rows = problem.m if problem.variant == "masked" else 0
+    static = Static(problem.variant, problem.scales, problem.out, problem.num_sms, config, rows)
+    function = jax.jit(lambda lhs, rhs, groups=None: product(lhs, rhs, static, groups))
     return function.lower(*operands).compile()
 
 
+def sample_error(problem: configs.Problem, out: jax.Array, operands) -> float:
+    """Returns DeepGEMM's calc_diff, Σ(out − exact)² / Σ(out² + exact²), of 32 rows in each group."""
+    rows, groups, columns = sample(problem, operands)
+    picked = out[groups, rows] if out.ndim == 3 else out[rows]
+    return float(_squared_error(picked, *operands[:2], rows, groups, columns))
+
+
+def sample(problem: configs.Problem, operands) -> tuple:
+    """Returns rows and groups [g, 32], rows counted as in lhs, and each group's range of k [g, 2]."""
+    p, row, draw = problem, VARIANTS[problem.variant], np.random.default_rng(1)
+    sizes = group_sizes(p) if row.group_operand else np.full(p.g, p.m)
+    counts = sizes if row.groups == "m" else np.full(p.g, p.m)
+    rows = np.stack([draw.integers(0, max(n, 1), 32) for n in counts])
+    rows[:, -1] = np.maximum(counts - 1, 0)
+    if p.variant in ("ragged", "contiguous"):
+        taken = sizes if p.variant == "ragged" else -(-sizes // BLOCK) * BLOCK
+        rows += (np.cumsum(taken) - taken)[:, None]
+    ends = np.cumsum(sizes) if row.groups == "k" else np.full(p.g, p.k)
+    columns = np.stack([ends - sizes if row.groups == "k" else 0 * ends, ends], 1)
+    return rows, np.repeat(np.arange(p.g)[:, None], 32, 1), columns
+
+
 @jax.jit
-def squared_error(out: jax.Array, lhs: QArray, rhs: QArray) -> jax.Array:
-    """Returns Σ(out − reference)² / Σ(out² + reference²), DeepGEMM's calc_diff."""
-    expected = jnp.einsum(
-        "...mk,...nk->...mn",
-        reference.dequantize(lhs.qvalue, lhs.scale, lhs.tile),
-        reference.dequantize(rhs.qvalue, rhs.scale, rhs.tile),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    out = out.astype(jnp.float32)
-    return jnp.sum((out - expected) ** 2) / jnp.sum(out**2 + expected**2)
+def _squared_error(picked, lhs, rhs, rows, groups, columns) -> jax.Array:
+    def one_group(carry, group):
+        got, rows, group, (start, end) = group
+        left, right = QArray(lhs.qvalue, lhs.scale), QArray(rhs.qvalue, rhs.scale)
+        if lhs.ndim == 3:
+            left = jax.tree.map(lambda x: x[group[0]], left)
+        if rhs.ndim == 3:
+            right = jax.tree.map(lambda x: x[group[0]], right)
+        scale = left.scale[rows] if left.scale.shape[0] > 1 else left.scale
+        left = reference.dequantize(left.qvalue[rows], scale, lhs.tile)
+        right = reference.dequantize(right.qvalue, right.scale, rhs.tile)
+        at = jnp.arange(lhs.shape[-1])
+        left = jnp.where((at >= start) & (at < end), left, 0)
+        exact = jnp.einsum("rk,nk->rn", left, right, precision=jax.lax.Precision.HIGHEST)
+        got = got.astype(jnp.float32)
+        error, total = carry
+        return (error + jnp.sum((got - exact) ** 2), total + jnp.sum(got**2 + exact**2)), None
+
+    groups = (picked.reshape(*rows.shape, -1), rows, groups, columns)
+    error, total = jax.lax.scan(one_group, (0.0, 0.0), groups)[0]
+    return error / total
 
 
 def best_by_model(problem: configs.Problem, count: int) -> list[configs.GemmConfig]:
@@ -191,7 +257,7 @@ def tune(problem: configs.Problem, count: int, reps: int, pool) -> list[dict]:
     tried = best_by_model(problem, count)
     made = pool.map(lambda c: compiled(problem, c, operands), tried)
     contenders = dict(zip(map(str, tried), made, strict=True))
-    errors = {name: float(squared_error(run(), *operands)) for name, run in contenders.items()}
+    errors = {name: sample_error(problem, run(), operands) for name, run in contenders.items()}
     times = device_microseconds(contenders, reps, KERNEL)
     rows = []
     for config in tried:

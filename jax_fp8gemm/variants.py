@@ -10,25 +10,44 @@ from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row: the dims of the operands as letters, and the row that a vmap of both leads to."""
+    """One row: the dims of the operands as letters, and the row that a vmap of both leads to.
+
+    Attributes:
+      groups: the dim that the group operand cuts up or covers: "m", "k", or None without one.
+      group_operand: the dim of the group operand, an int32 vector: "g" for sizes, "m" for the
+        group of each row, None without one.
+    """
 
     name: str
     lhs: str
     rhs: str
     out: str
+    groups: str | None
+    group_operand: str | None
     vmap: str | None
     known_as: str
 
-    def out_shape(self, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> tuple[int, ...]:
+    def sizes(self, lhs: tuple[int, ...], rhs: tuple[int, ...], group_count: int | None) -> dict:
+        """Returns the size of every letter; group_count: the length of the group operand."""
         sizes = dict(zip(self.rhs, rhs, strict=True)) | dict(zip(self.lhs, lhs, strict=True))
+        return {self.group_operand: group_count, **sizes} if group_count is not None else sizes
+
+    def out_shape(
+        self, lhs: tuple[int, ...], rhs: tuple[int, ...], group_count: int | None = None
+    ) -> tuple[int, ...]:
+        sizes = self.sizes(lhs, rhs, group_count)
         return tuple(sizes[letter] for letter in self.out)
 
 
 VARIANTS = {
     row.name: row
     for row in (
-        Variant("dense", "mk", "nk", "mn", "batched", "DeepGEMM normal"),
-        Variant("batched", "gmk", "gnk", "gmn", None, "batched"),
+        Variant("dense", "mk", "nk", "mn", None, None, "batched", "DeepGEMM normal"),
+        Variant("batched", "gmk", "gnk", "gmn", None, None, None, "batched"),
+        Variant("ragged", "mk", "gnk", "mn", "m", "g", None, "jax.lax.ragged_dot"),
+        Variant("contiguous", "mk", "gnk", "mn", "m", "m", None, "DeepGEMM m-grouped contiguous"),
+        Variant("masked", "gmk", "gnk", "gmn", "m", "g", None, "DeepGEMM m-grouped masked"),
+        Variant("ragged_contracting", "mk", "nk", "gmn", "k", "g", None, "DeepGEMM k-grouped"),
     )
 }
 

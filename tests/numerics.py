@@ -28,3 +28,42 @@ def product64(lhs, rhs, tiles=(None, None)) -> np.ndarray:
     """Returns the product of the dequantised operands in float64: what kernels are judged by."""
     left, right = dequantized64(lhs, tiles[0]), dequantized64(rhs, tiles[1])
     return left @ np.swapaxes(right, -1, -2)
+
+
+def clamped(sizes, m: int) -> list[tuple[int, int]]:
+    """Returns where each group begins and ends, by the plain loop."""
+    ranges, start = [], 0
+    for size in np.asarray(sizes).tolist():
+        end = min(start + max(size, 0), m)
+        ranges.append((start, end))
+        start = end
+    return ranges
+
+
+def exact(variant: str, lhs, rhs, groups=None, tiles=(None, None)) -> np.ndarray:
+    """Returns the product of any variant in float64 by a loop over groups; NaN where undefined."""
+    if groups is None:
+        return product64(lhs, rhs, tiles)
+    left, right = dequantized64(lhs, tiles[0]), dequantized64(rhs, tiles[1])
+    groups, m, n = np.asarray(groups), left.shape[-2], right.shape[-2]
+    if variant == "ragged":
+        out = np.zeros((m, n))
+        for index, (start, end) in enumerate(clamped(groups, m)):
+            out[start:end] = left[start:end] @ right[index].T
+    elif variant == "contiguous":
+        out = np.zeros((m, n))
+        for row in np.flatnonzero(groups >= 0):
+            out[row] = right[groups[row]] @ left[row]
+    elif variant == "masked":
+        out = np.full((len(groups), m, n), np.nan)
+        for index, size in enumerate(groups):
+            own = slice(0, max(int(size), 0))
+            out[index, own] = left[index, own] @ right[index].T
+    else:
+        out = np.zeros((len(groups), m, n))
+        steps = -(-left.shape[1] // 128)
+        needed = [-(-min(int(size), 128 * steps) // 128) for size in groups]
+        for index, (start, end) in enumerate(clamped(needed, steps)):
+            own = slice(128 * start, 128 * end)
+            out[index] = left[:, own] @ right[:, own].T
+    return out

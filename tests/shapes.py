@@ -53,3 +53,76 @@ ODD = [
     Shape("tall", 1000, 24, 128),
     Shape("many_blocks", 520, 1544, 896),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Sizes of groups of rows, and how many rows there are."""
+
+    name: str
+    sizes: tuple[int, ...]
+    m: int
+
+
+GROUPS = [
+    Groups("one_group", (70,), 70),
+    Groups("even_groups", (128, 128, 128), 384),
+    Groups("edges_of_a_block", (1, 127, 128, 129, 255, 257), 897),
+    Groups("empty_groups", (0, 130, 0, 0, 57, 0), 187),
+    Groups("all_empty", (0, 0, 0), 200),
+    Groups("no_rows", (0, 0), 0),
+    Groups("all_to_one_expert", (0, 300, 0), 300),
+    Groups("sum_below_m", (100, 0, 20), 400),
+    Groups("sum_above_m", (200, 300, 5), 300),
+    Groups("negative_sizes", (-5, 100, -1, 30), 130),
+    Groups("huge_sizes", (2**31 - 1, 2**31 - 1, 7), 150),
+    Groups("many_groups", tuple(i * 7 % 5 for i in range(512)), 1100),
+    Groups("around_a_warp", tuple(3 if i in (0, 31, 32, 63, 64) else 0 for i in range(70)), 15),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedShape:
+    """A grouped product of a mixture-of-experts layer; rows (or, along k, depth) of one group."""
+
+    variant: str
+    g: int
+    rows: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}_{self.g}x{self.rows}_{self.n}x{self.k}"
+
+    def problem(self):
+        from jax_fp8gemm.config import Problem
+
+        if self.variant == "ragged_contracting":  # a weight gradient: [n, k] is the weight
+            total = self.g * self.rows
+            return Problem(self.variant, self.n, self.k, total, self.g, "1x128_1x128", "f32")
+        m = self.rows if self.variant == "masked" else self.g * self.rows
+        return Problem(self.variant, m, self.n, self.k, self.g)
+
+
+_EXPERTS = ((4096, 7168), (7168, 2048), (6144, 7168), (7168, 3072))
+GROUPED = [
+    *[
+        GroupedShape(variant, g, rows, n, k)
+        for variant in ("contiguous", "ragged")
+        for g, rows in ((4, 8192), (8, 4096))
+        for n, k in _EXPERTS
+    ],
+    *[
+        GroupedShape("masked", g, rows, n, k)
+        for g, rows in ((1, 1024), (2, 512), (4, 256), (32, 192), (6, 1024), (32, 20), (6, 20))
+        for n, k in _EXPERTS[:2]
+    ],
+    *[
+        GroupedShape("ragged_contracting", g, 32768 // g, *_EXPERTS[i])
+        for g in (4, 8)
+        for i in (0, 1)
+    ],
+    GroupedShape("ragged_contracting", 16, 2048, *_EXPERTS[0]),
+    GroupedShape("ragged", 256, 32, *_EXPERTS[0]),
+]

@@ -8,7 +8,17 @@ from jax_fp8gemm import _native
 from jax_fp8gemm.variants import VARIANTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-PYTHON = ["errors", "qarray", "variants", "reference", "config", "_native", "primitives", "ops"]
+PYTHON = [
+    "errors",
+    "qarray",
+    "variants",
+    "reference",
+    "config",
+    "_native",
+    "primitives",
+    "kernel_level",
+    "ops",
+]
 LEAVES = ["deep_gemm", "tuning", "__init__", "__main__"]  # nothing imports them
 HOST = [
     ["params.cuh", "status.h", "files.h", "kernel_sources.h"],
@@ -20,7 +30,8 @@ DEVICE = [
     ["params.cuh"],
     ["ptx.cuh"],
     ["shared_memory.cuh"],
-    ["scheduler.cuh", "promotion.cuh"],
+    ["group_walk.cuh", "promotion.cuh"],
+    ["scheduler.cuh"],
     ["producer.cuh", "epilogue.cuh"],
     ["gemm.cuh", "gemm_few_rows.cuh"],
 ]

@@ -21,6 +21,17 @@ struct Element<spec> {
   using Type = uint16_t;  // the bits of a bf16
 };
 
+// Where a block's results go.
+struct OutBlock {
+  int group;  // 0 where the output has none
+  int m, m_end, n;
+
+  template <GemmSpec spec>
+  FP8GEMM_DEVICE static OutBlock of(const Block& block) {
+    return {out_has_groups(spec.variant) ? block.group : 0, block.m, block.m_end, block.n};
+  }
+};
+
 // One row of the output from some column on. Pairs of columns are written (or added) whole where
 // every row of the matrix is aligned to a pair, else one by one.
 template <GemmSpec spec>
@@ -30,10 +41,11 @@ struct OutputRow {
   int columns;  // that this row has from here on; 0 where the row does not exist
   bool paired;
 
-  FP8GEMM_DEVICE OutputRow(const GemmParams& params, int group, int row, int column)
+  // row, column: counted in the block.
+  FP8GEMM_DEVICE OutputRow(const GemmParams& params, const OutBlock& block, int row, int column)
       : data(static_cast<Type*>(params.out_data) +
-             (int64_t{group} * params.m + row) * params.n + column),
-        columns(row < params.m ? params.n - column : 0),
+             (int64_t{block.group} * params.m + block.m + row) * params.n + block.n + column),
+        columns(block.m + row < block.m_end ? params.n - block.n - column : 0),
         paired(params.n % 2 == 0) {}
 
   FP8GEMM_DEVICE void store(int column, float x, float y) const {
@@ -58,16 +70,46 @@ struct OutputRow {
   }
 };
 
-// Straight from registers. row, column: of this thread's first value, counted in the group.
+// Straight from registers. row, column: of this thread's first value, counted in the block.
 // NOTE: one row after the other: pointers to both would not fit beside the sums.
 template <GemmSpec spec, int kRegisters>
 FP8GEMM_DEVICE void store_direct(const GemmParams& params, const float (&sums)[kRegisters],
-                                 int group, int row, int column) {
+                                 const OutBlock& block, int row, int column) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const OutputRow<spec> out(params, group, row + 8 * half, column);
+    const OutputRow<spec> out(params, block, row + 8 * half, column);
 #pragma unroll
     for (int i = 2 * half; i < kRegisters; i += 4) out.store(2 * (i / 4 * 4), sums[i], sums[i + 1]);
+  }
+}
+
+// Writes a block of zeros, or adds nothing. thread: of `threads` that share the block.
+template <GemmSpec spec>
+FP8GEMM_DEVICE void store_zeros(const GemmParams& params, const OutBlock& block, int thread,
+                                int threads) {
+  if constexpr (spec.accumulate) return;
+  const int rows = min(spec.block_m, block.m_end - block.m);
+  for (int row = thread / 32; row < rows; row += threads / 32) {
+    for (int column = thread % 32 * 2; column < spec.block_n; column += 64) {
+      OutputRow<spec>(params, block, row, column).store(0, 0.0f, 0.0f);
+    }
+  }
+}
+
+// Makes rows without a group zero. row: of this thread's first value.
+template <int kRegisters>
+FP8GEMM_DEVICE void clear_padding(const GemmParams& params, float (&sums)[kRegisters], int row) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + 8 * half;
+    const bool padding = at < params.m && params.group_data[at] < 0;
+    if (__any_sync(~0u, padding)) {
+#pragma unroll
+      for (int i = 2 * half; i < kRegisters; i += 4) {
+        sums[i] = padding ? 0.0f : sums[i];
+        sums[i + 1] = padding ? 0.0f : sums[i + 1];
+      }
+    }
   }
 }
 

@@ -3,8 +3,9 @@
 //   warpgroup 0, 1   consumers: tensor core, promotion, epilogue; half of block_m each
 //   warpgroup 2      producer: one thread starts the copies
 //
-// Persistent: a CTA takes output blocks until none is left. The epilogue of a finished sub-tile
-// runs under the next sub-tile's tensor-core work, across blocks too.
+// Persistent: a CTA takes output blocks until none is left. The producer chooses them, and leaves
+// a note of each beside the first bytes. The epilogue of a finished sub-tile runs under the next
+// sub-tile's tensor-core work, across blocks too.
 #pragma once
 
 #include "epilogue.cuh"
@@ -58,7 +59,7 @@ struct Consumer {
   typename Traits::Ring at{0, 0};
   bool landed = false;  // the stage at `at` was seen full
   int border = 0;       // see promote()
-  Block finished{};     // the block whose results are in `sums`
+  OutBlock finished{};  // the block whose results are in `sums`
   float sums[kSubTiles][kRegisters];
 
   FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s)
@@ -71,12 +72,37 @@ struct Consumer {
             descriptor_low(shared_address(s.lhs) + warpgroup * kSubTiles * 64 * kBlockK))),
         rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))) {}
 
+  // Works through the blocks that the producer announces.
+  FP8GEMM_DEVICE void run() {
+    bool pending = false;  // `sums` holds a sub-tile that was not stored yet
+    while (true) {
+      if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
+      landed = true;
+      const Block& block = shared.block[at.stage];
+      const int steps = warp_uniform(block.steps);
+      if (steps < 0) break;
+      if (steps > 0) {
+        multiply(block, taken_steps(steps), pending);
+        pending = true;
+      } else {
+        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, 128 * kMathWarpgroups);
+        __syncwarp();
+        release();
+      }
+    }
+    if (pending) store<kSubTiles - 1>();
+    // Shared memory must outlive the copies out of it.
+    if (spec.store == Store::kTma && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
+  }
+
+ private:
   // All steps of k of one block. On entry `sums` may still hold the last sub-tile of the block
   // before; on exit it holds this block's last one, and the others have been stored.
-  FP8GEMM_DEVICE void multiply(const Scheduler<spec>& scheduler, int steps, bool pending) {
-    if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - scheduler.block().n % 128;
+  FP8GEMM_DEVICE void multiply(const Block& block, int steps, bool pending) {
+    const OutBlock next = OutBlock::of<spec>(block);  // the stage is given back before it is used
+    if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - next.n % 128;
     sub_step<0, true, false>(0, pending);
-    finished = scheduler.block();  // after the tensor core has work: the divisions take a while
+    finished = next;
     if constexpr (kSubTiles == 2) sub_step<1, true, false>(0);
     // NOTE: one scale per column leaves no registers for more than one step at a time.
 #pragma unroll(Traits::kPerColumn ? 1 : 4)
@@ -88,9 +114,6 @@ struct Consumer {
     if constexpr (kSubTiles == 2) sub_step<1, false, true>(steps - 1);
   }
 
-  FP8GEMM_DEVICE void store_last() { store<kSubTiles - 1>(); }
-
- private:
   // One sub-tile of one step. While its tensor-core work runs, a sub-tile that finished before is
   // stored: the last of the previous block (pending), or this block's first (kLast).
   template <int kSubTile, bool kFirst, bool kLast>
@@ -143,12 +166,19 @@ struct Consumer {
 
   template <int kSubTile>
   FP8GEMM_DEVICE void store() {
+    if constexpr (spec.variant == Variant::kContiguous) {
+      clear_padding(params, sums[kSubTile], finished.m + row_in_block(kSubTile));
+    }
     if constexpr (spec.store == Store::kTma) {
       store_tma<kSubTile>();
     } else {
-      store_direct<spec>(params, sums[kSubTile], finished.group,
-                         finished.m + row_in_block(kSubTile), finished.n + 2 * (lane % 4));
+      store_direct<spec>(params, sums[kSubTile], finished, row_in_block(kSubTile), 2 * (lane % 4));
     }
+  }
+
+  // Rows past `m_end` are another group's where groups lie end to end.
+  FP8GEMM_DEVICE bool fits_box(int row) const {
+    return spec.variant != Variant::kRagged || row + 64 <= finished.m_end;
   }
 
   template <int kSubTile>
@@ -158,6 +188,11 @@ struct Consumer {
     const int tile = warpgroup * kSubTiles + kSubTile;
     const uint32_t boxes = shared_address(&shared.out) + tile * kBoxes * kBoxBytes;
     const bool leader = threadIdx.x % 128 == 0;
+    if (!fits_box(finished.m + tile * 64)) {
+      store_direct<spec>(params, sums[kSubTile], finished, row_in_block(kSubTile), 2 * (lane % 4));
+      if (leader) cp_async_bulk_commit_group();  // an empty one: they are counted
+      return;
+    }
     // The boxes are free again once the store before last (of the other sub-tile: last) has read.
     if (leader) cp_async_bulk_wait_group_read<kSubTiles - 1>();
     bar_sync(kStoreBarrier + warpgroup, 128);
@@ -196,6 +231,41 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
   }
 }
 
+// One warp: all of it looks for the next block, one thread starts its copies.
+template <GemmSpec spec, class Shared>
+FP8GEMM_DEVICE void produce(const GemmParams& params, Shared& shared, uint32_t rank) {
+  constexpr int kCtas = GemmTraits<spec>::kCtas;
+  const bool elected = elect_sync();
+  Producer<spec, Shared> producer(params, shared, rank);
+  RingPosition<spec.stages> at{0, 1};  // parity 1: the stages begin empty
+  auto announce = [&](const Block& block) {
+    mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
+    shared.block[at.stage] = block;
+  };
+  Scheduler<spec> scheduler(params, blockIdx.x / kCtas, gridDim.x / kCtas, rank);
+  for (; !scheduler.done(); scheduler.next()) {
+    const Block block = scheduler.block();
+    if (elected) {
+      announce(block);
+      if (block.steps == 0) {
+        mbarrier_arrive(shared_address(&shared.full[at.stage]));
+        at.advance();
+      }
+      const int steps = block.steps > 0 ? taken_steps(block.steps) : 0;
+#pragma unroll 1  // 40 registers hold one step's addresses
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
+        producer.load(block, step, at.stage);
+      }
+    }
+    __syncwarp();
+  }
+  if (elected) {
+    announce({.steps = -1});
+    mbarrier_arrive(shared_address(&shared.full[at.stage]));
+  }
+}
+
 template <GemmSpec spec>
 FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
   using Traits = GemmTraits<spec>;
@@ -205,34 +275,13 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
 
   const uint32_t rank = Traits::kCtas > 1 ? cluster_ctarank() : 0;
   init_barriers<spec>(shared);
-  Scheduler<spec> scheduler(params, blockIdx.x / Traits::kCtas, gridDim.x / Traits::kCtas, rank);
-  const int steps = k_steps(params);
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
-
   if (warp >= kMathWarpgroups * 4) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (warp == kMathWarpgroups * 4 && elect_sync()) {
-      Producer<spec, Shared> producer(params, shared, rank);
-      typename Traits::Ring at{0, 1};  // parity 1: the stages begin empty
-      for (; !scheduler.done(); scheduler.next()) {
-        const Block block = scheduler.block();
-#pragma unroll 1  // 40 registers hold one step's addresses
-        for (int step = 0; step < steps; ++step, at.advance()) {
-          mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
-          producer.load(block, step, at.stage);
-        }
-      }
-    }
+    if (warp == kMathWarpgroups * 4) produce<spec>(params, shared, rank);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    Consumer<spec> consumer(params, shared);
-    bool pending = false;
-    for (; !scheduler.done(); scheduler.next(), pending = true) {
-      consumer.multiply(scheduler, steps, pending);
-    }
-    if (pending) consumer.store_last();
-    // Shared memory must outlive the copies out of it.
-    if (spec.store == Store::kTma && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
+    Consumer<spec>(params, shared).run();
   }
   __syncwarp();
   if constexpr (Traits::kCtas > 1) {  // the other CTA may still arrive at this one's barriers

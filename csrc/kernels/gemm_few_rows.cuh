@@ -45,6 +45,10 @@ struct FewRowsTraits {
   static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
   static_assert(spec.stages % 2 == 0, "stages: even, since the warpgroups take every second one");
   static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect);
+  static_assert(spec.variant == Variant::kDense || spec.variant == Variant::kBatched ||
+                    (spec.split_k == 1 && spec.variant != Variant::kRaggedContracting &&
+                     spec.variant != Variant::kContiguous),
+                "split_k: one block for each cluster, so not where groups decide how many there are");
   static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
 };
 
@@ -118,11 +122,12 @@ struct FewRowsConsumer {
       cluster_arrive_release();
       cluster_wait();
     }
-    const int row = block.m + warp * 16 + lane / 4, column = block.n + 2 * (lane % 4);
+    const OutBlock out = OutBlock::of<spec>(block);
+    const int row = warp * 16 + lane / 4, column = 2 * (lane % 4);
     for_each_group([&](int m, int i, int owner, int owned) {
       if (owner != part) return;
-      const OutputRow<spec> top(params, block.group, row + m * 64, column);
-      const OutputRow<spec> bottom(params, block.group, row + m * 64 + 8, column);
+      const OutputRow<spec> top(params, out, row + m * 64, column);
+      const OutputRow<spec> bottom(params, out, row + m * 64 + 8, column);
       Float4 v{sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]};
 #pragma unroll
       for (int slot = 0; slot < kParts - 1; ++slot) {
@@ -210,30 +215,25 @@ FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
   }
   __syncwarp();
   Producer<spec, Shared> producer(params, shared, 0);
-  int index = 0;
-  Block block = scheduler.block();
-  // Starts the copies of one more step, and moves on; the caller has made sure of the stage.
-  auto load_next = [&] {
-    producer.load(block, range.step(index), at.stage);
-    at.advance();
-    if (++index == range.count()) {
-      index = 0;
-      scheduler.next();
-      block = scheduler.block();
-    }
+  auto tell_ready = [] {
+    __syncwarp();
+    bar_arrive(kBarriersReady, FewRowsTraits<spec>::kThreads);
   };
-  if (elected) {
-    for (int i = 0; i < spec.stages && !scheduler.done(); ++i) load_next();
-  }
-  __syncwarp();
-  bar_arrive(kBarriersReady, FewRowsTraits<spec>::kThreads);
-  if (elected) {
-    while (!scheduler.done()) {
-      mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
-      load_next();
+  int loaded = 0;
+  for (; !scheduler.done(); scheduler.next()) {
+    const Block block = scheduler.block();
+    if (block.steps == 0) continue;
+    for (int index = 0; index < range.count(); ++index, ++loaded, at.advance()) {
+      if (loaded == spec.stages) tell_ready();
+      if (!elected) continue;
+      if (loaded >= spec.stages) {
+        mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
+      }
+      producer.load(block, range.step(index), at.stage);
     }
+    __syncwarp();
   }
-  __syncwarp();
+  if (loaded <= spec.stages) tell_ready();
 }
 
 template <GemmSpec spec>
@@ -246,7 +246,7 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
   constexpr bool kCluster = spec.split_k > 1;
   if constexpr (kCluster) cluster_arrive_relaxed();  // awaited before the first remote write
   const uint32_t rank = kCluster ? cluster_ctarank() : 0;
-  const StepRange range(k_steps(params), rank, spec.split_k);
+  const StepRange range(taken_steps(ceil_div(params.k, kBlockK)), rank, spec.split_k);
   Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
 
   if (warp_uniform(threadIdx.x / 32) == Traits::kConsumerThreads / 32) {
@@ -262,6 +262,10 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
     // NOTE: a cluster gets exactly one block, so that its barriers are passed once.
     for (; !scheduler.done(); scheduler.next()) {
       const Block block = scheduler.block();
+      if (block.steps == 0) {
+        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, Traits::kConsumerThreads);
+        continue;
+      }
       consumer.multiply(block, range);
       if constexpr (kCluster) cluster_wait();
       consumer.reduce_and_store(block);

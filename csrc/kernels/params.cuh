@@ -16,7 +16,17 @@ typedef long long int64_t;
 namespace fp8gemm {
 
 // A row of the table in variants.py.
-enum class Variant : int { kDense, kBatched };
+enum class Variant : int { kDense, kBatched, kRagged, kContiguous, kMasked, kRaggedContracting };
+
+// Which arrays of a variant have a leading dim of groups, and which variants read group sizes.
+constexpr bool lhs_has_groups(Variant v) { return v == Variant::kBatched || v == Variant::kMasked; }
+constexpr bool rhs_has_groups(Variant v) {
+  return v != Variant::kDense && v != Variant::kRaggedContracting;
+}
+constexpr bool out_has_groups(Variant v) {
+  return lhs_has_groups(v) || v == Variant::kRaggedContracting;
+}
+constexpr bool is_grouped(Variant v) { return v != Variant::kDense && v != Variant::kBatched; }
 
 // Which elements of an operand share one scale. Named rows × columns of the operand; k is its columns.
 enum class ScaleTile : int {
@@ -71,14 +81,15 @@ struct alignas(64) TensorMap {
 };
 
 struct GemmParams {
-  TensorMap lhs;        // fp8 [groups * m, k]
-  TensorMap rhs;        // fp8 [groups * n, k]
+  TensorMap lhs;        // fp8 [groups * m, k], or [m, k] where lhs has no groups
+  TensorMap rhs;        // fp8 [groups * n, k], likewise
   TensorMap lhs_scale;  // fp32, where GemmSpec::lhs_scale is per row
   TensorMap rhs_scale;  // likewise
-  TensorMap out;        // bf16 [groups, m, n], where Store::kTma
+  TensorMap out;        // bf16 [groups, m, n], likewise, where Store::kTma
   const float* lhs_scale_data;  // layout by GemmSpec::lhs_scale; rows are multiples of 16 bytes
   const float* rhs_scale_data;
-  void* out_data;  // [groups, m, n] of GemmSpec::out
+  void* out_data;  // [groups, m, n] of GemmSpec::out, or [m, n]
+  const int32_t* group_data;  // sizes [groups], or kContiguous: the group of each row [m]
   int32_t m;
   int32_t n;
   int32_t k;

@@ -8,12 +8,6 @@
 
 namespace fp8gemm {
 
-// 128-deep steps of k. At least two, so that a loop may treat the first and the last apart; the
-// copy engine reads zeros past the end of k.
-FP8GEMM_DEVICE int k_steps(const GemmParams& params) {
-  return max(2, ceil_div(params.k, kBlockK));
-}
-
 template <GemmSpec spec, class Shared>
 struct Producer {
   const GemmParams& params;
@@ -33,28 +27,33 @@ struct Producer {
     if constexpr (is_per_row(spec.rhs_scale)) prefetch_tensormap(params.rhs_scale);
   }
 
-  // Starts the copies of step `step` of `block` into `stage`, which must be empty.
-  FP8GEMM_DEVICE void load(const Block& block, int step, int stage) {
+  // Starts the copies of the `index`-th step of `block` into `stage`, which must be empty.
+  FP8GEMM_DEVICE void load(const Block& block, int index, int stage) {
     const uint32_t full = shared_address(&shared.full[stage]);
     mbarrier_arrive_expect_tx(full, stage_bytes);
+    const int lhs_group = lhs_has_groups(spec.variant) ? block.group : 0;
+    const int rhs_group = rhs_has_groups(spec.variant) ? block.group : 0;
+    // Past the block's last step: zeros from past the end of k, times scales that are its own.
+    const int step = index < block.steps ? block.first_step + index : scale_steps;
+    const int scale_step = block.first_step + min(index, block.steps - 1);
     load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step,
-                                                 block.group * params.n + block.n);
+                                                 rhs_group * params.n + block.n);
     load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,
-                                                 block.group * params.m + block.m);
+                                                 lhs_group * params.m + block.m);
     if constexpr (is_per_row(spec.lhs_scale)) {
-      load_row_scales<spec.lhs_scale>(shared.lhs_scale[stage], params.lhs_scale, full, block.group,
-                                      step, block.m);
+      load_row_scales<spec.lhs_scale>(shared.lhs_scale[stage], params.lhs_scale, full, lhs_group,
+                                      scale_step, block.m);
     } else {
       static_assert(spec.lhs_scale == ScaleTile::kTensor, "lhs scales: per row, or per tensor");
-      load_tensor_scale(shared.lhs_scale[stage], params.lhs_scale_data, full, block.group);
+      load_tensor_scale(shared.lhs_scale[stage], params.lhs_scale_data, full, lhs_group);
     }
     if constexpr (is_per_row(spec.rhs_scale)) {
-      load_row_scales<spec.rhs_scale>(shared.rhs_scale[stage], params.rhs_scale, full, block.group,
-                                      step, block.n);
+      load_row_scales<spec.rhs_scale>(shared.rhs_scale[stage], params.rhs_scale, full, rhs_group,
+                                      scale_step, block.n);
     } else if constexpr (spec.rhs_scale == ScaleTile::k128x128) {
-      load_block_scales(shared.rhs_scale[stage], full, block, step);
+      load_block_scales(shared.rhs_scale[stage], full, rhs_group, block.n, scale_step);
     } else {
-      load_tensor_scale(shared.rhs_scale[stage], params.rhs_scale_data, full, block.group);
+      load_tensor_scale(shared.rhs_scale[stage], params.rhs_scale_data, full, rhs_group);
     }
   }
 
@@ -72,21 +71,18 @@ struct Producer {
   template <ScaleTile tile>
   FP8GEMM_DEVICE void load_row_scales(const uint8_t* to, const TensorMap& map, uint32_t full,
                                       int group, int step, int row) {
-    // NOTE: the step past a short k must not meet the next group's scales, which may be NaN.
-    const int line = tile == ScaleTile::k1x128
-                         ? group * scale_steps + min(step, scale_steps - 1)
-                         : group;
+    const int line = tile == ScaleTile::k1x128 ? group * scale_steps + step : group;
     cp_async_bulk_tensor_2d(shared_address(to), map, full, row, line);
   }
 
   // The aligned run of four steps that `step` is in, for each scale block of the columns.
-  FP8GEMM_DEVICE void load_block_scales(const uint8_t* to, uint32_t full, const Block& block,
+  FP8GEMM_DEVICE void load_block_scales(const uint8_t* to, uint32_t full, int group, int n,
                                         int step) {
     const int rows = ceil_div(params.n, 128), columns = round_up(scale_steps, 4);
-    const float* from = params.rhs_scale_data + block.group * rows * columns + step / 4 * 4;
+    const float* from = params.rhs_scale_data + int64_t{group} * rows * columns + step / 4 * 4;
 #pragma unroll
     for (int i = 0; i < scale_blocks(spec.block_n); ++i) {
-      const int row = min(block.n / 128 + i, rows - 1);
+      const int row = min(n / 128 + i, rows - 1);
       cp_async_bulk(shared_address(to) + 16 * i, from + row * columns, 16, full);
     }
   }

@@ -27,6 +27,17 @@ constexpr int scale_bytes(ScaleTile tile, int rows) {
   return tile == ScaleTile::k128x128 ? 16 * scale_blocks(rows) : 16;
 }
 
+// One output block, and the part of k that is summed for it.
+struct alignas(16) Block {
+  int group;       // of the operands that have groups
+  int m;           // first row
+  int m_end;       // rows from here on belong to somebody else
+  int n;           // first column
+  int first_step;  // of k, in steps of 128
+  int steps;       // 0: an output of zeros; negative: there is no block
+  int unused[2];
+};
+
 // A member that takes no room when it has no bytes.
 template <int kBytes>
 struct Bytes {
@@ -49,6 +60,7 @@ struct alignas(1024) SharedMemory {
   [[no_unique_address]] Bytes<kExchangeBytes> exchange;  // partial sums between warpgroups and CTAs
   uint8_t lhs_scale[spec.stages][kLhsScaleSlot];
   uint8_t rhs_scale[spec.stages][kRhsScaleSlot];
+  Block block[spec.stages];     // what a stage's bytes belong to; written for a block's first stage
   uint64_t full[spec.stages];   // completes when a stage's bytes have landed
   uint64_t empty[spec.stages];  // completes when its readers are done
 };

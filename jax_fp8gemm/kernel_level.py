@@ -1,0 +1,264 @@
+"""What users of FP8 arrays call: quantize, dequantize, gemm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fp8gemm import reference
+from jax_fp8gemm.config import GemmConfig
+from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.primitives import Static, product
+from jax_fp8gemm.qarray import (
+    BLOCK,
+    BLOCKS,
+    FP8,
+    ROW_BLOCKS,
+    TILES,
+    QArray,
+    Tile,
+    round_up,
+    scale_shape,
+)
+from jax_fp8gemm.variants import SCALES, VARIANTS
+
+K_MULTIPLE = 16  # bytes: what the copy engine wants of a row of FP8 numbers
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> QArray:
+    """Quantises to FP8 with one scale for each tile of the last two dims.
+
+    qvalue = e4m3(clip(x / scale, ±448)), scale ≈ max|tile| / 448.
+
+    Args:
+      x: bf16, f16 or f32 [..., rows, k].
+      tile: (1, 128) for activations and gradients, (128, 128) for weights, (1, None) per row,
+        (None, None) per matrix.
+      scale: "pow2" rounds scales up to powers of two, which makes quantising once more along the
+        other axis exact; "float32" keeps max|tile| / 448.
+
+    Returns:
+      QArray. A tile of zeros has scale 1; a tile with NaN or Inf has scale NaN.
+
+    Raises:
+      TypeError: x is not of a float type. ValueError: an unknown tile or scale, or rank below 2.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2; E4M3 (arXiv 2209.05433).
+    """
+    if tile not in TILES:
+        fail("quantize", "unknown tile.", f"tile {tile}", f"one of {TILES}", "choose one of these")
+    if scale not in ("pow2", "float32"):
+        fail("quantize", "unknown scale.", f"scale {scale!r}", '"pow2" or "float32"', "choose one")
+    check_float("quantize", "x", x)
+    if x.ndim < 2:
+        fail("quantize", "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
+    return QArray(*reference.quantize(x, tile, scale))
+
+
+def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Returns qvalue · scale, multiplied in float32, as `dtype` [..., rows, k]."""
+    return reference.dequantize(q.qvalue, q.scale, q.tile).astype(dtype)
+
+
+def gemm(
+    lhs: QArray,
+    rhs: QArray,
+    group_sizes: jax.Array | None = None,
+    *,
+    variant: str = "dense",
+    out_dtype: jnp.dtype = jnp.bfloat16,
+    init: jax.Array | None = None,
+    num_sms: int | None = None,
+    expected_rows: int | None = None,
+    config: GemmConfig | None = None,
+) -> jax.Array:
+    """Multiplies FP8 operands: out[m, n] = Σ_k lhs[m, k] · rhs[n, k], both with their scales.
+
+    Sums of 128 of k are made by the tensor core and added up in float32. Variants:
+
+      dense               [m, k] · [n, k] -> [m, n]
+      batched             [g, m, k] · [g, n, k] -> [g, m, n]
+      ragged              [m, k] · [g, n, k] -> [m, n]: groups of rows, end to end, any sizes;
+                          rows past the groups are zero, whatever lhs holds there
+      contiguous          likewise; group_sizes is the group of each row [m], -1 for padding, whose
+                          rows are zero; every 128 rows from a multiple of 128 on share a group
+      masked              [g, m, k] · [g, n, k] -> [g, m, n]: the first rows of each group; the
+                          other rows of a result hold anything
+      ragged_contracting  [m, k] · [n, k] -> [g, m, n]: groups along k, each from a multiple of 128
+                          on, zeros between its size and the next multiple
+
+    Args:
+      lhs, rhs: QArray, as above; both have k last, a multiple of 16. Scales are 1x128 × 128x128,
+        1x128 × 1x128, per row × per row, or per tensor × per tensor.
+      group_sizes: int [g] of a grouped variant, on the device. Never read back: negative sizes
+        count as zero, and what does not fit into m (or k) is cut off.
+      variant: one of the above.
+      out_dtype: bfloat16 or float32.
+      init: f32, of the output's shape: what to add the product to; needs out_dtype float32.
+        Donate it to save a copy.
+      num_sms: upper bound of the multiprocessors to use; None for all.
+      expected_rows: of a masked group, for the choice of a config; None for all that fit.
+      config: overrides jax_fp8gemm.config.select.
+
+    Returns:
+      out_dtype, shape as above. On a Hopper GPU two runs give the same bits.
+
+    Raises:
+      ValueError: shapes or scales that do not fit, an unknown variant. TypeError: dtypes.
+
+    Example:
+      out = gemm(quantize(x), quantize(w.T, (128, 128)))
+    """
+    if variant not in VARIANTS:
+        fail("gemm", "unknown variant.", repr(variant), f"one of {list(VARIANTS)}", "choose one")
+    _check_operands(lhs, rhs, variant)
+    groups = _group_operand(lhs, rhs, group_sizes, variant)
+    count = None if groups is None else groups.shape[0]
+    shape = VARIANTS[variant].out_shape(lhs.shape, rhs.shape, count)
+    scales = _scales(lhs, rhs, variant)
+    out = _out_name(out_dtype, init, shape)
+    static = Static(variant, scales, out, num_sms or 0, config, expected_rows or 0)
+    return product(lhs, rhs, static, groups, init)
+
+
+def check_float(op: str, name: str, x: jax.Array) -> None:
+    if x.dtype not in FLOATS:
+        mend = f"cast {name} to bfloat16"
+        fail(
+            op,
+            f"{name} has the wrong dtype.",
+            describe(name, x),
+            "bf16, f16 or f32",
+            mend,
+            TypeError,
+        )
+
+
+def _check_operands(lhs: QArray, rhs: QArray, variant: str) -> None:
+    row = VARIANTS[variant]
+    for name, q, letters in (("lhs", lhs, row.lhs), ("rhs", rhs, row.rhs)):
+        if not isinstance(q, QArray):
+            fail(
+                "gemm",
+                f"{name} is not quantised.",
+                type(q).__name__,
+                "QArray",
+                f"quantize({name})",
+                TypeError,
+            )
+        text = f"{name} [{', '.join(letters)}]"
+        if q.ndim != len(letters) or q.scale.ndim != len(letters):
+            got = describe(name, q.qvalue) + ", " + describe("scale", q.scale)
+            fail("gemm", f"{name} has the wrong rank.", got, text, f"reshape {name} to {text}")
+        if q.qvalue.dtype != FP8 or q.scale.dtype != jnp.float32:
+            got = describe(name, q.qvalue) + ", " + describe("scale", q.scale)
+            fail(
+                "gemm",
+                f"{name} has the wrong dtype.",
+                got,
+                "e4m3 and f32 scales",
+                f"quantize({name})",
+                TypeError,
+            )
+    both = describe("lhs", lhs.qvalue) + ", " + describe("rhs", rhs.qvalue)
+    k = lhs.shape[-1]
+    if k != rhs.shape[-1]:
+        mend = "both operands have k last; if rhs is stored [k, n], quantise its transpose"
+        fail("gemm", "dim k differs between lhs and rhs.", both, f"rhs [..., n, {k}]", mend)
+    if lhs.ndim == rhs.ndim and lhs.shape[:-2] != rhs.shape[:-2]:
+        fail("gemm", "dim g differs between lhs and rhs.", both, "equal g", "broadcast one of them")
+    if k % K_MULTIPLE:
+        mend = f"pad k to {round_up(k, K_MULTIPLE)} with zeros, as fp8_matmul does"
+        fail("gemm", f"dim k is not a multiple of {K_MULTIPLE}.", both, "k % 16 == 0", mend)
+
+
+def _group_operand(lhs: QArray, rhs: QArray, groups, variant: str) -> jax.Array | None:
+    """Returns the checked group operand as int32."""
+    row = VARIANTS[variant]
+    if row.group_operand is None:
+        if groups is not None:
+            mend = "leave group_sizes out, or name a grouped variant"
+            fail("gemm", f"{variant} takes no group_sizes.", "group_sizes", "none", mend)
+        return None
+    want = "the group of each row, int [m]" if row.group_operand == "m" else "int [g]"
+    if groups is None:
+        fail("gemm", f"{variant} needs group_sizes.", "none", want, "pass group_sizes")
+    concrete = isinstance(groups, np.ndarray)
+    given, groups = groups, jnp.asarray(groups)
+    if not jnp.issubdtype(groups.dtype, jnp.integer):
+        got, mend = describe("group_sizes", groups), "cast group_sizes to int32"
+        fail("gemm", "group_sizes are no integers.", got, want, mend, TypeError)
+    size = row.sizes(lhs.shape, rhs.shape, None).get(row.group_operand)
+    if groups.ndim != 1 or groups.shape[0] != (groups.shape[0] if size is None else size):
+        got = describe("group_sizes", groups) + ", " + describe("rhs", rhs.qvalue)
+        expected = f"{want}, here [{size}]"
+        fail("gemm", "group_sizes do not fit the operands.", got, expected, "pass one per group")
+    if variant == "contiguous" and concrete:
+        _check_contiguous(given)
+    most = jnp.iinfo(jnp.int32)
+    if jnp.iinfo(groups.dtype).max > most.max:
+        groups = jnp.clip(groups, most.min, most.max)
+    return groups.astype(jnp.int32)
+
+
+def _check_contiguous(rows: np.ndarray) -> None:
+    """Raises where a block of 128 rows belongs to two groups."""
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        groups = np.unique(block[block >= 0])
+        if len(groups) > 1 or (len(groups) == 1 and block[0] < 0):
+            got = f"rows {start} to {start + len(block) - 1} of groups {groups.tolist()}"
+            mend = 'pad each group to a multiple of 128 rows, or use variant="ragged"'
+            what = "contiguous: a block of 128 rows has more than one group, or padding first."
+            fail("gemm", what, got, "one group for each 128 rows, padding at its end", mend)
+
+
+def _scales(lhs: QArray, rhs: QArray, variant: str) -> str:
+    """Returns the name of the first pair of tiles that fits; small arrays fit several, alike."""
+    for name, (lhs_tile, rhs_tile) in SCALES.items():
+        if variant == "ragged_contracting" and rhs_tile == BLOCKS:
+            continue  # a block of scales would belong to several groups
+        if lhs.has_tile(lhs_tile) and rhs.has_tile(rhs_tile):
+            return name
+    got = f"lhs {list(lhs.shape)} with scale {list(lhs.scale.shape)}, "
+    got += f"rhs {list(rhs.shape)} with scale {list(rhs.scale.shape)}"
+    pairs = [
+        f"{list(scale_shape(lhs.shape, a))} and {list(scale_shape(rhs.shape, b))}"
+        for a, b in SCALES.values()
+    ]
+    mend = "quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
+    fail("gemm", "the scales have shapes that no kernel takes.", got, " or ".join(pairs), mend)
+
+
+def _out_name(out_dtype, init: jax.Array | None, shape: tuple[int, ...]) -> str:
+    name = {"bfloat16": "bf16", "float32": "f32"}.get(jnp.dtype(out_dtype).name)
+    if name is None:
+        fail(
+            "gemm",
+            "unknown out_dtype.",
+            str(out_dtype),
+            "bfloat16 or float32",
+            "choose one",
+            TypeError,
+        )
+    if init is None:
+        return name
+    if name != "f32" or init.dtype != jnp.float32:
+        got = f"{describe('init', init)}, out_dtype {jnp.dtype(out_dtype).name}"
+        fail(
+            "gemm",
+            "init needs float32.",
+            got,
+            "f32 init and out_dtype",
+            "cast init to f32",
+            TypeError,
+        )
+    if init.shape != shape:
+        fail(
+            "gemm",
+            "init has the wrong shape.",
+            describe("init", init),
+            f"f32{list(shape)}",
+            "reshape it",
+        )
+    return name
