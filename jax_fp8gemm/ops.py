@@ -1,4 +1,4 @@
-"""What users of float arrays call: fp8_matmul, fp8_ragged_dot. Quantised inside, differentiable."""
+"""What users of float arrays call: fp8_matmul, fp8_ragged_dot; quantised inside."""
 
 import functools
 

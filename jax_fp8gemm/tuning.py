@@ -196,14 +196,14 @@ def executable_of(problem: configs.Problem, config: configs.GemmConfig | None, o
 
 
 def sample_error(problem: configs.Problem, out: jax.Array, operands) -> float:
-    """Returns DeepGEMM's calc_diff, Σ(out − exact)² / Σ(out² + exact²), of 32 rows in each group."""
+    """Returns calc_diff, Σ(out − exact)² / Σ(out² + exact²), of 32 rows in each group."""
     rows, groups, columns = sample(problem, operands)
     picked = out[groups, rows] if out.ndim == 3 else out[rows]
     return float(_squared_error(picked, *operands[:2], rows, groups, columns))
 
 
 def sample(problem: configs.Problem, operands) -> tuple:
-    """Returns rows and groups [g, 32], rows counted as in lhs, and each group's range of k [g, 2]."""
+    """Returns rows of lhs [g, 32], their groups [g, 32], and each group's range of k [g, 2]."""
     p, row, draw = problem, VARIANTS[problem.variant], np.random.default_rng(1)
     sizes = group_sizes(p) if row.group_operand else np.full(p.g, p.m)
     counts = sizes if row.groups == "m" else np.full(p.g, p.m)

@@ -115,7 +115,7 @@ def test_init_is_added_and_empty_groups_leave_it(key):
 
 
 def test_vmap_of_masked_is_more_groups():
-    lhs, rhs, sizes, tiles = operands("masked", GROUPS[0])
+    lhs, rhs, sizes, _ = operands("masked", GROUPS[0])
     stack = lambda x: jnp.stack([x, x])  # noqa: E731
     many = jax.vmap(lambda a, b, s: fp8.gemm(a, b, s, variant="masked"), (None, 0, None))
     out = many(lhs, jax.tree.map(stack, rhs), sizes)

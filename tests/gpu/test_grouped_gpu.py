@@ -120,7 +120,7 @@ def test_masked_with_a_few_huge_groups():
 
 
 def test_nan_past_the_groups_and_in_one_group_reaches_nothing_else():
-    lhs, rhs, _, tiles = operands("ragged", GROUPS[3])
+    lhs, rhs, _, _ = operands("ragged", GROUPS[3])
     lhs = fp8.QArray(lhs.qvalue, lhs.scale.at[100:].set(jnp.nan))
     rhs = fp8.QArray(rhs.qvalue, rhs.scale.at[4].set(jnp.nan))
     sizes = jnp.array([0, 40, 0, 0, 30, 30])
