@@ -1,0 +1,66 @@
+"""Whole jitted programs compiled for an H200 on a machine without one: kernels included."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jax_fp8gemm import _native
+
+PLUGIN = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(
+    "jax_plugins.xla_cuda12"
+)
+pytestmark = [
+    pytest.mark.skipif(not PLUGIN, reason="pip install jax-cuda12-plugin jax-cuda12-pjrt"),
+    pytest.mark.skipif("error" in _native.nvrtc_facts(), reason="NVRTC is not installed"),
+]
+TARGET = pathlib.Path(__file__).parent / "data/h200_target_config.txtpb"
+
+CODE = """
+import sys, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import jax_fp8gemm as fp8
+target = open(sys.argv[1]).read()
+topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+mesh = Mesh(np.array(topology.devices).reshape(1), ("x",))
+at = NamedSharding(mesh, PartitionSpec())
+
+def shape(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=at)
+
+def step(w, experts, x, sizes):
+    def loss(w, experts):
+        y = jnp.tanh(fp8.fp8_matmul(x, w))
+        return fp8.fp8_ragged_dot(y, experts, sizes).astype(jnp.float32).sum()
+    return jax.grad(loss, (0, 1))(w, experts)
+
+made = jax.jit(step).lower(
+    shape(512, 640), shape(4, 640, 384), shape(1024, 512), shape(4, dtype=jnp.int32)
+).compile()
+text = made.as_text()
+print("calls", text.count('custom_call_target="jax_fp8gemm_gemm_v1"'))
+print("gathers", text.count("all-gather"))
+"""
+
+
+def test_a_training_step_compiles_for_an_h200(tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": "",
+        "JAX_FP8GEMM_VERBOSE": "1",
+        "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(TARGET)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # fp8_matmul: y and dw (x has no gradient); fp8_ragged_dot: d-lhs and d-rhs (its sum needs no y).
+    assert "calls 4" in done.stdout and "gathers 0" in done.stdout, done.stdout
+    assert "from nvrtc" in done.stderr and len(list(tmp_path.glob("*.kernel"))) >= 3
