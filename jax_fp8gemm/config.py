@@ -99,7 +99,8 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
     """Returns the bytes of shared memory of a CTA; the kernel asserts that its plan agrees."""
     lhs, rhs = problem.tiles
     m, n = config.block_m, config.block_n
-    stage = 128 * (m + n) + _scale_slot(lhs, m) + _scale_slot(rhs, n)
+    extra = 4 if problem.variant == "ragged" else 0  # rows, extra_scale_rows() of the kernel
+    stage = 128 * (m + n) + _scale_slot(lhs, m + extra) + _scale_slot(rhs, n)
     total = config.stages * (stage + 16 + 32)  # two barriers and a note on the block
     if config.kernel == "few_rows":
         parts, groups = 2 * config.split_k, m // 64 * (n // 8)

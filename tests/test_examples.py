@@ -25,3 +25,7 @@ def test_train_step_learns():
 def test_examples_are_short():
     for path in EXAMPLES.glob("[0-9]*.py"):
         assert len(path.read_text().splitlines()) < 60, path.name
+
+
+def test_ragged():
+    assert load("03_ragged").main(rows=64, k=128, n=32, g=4) < 0.05

@@ -59,6 +59,7 @@ struct Consumer {
   typename Traits::Ring at{0, 0};
   bool landed = false;  // the stage at `at` was seen full
   int border = 0;       // see promote()
+  int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
   OutBlock finished{};  // the block whose results are in `sums`
   float sums[kSubTiles][kRegisters];
 
@@ -101,6 +102,7 @@ struct Consumer {
   FP8GEMM_DEVICE void multiply(const Block& block, int steps, bool pending) {
     const OutBlock next = OutBlock::of<spec>(block);  // the stage is given back before it is used
     if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - next.n % 128;
+    if constexpr (spec.variant == Variant::kRagged) scale_shift = next.m % 4;
     sub_step<0, true, false>(0, pending);
     finished = next;
     if constexpr (kSubTiles == 2) sub_step<1, true, false>(0);
@@ -125,7 +127,7 @@ struct Consumer {
                   rhs_low + stage * (Shared::kRhsBytes / 16));
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
-        shared_address(shared.lhs_scale[stage]), row_in_block(kSubTile));
+        shared_address(shared.lhs_scale[stage]), row_in_block(kSubTile) + scale_shift);
     if constexpr (Traits::kPerColumn) {
       store_finished<kSubTile, kFirst, kLast>(pending);
       finish_partial(partial);
@@ -178,7 +180,7 @@ struct Consumer {
 
   // Rows past `m_end` are another group's where groups lie end to end.
   FP8GEMM_DEVICE bool fits_box(int row) const {
-    return spec.variant != Variant::kRagged || row + 64 <= finished.m_end;
+    return spec.variant != Variant::kRagged || warp_uniform(row + 64 <= finished.m_end);
   }
 
   template <int kSubTile>
@@ -190,11 +192,12 @@ struct Consumer {
     const bool leader = threadIdx.x % 128 == 0;
     if (!fits_box(finished.m + tile * 64)) {
       store_direct<spec>(params, sums[kSubTile], finished, row_in_block(kSubTile), 2 * (lane % 4));
-      if (leader) cp_async_bulk_commit_group();  // an empty one: they are counted
       return;
     }
-    // The boxes are free again once the store before last (of the other sub-tile: last) has read.
-    if (leader) cp_async_bulk_wait_group_read<kSubTiles - 1>();
+    // The boxes are free again once the store before last (of the other sub-tile: last) has read;
+    // where sub-tiles may leave by another way, once all have.
+    constexpr int kPending = spec.variant == Variant::kRagged ? 0 : kSubTiles - 1;
+    if (leader) cp_async_bulk_wait_group_read<kPending>();
     bar_sync(kStoreBarrier + warpgroup, 128);
     stage_out<kColumns>(boxes, sums[kSubTile], warp, lane);
     fence_proxy_async();

@@ -79,6 +79,7 @@ struct FewRowsConsumer {
   int warpgroup, warp, lane, part;
   uint32_t lhs_low, rhs_low;
   typename Traits::Ring at;
+  int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
   int turn;  // steps until this warpgroup's next one: 0 or 1
   float sums[kSubTiles][kRegisters];
 
@@ -101,6 +102,7 @@ struct FewRowsConsumer {
       for (int i = 0; i < kRegisters; ++i) sums[m][i] = 0;
     }
     const int border = 128 - block.n % 128;
+    if constexpr (spec.variant == Variant::kRagged) scale_shift = block.m % 4;
     int index = turn;
     for (; index < range.count(); index += 2, at.advance(2)) {
       mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
@@ -150,7 +152,7 @@ struct FewRowsConsumer {
                   lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
                   rhs_low + stage * (Shared::kRhsBytes / 16));
     const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
-        shared_address(shared.lhs_scale[stage]), kSubTile * 64 + warp * 16 + lane / 4);
+        shared_address(shared.lhs_scale[stage]), kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
     if constexpr (kPerColumn) {
       finish_partial(partial);
       promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);

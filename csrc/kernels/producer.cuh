@@ -16,21 +16,24 @@ struct Producer {
   int scale_steps;
   int stage_bytes;  // what a full barrier expects: all that lands in this CTA, a multicast included
 
+  static constexpr bool kAnyRow = spec.variant == Variant::kRagged && is_per_row(spec.lhs_scale);
+
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)
       : params(p), shared(s), rank(cta_rank), scale_steps(ceil_div(p.k, kBlockK)) {
     const int lhs_rows = copied_rows(spec.block_m, p.m), rhs_rows = copied_rows(spec.block_n, p.n);
-    stage_bytes = (lhs_rows + rhs_rows) * kBlockK + scale_bytes(spec.lhs_scale, lhs_rows) +
+    stage_bytes = (lhs_rows + rhs_rows) * kBlockK +
+                  (kAnyRow ? 0 : scale_bytes(spec.lhs_scale, lhs_rows)) +
                   scale_bytes(spec.rhs_scale, is_per_row(spec.rhs_scale) ? rhs_rows : spec.block_n);
     prefetch_tensormap(params.lhs);
     prefetch_tensormap(params.rhs);
-    if constexpr (is_per_row(spec.lhs_scale)) prefetch_tensormap(params.lhs_scale);
+    if constexpr (is_per_row(spec.lhs_scale) && !kAnyRow) prefetch_tensormap(params.lhs_scale);
     if constexpr (is_per_row(spec.rhs_scale)) prefetch_tensormap(params.rhs_scale);
   }
 
   // Starts the copies of the `index`-th step of `block` into `stage`, which must be empty.
   FP8GEMM_DEVICE void load(const Block& block, int index, int stage) {
     const uint32_t full = shared_address(&shared.full[stage]);
-    mbarrier_arrive_expect_tx(full, stage_bytes);
+    mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? 4 * any_row_count(block.m) : 0));
     const int lhs_group = lhs_has_groups(spec.variant) ? block.group : 0;
     const int rhs_group = rhs_has_groups(spec.variant) ? block.group : 0;
     // Past the block's last step: zeros from past the end of k, times scales that are its own.
@@ -40,7 +43,9 @@ struct Producer {
                                                  rhs_group * params.n + block.n);
     load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,
                                                  lhs_group * params.m + block.m);
-    if constexpr (is_per_row(spec.lhs_scale)) {
+    if constexpr (kAnyRow) {
+      load_any_row_scales(shared.lhs_scale[stage], full, scale_step, block.m);
+    } else if constexpr (is_per_row(spec.lhs_scale)) {
       load_row_scales<spec.lhs_scale>(shared.lhs_scale[stage], params.lhs_scale, full, lhs_group,
                                       scale_step, block.m);
     } else {
@@ -73,6 +78,21 @@ struct Producer {
                                       int group, int step, int row) {
     const int line = tile == ScaleTile::k1x128 ? group * scale_steps + step : group;
     cp_async_bulk_tensor_2d(shared_address(to), map, full, row, line);
+  }
+
+  // Scales that are copied for a block that begins at row m: from the multiple of four before it
+  // on, as many as there are. The second block of a cluster may begin past the last row.
+  FP8GEMM_DEVICE int any_row_first(int m) const { return min(m, params.m - 1) / 4 * 4; }
+  FP8GEMM_DEVICE int any_row_count(int m) const {
+    return min(spec.block_m + extra_scale_rows(spec.variant),
+               round_up(params.m, 4) - any_row_first(m));
+  }
+
+  FP8GEMM_DEVICE void load_any_row_scales(const uint8_t* to, uint32_t full, int step, int m) {
+    const int line = spec.lhs_scale == ScaleTile::k1x128 ? step : 0;
+    const float* from =
+        params.lhs_scale_data + int64_t{line} * round_up(params.m, 4) + any_row_first(m);
+    cp_async_bulk(shared_address(to), from, 4 * any_row_count(m), full);
   }
 
   // The aligned run of four steps that `step` is in, for each scale block of the columns.

@@ -46,13 +46,19 @@ struct Bytes {
 template <>
 struct Bytes<0> {};
 
+// Rows of lhs scales that are copied for a tile beyond its own. A copy begins at a multiple of 16
+// bytes, so where a block may begin at any row, up to three rows before it come along.
+// NOTE: a tensor map takes no other inner coordinates either: an "illegal instruction" at run time.
+constexpr int extra_scale_rows(Variant variant) { return variant == Variant::kRagged ? 4 : 0; }
+
 // Every shared array and barrier of a kernel. Operand tiles come first: the 128-byte swizzle wants
 // them at multiples of 1024.
 template <GemmSpec spec, int kOutBytes, int kExchangeBytes>
 struct alignas(1024) SharedMemory {
   static constexpr int kLhsBytes = spec.block_m * kBlockK;
   static constexpr int kRhsBytes = spec.block_n * kBlockK;
-  static constexpr int kLhsScaleSlot = round_up(scale_bytes(spec.lhs_scale, spec.block_m), 128);
+  static constexpr int kLhsScaleSlot =
+      round_up(scale_bytes(spec.lhs_scale, spec.block_m + extra_scale_rows(spec.variant)), 128);
   static constexpr int kRhsScaleSlot = round_up(scale_bytes(spec.rhs_scale, spec.block_n), 128);
   uint8_t lhs[spec.stages][kLhsBytes];
   uint8_t rhs[spec.stages][kRhsBytes];
