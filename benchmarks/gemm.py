@@ -5,62 +5,28 @@ python benchmarks/gemm.py --out benchmarks/results/nvidia-h200.json
 
 import argparse
 import concurrent.futures
-import datetime
-import json
-import math
+import itertools
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
-import shapes  # noqa: E402
+import shapes
+from protocol import ANCHORS, RESULTS, progress, row, runs, save, summary
 
-import jax_fp8gemm as fp8  # noqa: E402
-from jax_fp8gemm import _native, reference, tuning  # noqa: E402
-from jax_fp8gemm import config as configs  # noqa: E402
+import jax_fp8gemm as fp8
+from jax_fp8gemm import _native, reference, tuning
+from jax_fp8gemm import config as configs
 
-PEAK = 1763e12  # FLOP/s with promotion, measured: docs/measured.md
-BANDWIDTH = 4.4e12  # B/s, read only, measured
 REPS = 15
-PEER_SHAPES = ("m64", "m4096", "square")
-
-
-def roofline_us(p: configs.Problem) -> float:
-    return 1e6 * max(2 * p.m * p.n * p.k / PEAK, traffic(p) / BANDWIDTH)
-
-
-def traffic(p: configs.Problem) -> int:
-    """Returns the bytes of a product when every operand is read, and the output written, once."""
-    return p.m * p.k + p.n * p.k + (4 if p.out == "f32" else 2) * p.m * p.n
-
-
-def row(p: configs.Problem, op: str, times: list[float], **extra) -> dict:
-    us = statistics.median(times)
-    low, high = (sorted(times)[round(q * (len(times) - 1))] for q in (0.1, 0.9))
-    return {
-        "op": op, "variant": p.variant, "m": p.m, "n": p.n, "k": p.k, "g": p.g,
-        "scales": p.scales, "out": p.out, "us": round(us, 2), "p10": round(low, 2),
-        "p90": round(high, 2), "tflops": round(2e-6 * p.m * p.n * p.k / us, 1),
-        "gbs": round(1e-3 * traffic(p) / us, 1), "roofline": round(roofline_us(p) / us, 3),
-        **extra,
-    }  # fmt: skip
-
-
-def facts() -> dict:
-    clocks = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit",
-         "--format=csv,noheader"], capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    commit = os.environ.get("JAX_FP8GEMM_COMMIT", "")
-    return {"commit": commit, "date": str(datetime.date.today()), "device": clocks}
+BESIDE_PEERS = ("ffn_up_m64", "ffn_up_m4096", "attention_out_m4096", "square")
 
 
 def all_shapes(only: str) -> list[shapes.Shape]:
@@ -99,26 +65,13 @@ def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
     return {name: (lambda f=f, a=a: f(*a)) for name, (f, a) in made.items() if runs(name, f, a)}
 
 
-def runs(name: str, function, operands) -> bool:
-    """Whether a peer works with what is installed here; says so where it does not."""
-    try:
-        jax.block_until_ready(function(*operands))
-    except jax.errors.JaxRuntimeError as error:
-        print(f"{name} does not run here: {str(error).splitlines()[0]}")
-        return False
-    return True
-
-
-def progress(text: str) -> None:
-    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
-
-
-def products(only: str) -> list[dict]:
+def products(only: str) -> Iterator[list[dict]]:
     """Times every shape in bursts, flushed by writing and by reading; then beside the peers."""
     listed = [(shape, problem_of(shape)) for shape in all_shapes(only)]
-    operands = {shape.name: tuning.random_operands(problem) for shape, problem in listed}
-    progress(f"{len(listed)} shapes, operands made")
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda a: (a[0].name, tuning.random_operands(a[1])), listed)
+        operands = dict(found)
+        progress(f"{len(listed)} shapes, operands made")
         made = pool.map(lambda a: tuning.compiled(a[1], None, operands[a[0].name]), listed)
         contenders = dict(zip((shape.name for shape, _ in listed), made, strict=True))
     progress("compiled")
@@ -126,21 +79,22 @@ def products(only: str) -> list[dict]:
     progress("timed, flushed by writing")
     read = tuning.device_microseconds(contenders, 7, tuning.KERNEL, burst=True, flush="read")
     progress("timed, flushed by reading")
-    anchors = json.loads((HERE / "anchors.json").read_text())["us"]
     rows = []
     for shape, problem in listed:
-        peer = anchors[shape.scales][str(shape.m)][f"{shape.n}x{shape.k}"]
+        peer = ANCHORS[shape.scales][str(shape.m)][f"{shape.n}x{shape.k}"]
         extra = {
             "peer": "DeepGEMM (stored, benchmarks/anchors.json)",
             "peer_us": peer,
             "us_read_flush": round(statistics.median(read[shape.name]), 2),
             "config": str(configs.select(problem)),
         }
-        rows.append(row(problem, shape.name, write[shape.name], **extra))
+        name = "gradient: " if shape.scales == "1x128_1x128" else "dense: "
+        rows.append(row(problem, name + shape.name, write[shape.name], **extra))
+    yield rows
     for shape, problem in listed:
-        if shape.out == "bf16" and any(part in shape.name.split("_") for part in PEER_SHAPES):
-            rows += beside_peers(shape, problem, contenders[shape.name], operands[shape.name])
-    return rows
+        if shape.name in BESIDE_PEERS:
+            yield beside_peers(shape, problem, contenders[shape.name], operands[shape.name])
+            yield beside_torch(shape, problem, statistics.median(write[shape.name]))
 
 
 def beside_peers(shape, problem, ours, operands) -> list[dict]:
@@ -149,10 +103,39 @@ def beside_peers(shape, problem, ours, operands) -> list[dict]:
     ran = tuning.device_microseconds({"ours": ours, **them}, 5)
     progress(f"{shape.name} beside {len(them)} peers")
     return [
-        row(problem, f"{shape.name}, in turn", ran["ours"], peer=name,
+        row(problem, f"beside {name}: {shape.name}", ran["ours"], peer=name,
             peer_us=round(statistics.median(ran[name]), 2))
         for name in them
     ]  # fmt: skip
+
+
+def beside_torch(shape, problem, us: float) -> list[dict]:
+    """Times torch's block-scaled product (cuBLASLt's) by events, which include its launch."""
+    name = "torch._scaled_mm, 1x128 by 128x128"
+
+    def times() -> list[float]:
+        import torch
+
+        m, n, k = problem.m, problem.n, problem.k
+        a, b = (64 * torch.randn(rows, k, device="cuda") for rows in (m, n))
+        a, b = (x.clamp(-448, 448).to(torch.float8_e4m3fn) for x in (a, b))
+        a_scale = torch.rand(k // 128, m, device="cuda").t()  # rows next to each other
+        b_scale = torch.rand(n // 128, k // 128, device="cuda").t()
+        flush, found = torch.empty(tuning.FLUSH_BYTES, dtype=torch.uint8, device="cuda"), []
+        for _ in range(REPS + 1):
+            flush.zero_()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16)
+            events[1].record()
+            torch.cuda.synchronize()
+            found.append(1e3 * events[0].elapsed_time(events[1]))
+        return found[1:]
+
+    if not runs(name, times, ()):
+        return []
+    peer_us = round(statistics.median(times()), 2)
+    return [row(problem, f"beside {name}: {shape.name}", [us], peer=name, peer_us=peer_us)]
 
 
 def matmul() -> list[dict]:
@@ -167,11 +150,11 @@ def matmul() -> list[dict]:
     for name, dot in (("fp8_matmul", fp8.fp8_matmul), ("bf16 dot", jnp.dot)):
         forward = jax.jit(dot)
         both = jax.jit(lambda x, w, dy, dot=dot: jax.vjp(dot, x, w)[1](dy))
-        runs = {
+        contenders = {
             "forward": lambda f=forward: f(x, w),
             "forward + backward": lambda f=both: f(x, w, dy),
         }
-        for what, launches in tuning.device_kernels(runs, 7, burst=True).items():
+        for what, launches in tuning.device_kernels(contenders, 7, burst=True).items():
             total = [sum(us for _, us in launch) for launch in launches]
             ours = [
                 sum(us for kernel, us in launch if tuning.KERNEL in kernel) for launch in launches
@@ -180,7 +163,7 @@ def matmul() -> list[dict]:
             extra = {"us_products": round(middle, 2)} if name == "fp8_matmul" else {}
             if extra:
                 extra["us_casts"] = round(statistics.median(total) - middle, 2)
-            rows.append(row(problem, f"{name}, {what}", total, **extra))
+            rows.append(row(problem, f"jitted {name}: {what}", total, **extra))
     return rows
 
 
@@ -206,47 +189,31 @@ def host() -> list[dict]:
         jax.block_until_ready(chain(*operands, init))
         times.append(1e6 * (time.perf_counter() - start) / 200)
     graphs = "command_buffer=" not in os.environ.get("XLA_FLAGS", "")
-    name = "one call of 200 in a program, " + ("CUDA graph" if graphs else "launched one by one")
+    name = "host: " + ("in a CUDA graph" if graphs else "launched one by one") + ", per call of 200"
     return [
-        {"op": f"compile, {made['origin']}", "us": round(1e6 * made["seconds"])},
+        {"op": f"host: compile, {made['origin']}", "us": round(1e6 * made["seconds"])},
         {"op": name, "us": round(statistics.median(times), 2)},
     ]
 
 
-def summary(rows: list[dict]) -> None:
-    for scales, name in (("1x128_128x128", "dense"), ("1x128_1x128", "weight gradient")):
-        ratios = {
-            r["op"]: r["peer_us"] / r["us"]
-            for r in rows
-            if r.get("scales") == scales and "DeepGEMM" in r.get("peer", "")
-        }
-        if ratios:
-            mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
-            worst = sorted(ratios.items(), key=lambda item: item[1])[:6]
-            print(f"{name}: DeepGEMM µs / ours, geometric mean {mean:.3f} of {len(ratios)} rows")
-            print("  lowest: " + ", ".join(f"{op} {ratio:.3f}" for op, ratio in worst))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(HERE / "results/nvidia-h200.json"))
+    parser.add_argument("--out", default=str(RESULTS))
     parser.add_argument("--rows", default="", help="only shapes whose name contains this")
     parser.add_argument("--host-only", action="store_true", help="only what a call costs the host")
     options = parser.parse_args()
-    rows = host() if options.host_only else [*products(options.rows), *matmul(), *host()]
-    rows = [{**r, **facts()} for r in rows]
-    path = pathlib.Path(options.out)
-    if options.host_only and path.exists():
-        rows = json.loads(path.read_text()) + rows
-    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
-    for r in rows:
-        if "config" in r:
-            print(
-                f"{r['op']:24} {r['us']:8.2f} µs  {r['peer_us'] / r['us']:.3f} of DeepGEMM's speed"
-            )
-    summary(rows)
+    if options.host_only:
+        parts = iter([host()])
+    else:
+        parts = itertools.chain(products(options.rows), (part() for part in (matmul, host)))
+    for rows in parts:
+        save(rows, options.out)
+        summary(rows, "dense: ")
+        summary(rows, "gradient: ")
+        for r in rows:
+            if "DeepGEMM" not in r.get("peer", ""):
+                print(r["op"], r["us"], "µs", r.get("peer_us", ""), r.get("us_casts", ""))
 
 
-START = time.perf_counter()
 if __name__ == "__main__":
     main()

@@ -110,15 +110,22 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
     return round_up(total, 1024)
 
 
+SPREAD = (0.7, 1.3)  # multiples of the mean that sizes of groups are taken to have
+
+
 def blocks(problem: Problem, config: GemmConfig) -> int:
-    """Returns the number of output blocks, those that a cluster computes in vain included."""
-    m = ceil_div(problem.one_group[0], config.block_m)
-    n = ceil_div(problem.n, config.block_n)
-    if config.multicast == "rhs":
-        m = round_up(m, 2)
+    """Returns the number of output blocks, those that a cluster computes in vain included.
+
+    Where groups of rows have any size it is the number to expect.
+    """
+    rows, n = problem.one_group[0], ceil_div(problem.n, config.block_n)
     if config.multicast == "lhs":
         n = round_up(n, 2)
-    return problem.g * m * n
+    unit = config.block_m * (2 if config.multicast == "rhs" else 1)
+    m = float(ceil_div(rows, unit))
+    if VARIANTS[problem.variant].groups == "m":
+        m = float(np.mean(np.ceil(np.linspace(*SPREAD, 13) * rows / unit)))
+    return math.ceil(problem.g * m * unit / config.block_m * n)
 
 
 def legal(problem: Problem, config: GemmConfig) -> str | None:

@@ -143,33 +143,49 @@ def random_operand(key: jax.Array, shape: tuple[int, ...], tile: configs.Tile) -
     return QArray(q, scale)
 
 
-def group_sizes(problem: configs.Problem, seed: int = 0) -> np.ndarray:
-    """Returns sizes of 0.7 to 1.3 times the mean; they sum to m (k) where groups lie end to end."""
-    along_k = VARIANTS[problem.variant].groups == "k"
-    masked = problem.variant == "masked"
-    total = problem.k if along_k else problem.m * (problem.g if masked else 1)
-    unit = BLOCK if along_k else 1
-    weights = np.random.default_rng(seed).uniform(0.7, 1.3, problem.g)
-    if masked:
-        return np.round(problem.m * weights).astype(np.int32)
+def group_sizes(
+    problem: configs.Problem,
+    total: int | None = None,
+    *,
+    spread: tuple[float, float] = configs.SPREAD,
+    seed: int = 0,
+) -> np.ndarray:
+    """Returns sizes in a range of multiples of their mean; together `total` rows, or k."""
+    variant = VARIANTS[problem.variant]
+    if total is None:
+        rows = problem.m * (problem.g if problem.variant == "masked" else 1)
+        total = problem.k if variant.groups == "k" else rows
+    unit = BLOCK if variant.groups == "k" else 1
+    weights = np.random.default_rng(seed).uniform(*spread, problem.g)
     ends = np.round(np.cumsum(weights) / weights.sum() * total / unit) * unit
     return np.diff(ends, prepend=0).astype(np.int32)
 
 
-def group_operand(problem: configs.Problem, sizes: np.ndarray) -> np.ndarray | None:
-    """Returns what gemm takes as group_sizes for groups of these sizes, or None."""
-    operand = VARIANTS[problem.variant].group_operand
-    if operand == "m":  # every group padded to whole blocks
+def group_operand(problem: configs.Problem, sizes: np.ndarray) -> np.ndarray:
+    """Returns what gemm takes as group_sizes for groups of these sizes."""
+    if VARIANTS[problem.variant].group_operand == "m":  # every group padded to whole blocks
         rows = [np.repeat([i, -1], [n, -n % BLOCK]) for i, n in enumerate(sizes)]
         return np.concatenate(rows).astype(np.int32)
-    return sizes if operand else None
+    return sizes
 
 
-def random_operands(problem: configs.Problem, seed: int = 0) -> tuple:
-    """Returns lhs, rhs and, in a grouped variant, the group operand."""
+def sizes_of(problem: configs.Problem, operand: jax.Array) -> np.ndarray:
+    """Returns the sizes that group_operand was given."""
+    operand = np.asarray(operand)
+    if VARIANTS[problem.variant].group_operand == "m":
+        return np.bincount(operand[operand >= 0], minlength=problem.g)
+    return operand
+
+
+def random_operands(
+    problem: configs.Problem, sizes: np.ndarray | None = None, *, seed: int = 0
+) -> tuple:
+    """Returns lhs, rhs and, in a grouped variant, the group operand for groups of `sizes`."""
     row, p = VARIANTS[problem.variant], problem
     letters = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
-    groups = group_operand(p, group_sizes(p, seed)) if row.group_operand else None
+    groups = None
+    if row.group_operand:
+        groups = group_operand(p, group_sizes(p) if sizes is None else sizes)
     if p.variant == "contiguous":
         letters["m"] = len(groups)
     if p.variant == "masked":
@@ -205,7 +221,7 @@ def sample_error(problem: configs.Problem, out: jax.Array, operands) -> float:
 def sample(problem: configs.Problem, operands) -> tuple:
     """Returns rows of lhs [g, 32], their groups [g, 32], and each group's range of k [g, 2]."""
     p, row, draw = problem, VARIANTS[problem.variant], np.random.default_rng(1)
-    sizes = group_sizes(p) if row.group_operand else np.full(p.g, p.m)
+    sizes = sizes_of(p, operands[2]) if row.group_operand else np.full(p.g, p.m)
     counts = sizes if row.groups == "m" else np.full(p.g, p.m)
     rows = np.stack([draw.integers(0, max(n, 1), 32) for n in counts])
     rows[:, -1] = np.maximum(counts - 1, 0)
@@ -242,18 +258,19 @@ def _squared_error(picked, lhs, rhs, rows, groups, columns) -> jax.Array:
 
 
 def best_by_model(problem: configs.Problem, count: int) -> list[configs.GemmConfig]:
-    """Returns the `count` candidates that the cost model likes, half of each kernel at least."""
+    """Returns the `count` candidates the cost model likes, a quarter or more of each kernel."""
     ranked = sorted(
         configs.candidates(problem), key=lambda c: configs.predicted_seconds(problem, c)
     )
     kinds = [[c for c in ranked if c.kernel == kind] for kind in ("persistent", "few_rows")]
-    share = count // 2 if all(kinds) else count
-    return kinds[0][:share] + kinds[1][: count - len(kinds[0][:share])]
+    sure = [config for kind in kinds for config in kind[: count // 4]]
+    return sure + [config for config in ranked if config not in sure][: count - len(sure)]
 
 
-def tune(problem: configs.Problem, count: int, reps: int, pool) -> list[dict]:
+def tune(problem: configs.Problem, total: int | None, count: int, reps: int, pool) -> list[dict]:
     """Returns one row for each config that gives the right product, fastest first."""
-    operands = random_operands(problem)
+    sizes = group_sizes(problem, total) if VARIANTS[problem.variant].group_operand else None
+    operands = random_operands(problem, sizes)
     tried = best_by_model(problem, count)
     made = pool.map(lambda c: compiled(problem, c, operands), tried)
     contenders = dict(zip(map(str, tried), made, strict=True))
@@ -273,7 +290,9 @@ def tune(problem: configs.Problem, count: int, reps: int, pool) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", help="JSON list of {variant, m, n, k, g, scales, out}")
+    parser.add_argument(
+        "shapes", help="JSON list of {variant, m, n, k, g, scales, out}, and total for given rows"
+    )
     parser.add_argument("--out", required=True, help="where the winners go, as tuned/*.json")
     parser.add_argument("--log", help="where every timing goes")
     parser.add_argument("--count", type=int, default=12, help="configs to time for each shape")
@@ -284,8 +303,9 @@ def main() -> None:
     kind = jax.devices()[0].device_kind
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for index, shape in enumerate(shapes):
+            total = shape.pop("total", None)
             problem = configs.Problem(**shape, device=kind)
-            rows = tune(problem, options.count, options.reps, pool)
+            rows = tune(problem, total, options.count, options.reps, pool)
             everything += rows
             if rows:
                 winners.append(rows[0])

@@ -83,13 +83,21 @@ GROUPS = [
 
 @dataclasses.dataclass(frozen=True)
 class GroupedShape:
-    """A grouped product of a mixture-of-experts layer; rows (or, along k, depth) of one group."""
+    """A grouped product of a mixture-of-experts layer.
+
+    Attributes:
+      rows: of one group on average (along k: its depth), in round numbers; names the shape.
+      total: of all groups together; those of the stored DeepGEMM timings.
+      spread: sizes are drawn from this range of multiples of the mean.
+    """
 
     variant: str
     g: int
     rows: int
+    total: int
     n: int
     k: int
+    spread: tuple[float, float] = (0.7, 1.3)
 
     @property
     def name(self) -> str:
@@ -99,30 +107,45 @@ class GroupedShape:
         from jax_fp8gemm.config import Problem
 
         if self.variant == "ragged_contracting":  # a weight gradient: [n, k] is the weight
-            total = self.g * self.rows
-            return Problem(self.variant, self.n, self.k, total, self.g, "1x128_1x128", "f32")
-        m = self.rows if self.variant == "masked" else self.g * self.rows
+            return Problem(self.variant, self.n, self.k, self.total, self.g, "1x128_1x128", "f32")
+        m = self.rows if self.variant == "masked" else self.total
         return Problem(self.variant, m, self.n, self.k, self.g)
+
+    def operands(self) -> tuple:
+        from jax_fp8gemm import tuning
+
+        problem = self.problem()
+        sizes = tuning.group_sizes(problem, self.total, spread=self.spread)
+        return tuning.random_operands(problem, sizes)
 
 
 _EXPERTS = ((4096, 7168), (7168, 2048), (6144, 7168), (7168, 3072))
+_MASKED = (
+    (1, 1024, 1206),
+    (2, 512, 1109),
+    (4, 256, 1099),
+    (32, 192, 5867),
+    (6, 1024, 5941),
+    (32, 20, 602),
+    (6, 20, 128),
+)
 GROUPED = [
     *[
-        GroupedShape(variant, g, rows, n, k)
+        GroupedShape(variant, g, rows, total, n, k)
         for variant in ("contiguous", "ragged")
-        for g, rows in ((4, 8192), (8, 4096))
+        for g, rows, total in ((4, 8192, 34272), (8, 4096, 34507))
         for n, k in _EXPERTS
     ],
     *[
-        GroupedShape("masked", g, rows, n, k)
-        for g, rows in ((1, 1024), (2, 512), (4, 256), (32, 192), (6, 1024), (32, 20), (6, 20))
+        GroupedShape("masked", g, rows, total, n, k)
+        for g, rows, total in _MASKED
         for n, k in _EXPERTS[:2]
     ],
     *[
-        GroupedShape("ragged_contracting", g, 32768 // g, *_EXPERTS[i])
-        for g in (4, 8)
+        GroupedShape("ragged_contracting", g, 32768 // g, total, *_EXPERTS[i])
+        for g, total in ((4, 34688), (8, 35072))
         for i in (0, 1)
     ],
-    GroupedShape("ragged_contracting", 16, 2048, *_EXPERTS[0]),
-    GroupedShape("ragged", 256, 32, *_EXPERTS[0]),
+    GroupedShape("ragged_contracting", 16, 2048, 33152, *_EXPERTS[0]),
+    GroupedShape("ragged", 256, 32, 8192, *_EXPERTS[0], spread=(0, 2)),
 ]

@@ -61,7 +61,7 @@ def test_vmap_of_every_operand_and_both():
 def _check_vmap(variant, scales, axes):
     g = 2
     problem = Problem(variant, 4, 130, 144, g, scales)
-    pairs = [random_operands(problem, seed) for seed in range(3)]
+    pairs = [random_operands(problem, seed=seed) for seed in range(3)]
 
     def stacked(i):
         if axes[i] is None:

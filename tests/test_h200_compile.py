@@ -61,6 +61,6 @@ def test_a_training_step_compiles_for_an_h200(tmp_path):
         [sys.executable, "-c", CODE, str(TARGET)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # fp8_matmul: y and dw (x has no gradient); fp8_ragged_dot: d-lhs and d-rhs (its sum needs no y).
+    # fp8_matmul: y and dw (x has no gradient); fp8_ragged_dot: both gradients (a sum needs no y).
     assert "calls 4" in done.stdout and "gathers 0" in done.stdout, done.stdout
     assert "from nvrtc" in done.stderr and len(list(tmp_path.glob("*.kernel"))) >= 3

@@ -46,7 +46,7 @@ def bits(x: jax.Array) -> np.ndarray:
 
 def check(problem: Problem, config: GemmConfig | None = None, seed: int = 0) -> None:
     """Product, elementwise and by calc_diff; twice, to the bit, on poisoned memory."""
-    operands = random_operands(problem, seed)
+    operands = random_operands(problem, seed=seed)
     run = compiled(problem, config, operands)
     poison()
     out = run()

@@ -63,7 +63,8 @@ def compare(variant, operands, tiles, out_dtype, config=None, init=None):
     bound = BOUND["f32" if out_dtype == jnp.float32 else "bf16"]
     assert calc_diff(got[defined], expected[defined]) < bound
     if variant != "masked" and init is None:
-        assert not got[expected == 0].any()  # zeros are zeros, not small
+        empty = ~expected.any(axis=-1)  # rows past the groups, groups without any k
+        assert not got[empty].any()
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=lambda g: g.name)
@@ -145,8 +146,7 @@ def test_new_group_sizes_between_two_runs_of_one_program():
 
 @pytest.mark.parametrize("shape", GROUPED, ids=lambda s: s.name)
 def test_model_shapes(shape):
-    problem = shape.problem()
-    operands = random_operands(problem)
+    problem, operands = shape.problem(), shape.operands()
     run = compiled(problem, None, operands)
     assert sample_error(problem, run(), operands) < BOUND[problem.out]
 

@@ -1,0 +1,109 @@
+"""What every benchmark shares: the form of a row, the roofline, where results go."""
+
+import datetime
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import time
+
+import jax
+
+from jax_fp8gemm import config as configs
+from jax_fp8gemm.variants import VARIANTS
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results/nvidia-h200.json"
+ANCHORS = json.loads((HERE / "anchors.json").read_text())["us"]
+PEAK = 1763e12  # FLOP/s with promotion at the power limit, measured
+BANDWIDTH = 4.4e12  # B/s, read only, measured
+START = time.perf_counter()
+
+
+def operations(p: configs.Problem, rows: int) -> int:
+    """Returns additions and multiplications of the rows that count."""
+    return 2 * p.n * (p.m * p.k if VARIANTS[p.variant].groups == "k" else rows * p.k)
+
+
+def traffic(p: configs.Problem, rows: int) -> int:
+    """Returns the bytes of a product when what counts of each operand is read or written once."""
+    size = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
+    table = VARIANTS[p.variant]
+    elements = [math.prod(size[letter] for letter in dims) for dims in (table.rhs, table.out)]
+    out_bytes = 4 if p.out == "f32" else 2
+    if table.groups == "k":
+        return p.m * p.k + elements[0] + out_bytes * elements[1]
+    return rows * p.k + elements[0] + out_bytes * rows * p.n
+
+
+def row(p: configs.Problem, op: str, times: list[float], rows: int | None = None, **extra) -> dict:
+    """Returns a row of results.
+
+    Args:
+      rows: rows of lhs that count, of all groups together; default: all.
+      times: µs of each launch; the row has their median, and the 10th and 90th percentile.
+    """
+    if rows is None:
+        rows = p.m * (p.g if p.variant in ("batched", "masked") else 1)
+    us = statistics.median(times)
+    low, high = (sorted(times)[round(q * (len(times) - 1))] for q in (0.1, 0.9))
+    roofline = 1e6 * max(operations(p, rows) / PEAK, traffic(p, rows) / BANDWIDTH)
+    return {
+        "op": op, "variant": p.variant, "m": p.m, "n": p.n, "k": p.k, "g": p.g,
+        "scales": p.scales, "out": p.out, "us": round(us, 2), "p10": round(low, 2),
+        "p90": round(high, 2), "tflops": round(1e-6 * operations(p, rows) / us, 1),
+        "gbs": round(1e-3 * traffic(p, rows) / us, 1), "roofline": round(roofline / us, 3),
+        **extra,
+    }  # fmt: skip
+
+
+def runs(name: str, function, operands) -> bool:
+    """Whether a peer works with what is installed here; says so where it does not."""
+    try:
+        jax.block_until_ready(function(*operands))
+    except Exception as error:  # whatever somebody else's package raises
+        print(f"{name} does not run here: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return False
+    return True
+
+
+def progress(text: str) -> None:
+    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+
+def facts() -> dict:
+    device = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit",
+         "--format=csv,noheader"], capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    commit = os.environ.get("JAX_FP8GEMM_COMMIT", "")
+    return {"commit": commit, "date": str(datetime.date.today()), "device": device}
+
+
+def save(rows: list[dict], out: str) -> None:
+    """Writes rows with the commit and the date, in place of stored rows of the same op."""
+    path = pathlib.Path(out)
+    stored = json.loads(path.read_text()) if path.exists() else []
+    fresh = {row["op"]: {**row, **facts()} for row in rows}
+    if len(fresh) != len(rows):
+        raise ValueError("two rows have the same op")
+    kept = [row for row in stored if row["op"] not in fresh]
+    path.write_text(
+        "[\n" + ",\n".join(json.dumps(row) for row in [*kept, *fresh.values()]) + "\n]\n"
+    )
+
+
+def summary(rows: list[dict], name: str) -> None:
+    """Prints how rows whose op begins with `name` compare with DeepGEMM's stored times."""
+    found = [r for r in rows if r["op"].startswith(name) and "DeepGEMM" in r.get("peer", "")]
+    if not found:
+        return
+    ratios = {r["op"]: r["peer_us"] / r["us"] for r in found}
+    for r in found:
+        print(f"{r['op']:44} {r['us']:8.2f} µs {r['tflops']:7.0f} TFLOP/s {ratios[r['op']]:6.3f}")
+    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+    print(f"== {name} DeepGEMM µs / ours: geometric mean {mean:.3f}, {len(ratios)} rows; lowest: ")
+    lowest = sorted(ratios.items(), key=lambda item: item[1])[:6]
+    print("   " + ", ".join(f"{op.removeprefix(name)} {ratio:.3f}" for op, ratio in lowest))
