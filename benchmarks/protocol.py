@@ -86,7 +86,8 @@ def save(rows: list[dict], out: str) -> None:
     """Writes rows with the commit and the date, in place of stored rows of the same op."""
     path = pathlib.Path(out)
     stored = json.loads(path.read_text()) if path.exists() else []
-    fresh = {row["op"]: {**row, **facts()} for row in rows}
+    about = facts()
+    fresh = {row["op"]: {**row, **about} for row in rows}
     if len(fresh) != len(rows):
         raise ValueError("two rows have the same op")
     kept = [row for row in stored if row["op"] not in fresh]

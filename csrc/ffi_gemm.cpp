@@ -140,12 +140,14 @@ int64_t cluster_blocks(const GemmSpec& spec, const GemmParams& params) {
   return m_blocks * n_blocks * (out_has_groups(spec.variant) ? params.groups : 1);
 }
 
-// CTAs to launch: one wave at most, evenly loaded; with split_k one cluster for each block.
+// CTAs to launch: one wave at most, evenly loaded where the number of blocks is known; with split_k
+// one cluster for each block.
 int64_t grid_size(const KernelSpec& spec, int64_t blocks, int multiprocessors) {
   const int cluster = cluster_size(spec);
   if (spec.gemm.split_k > 1) return blocks * cluster;
   const int sms = spec.num_sms > 0 ? std::min(spec.num_sms, multiprocessors) : multiprocessors;
   const int64_t workers = std::max(sms / cluster, 1);
+  if (is_grouped(spec.gemm.variant)) return std::min(blocks, workers) * cluster;
   return ceil_div(blocks, ceil_div(blocks, workers)) * cluster;
 }
 

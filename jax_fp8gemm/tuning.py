@@ -8,14 +8,16 @@ import concurrent.futures
 import dataclasses
 import functools
 import glob
+import itertools
 import json
+import math
 import os
 import pathlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +64,8 @@ def _flush_by_reading(buffer: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def device_kernels(
-    contenders: dict[str, Contender], reps: int, *, burst: bool = False, flush: str = "write"
-) -> dict[str, list[list]]:
+    contenders: dict[Hashable, Contender], reps: int, *, burst: bool = False, flush: str = "write"
+) -> dict[Hashable, list[list]]:
     """Runs contenders, L2 flushed before each launch, and returns what ran on the device.
 
     Args:
@@ -102,7 +104,7 @@ def device_kernels(
     launches = _between_flushes(events, flush)
     if len(launches) != len(order):
         raise RuntimeError(f"{len(launches)} flushes in the trace, {len(order)} expected")
-    found: dict[str, list[list]] = {name: [] for name in names}
+    found: dict[Hashable, list[list]] = {name: [] for name in names}
     for name, launch in zip(order, launches, strict=True):
         found[name].append(launch)
     return found
@@ -125,8 +127,8 @@ def _between_flushes(events: list[tuple[str, float]], flush: str) -> list[list]:
 
 
 def device_microseconds(
-    contenders: dict[str, Contender], reps: int, only: str = "", **how
-) -> dict[str, list[float]]:
+    contenders: dict[Hashable, Contender], reps: int, only: str = "", **how
+) -> dict[Hashable, list[float]]:
     """Returns, for each contender, the µs of each launch: the sum of kernels that `only` is in."""
     ran = device_kernels(contenders, reps, **how)
     return {
@@ -267,25 +269,74 @@ def best_by_model(problem: configs.Problem, count: int) -> list[configs.GemmConf
     return sure + [config for config in ranked if config not in sure][: count - len(sure)]
 
 
-def tune(problem: configs.Problem, total: int | None, count: int, reps: int, pool) -> list[dict]:
-    """Returns one row for each config that gives the right product, fastest first."""
-    sizes = group_sizes(problem, total) if VARIANTS[problem.variant].group_operand else None
-    operands = random_operands(problem, sizes)
-    tried = best_by_model(problem, count)
-    made = pool.map(lambda c: compiled(problem, c, operands), tried)
-    contenders = dict(zip(map(str, tried), made, strict=True))
-    errors = {name: sample_error(problem, run(), operands) for name, run in contenders.items()}
-    times = device_microseconds(contenders, reps, KERNEL)
-    rows = []
-    for config in tried:
-        if not errors[str(config)] <= 1e-5:
-            print(f"WRONG {problem} {config}: {errors[str(config)]:.1e}", file=sys.stderr)
-            continue
-        us = statistics.median(times[str(config)])
-        keys = ("variant", "m", "n", "k", "g", "scales", "out")
-        row = {key: getattr(problem, key) for key in keys}
-        rows.append({**row, **dataclasses.asdict(config), "us": round(us, 2)})
-    return sorted(rows, key=lambda row: row["us"])
+@dataclasses.dataclass
+class Trial:
+    """One config of one product, compiled."""
+
+    problem: configs.Problem
+    config: configs.GemmConfig
+    run: Contender
+    us: float = math.inf
+
+    @property
+    def key(self) -> tuple:
+        return key_of(dataclasses.asdict(self.problem))
+
+    def row(self) -> dict:
+        keys = dict(zip(KEYS, self.key, strict=True))
+        return {**keys, **dataclasses.asdict(self.config), "us": round(self.us, 2)}
+
+
+KEYS = ("variant", "m", "n", "k", "g", "scales", "out")  # of a product, in a tuned row
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(row[name] for name in KEYS)
+
+
+def tune(problems: list[configs.Problem], totals: list, count: int, reps: int) -> list[Trial]:
+    """Returns timings of `count` configs of each product; those that give a wrong one are left out.
+
+    Everything is compiled first, then timed in one trace, so that a shape costs seconds.
+    """
+    start = time.perf_counter()
+
+    def progress(text: str) -> None:
+        print(f"[{time.perf_counter() - start:5.1f} s] {text}", flush=True)
+
+    def make_operands(problem, total) -> tuple:
+        grouped = VARIANTS[problem.variant].group_operand
+        return random_operands(problem, group_sizes(problem, total) if grouped else None)
+
+    def make_trial(problem, config, operands) -> Trial:
+        return Trial(problem, config, compiled(problem, config, operands))
+
+    def right(trials: list[Trial], operands) -> list[Trial]:
+        errors = [sample_error(trial.problem, trial.run(), operands) for trial in trials]
+        for trial, error in zip(trials, errors, strict=True):
+            if not error <= 1e-5:
+                print(f"WRONG {trial.problem} {trial.config}: {error:.1e}", file=sys.stderr)
+        return [trial for trial, error in zip(trials, errors, strict=True) if error <= 1e-5]
+
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        operands = list(pool.map(make_operands, problems, totals))
+        progress(f"operands of {len(problems)} products")
+        made = [
+            [
+                pool.submit(make_trial, problem, config, own)
+                for config in best_by_model(problem, count)
+            ]
+            for problem, own in zip(problems, operands, strict=True)
+        ]
+        trials = [[future.result() for future in futures] for futures in made]
+        progress(f"{sum(map(len, trials))} configs compiled")
+        trials = list(itertools.chain(*pool.map(right, trials, operands)))
+    progress("checked")
+    times = device_microseconds({index: t.run for index, t in enumerate(trials)}, reps, KERNEL)
+    for index, trial in enumerate(trials):
+        trial.us = statistics.median(times[index])
+    progress("timed")
+    return trials
 
 
 def main() -> None:
@@ -293,29 +344,26 @@ def main() -> None:
     parser.add_argument(
         "shapes", help="JSON list of {variant, m, n, k, g, scales, out}, and total for given rows"
     )
-    parser.add_argument("--out", required=True, help="where the winners go, as tuned/*.json")
+    parser.add_argument("--out", required=True, help="tuned/*.json: gets or keeps other products")
     parser.add_argument("--log", help="where every timing goes")
     parser.add_argument("--count", type=int, default=12, help="configs to time for each shape")
     parser.add_argument("--reps", type=int, default=9)
     options = parser.parse_args()
-    winners, everything = [], []
     shapes = json.loads(pathlib.Path(options.shapes).read_text())
+    totals = [shape.pop("total", None) for shape in shapes]
     kind = jax.devices()[0].device_kind
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for index, shape in enumerate(shapes):
-            total = shape.pop("total", None)
-            problem = configs.Problem(**shape, device=kind)
-            rows = tune(problem, total, options.count, options.reps, pool)
-            everything += rows
-            if rows:
-                winners.append(rows[0])
-                best = {k: v for k, v in rows[0].items() if k not in shape}
-                sizes = [shape[key] for key in "mnk"]
-                print(f"[{index + 1}/{len(shapes)}] {sizes} {best}", flush=True)
-            lines = ",\n".join(json.dumps(row) for row in winners)
-            pathlib.Path(options.out).write_text(f"[\n{lines}\n]\n")
-            if options.log:
-                pathlib.Path(options.log).write_text("\n".join(map(json.dumps, everything)))
+    problems = [configs.Problem(**shape, device=kind) for shape in shapes]
+    trials = sorted(tune(problems, totals, options.count, options.reps), key=lambda t: t.us)
+    if options.log:
+        lines = (json.dumps(trial.row()) for trial in trials)
+        pathlib.Path(options.log).write_text("\n".join(lines) + "\n")
+    path = pathlib.Path(options.out)
+    table = {key_of(row): row for row in json.loads(path.read_text())} if path.exists() else {}
+    table |= {trial.key: trial.row() for trial in reversed(trials)}  # the fastest comes last
+    lines = (json.dumps(table[key]) for key in sorted(table))
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    for problem in problems:
+        print(json.dumps(table[key_of(dataclasses.asdict(problem))]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The run-time compiler and its cache, and every config that can be chosen."""
 
 import concurrent.futures
+import itertools
 import json
 import os
 import pathlib
@@ -11,11 +12,11 @@ import threading
 import time
 
 import pytest
-from shapes import DENSE, ODD, WEIGHT_GRADIENT
+from shapes import DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm import _native
 from jax_fp8gemm import config as configs
-from jax_fp8gemm.variants import SCALES
+from jax_fp8gemm.variants import SCALES, VARIANTS
 
 pytestmark = pytest.mark.skipif(
     "error" in _native.nvrtc_facts(),
@@ -168,11 +169,22 @@ def reachable() -> dict[str, dict]:
             for out in ("bf16", "f32"):
                 found |= chosen(shape, scales, out)
                 found |= chosen(shape, scales, out, accumulate=out == "f32", variant="batched")
+    for shape in GROUPED:
+        found |= chosen_for(shape.problem())
+    for variant, row in VARIANTS.items():
+        for scales, out in itertools.product(SCALES, ("bf16", "f32") if row.groups else ()):
+            if (row.groups, scales) != ("k", "1x128_128x128"):
+                problem = configs.Problem(variant, 900, 72, 1088, 6, scales, out, out == "f32")
+                found |= chosen_for(problem)
     return found
 
 
 def chosen(shape, scales, out, accumulate=False, variant="dense") -> dict[str, dict]:
-    problem = configs.Problem(variant, shape.m, shape.n, shape.k, 1, scales, out, accumulate)
+    sizes = shape.m, shape.n, shape.k
+    return chosen_for(configs.Problem(variant, *sizes, 1, scales, out, accumulate))
+
+
+def chosen_for(problem: configs.Problem) -> dict[str, dict]:
     wanted = attributes(problem, configs.select(problem))
     wanted["num_sms"] = 0
     return {json.dumps(wanted, sort_keys=True): wanted}
@@ -189,7 +201,9 @@ def disassembler() -> str | None:
 
 
 @pytest.mark.parametrize(
-    "wanted", reachable().values(), ids=lambda w: f"{w['kernel']}-{w['block_m']}x{w['block_n']}"
+    "wanted",
+    reachable().values(),
+    ids=lambda w: f"{w['variant']}-{w['kernel']}-{w['block_m']}x{w['block_n']}",
 )
 def test_reachable_kernels_have_no_spills_and_use_the_tensor_core(wanted, tmp_path):
     made = _native.compile(wanted)

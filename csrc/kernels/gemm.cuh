@@ -35,6 +35,10 @@ struct GemmTraits {
   static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
+  // Whether a block may end early, where the rows of another group begin.
+  static constexpr bool kCutShort =
+      spec.variant == Variant::kRagged ||
+      (spec.variant == Variant::kContiguous && spec.block_m == 256);
   static constexpr int kOutBytes =
       spec.store == Store::kTma ? spec.block_m * spec.block_n * 2 : 0;
   using Shared = SharedMemory<spec, kOutBytes, 0>;
@@ -178,9 +182,8 @@ struct Consumer {
     }
   }
 
-  // Rows past `m_end` are another group's where groups lie end to end.
   FP8GEMM_DEVICE bool fits_box(int row) const {
-    return spec.variant != Variant::kRagged || warp_uniform(row + 64 <= finished.m_end);
+    return !Traits::kCutShort || warp_uniform(row + 64 <= finished.m_end);
   }
 
   template <int kSubTile>
@@ -196,7 +199,7 @@ struct Consumer {
     }
     // The boxes are free again once the store before last (of the other sub-tile: last) has read;
     // where sub-tiles may leave by another way, once all have.
-    constexpr int kPending = spec.variant == Variant::kRagged ? 0 : kSubTiles - 1;
+    constexpr int kPending = Traits::kCutShort ? 0 : kSubTiles - 1;
     if (leader) cp_async_bulk_wait_group_read<kPending>();
     bar_sync(kStoreBarrier + warpgroup, 128);
     stage_out<kColumns>(boxes, sums[kSubTile], warp, lane);
@@ -241,30 +244,28 @@ FP8GEMM_DEVICE void produce(const GemmParams& params, Shared& shared, uint32_t r
   const bool elected = elect_sync();
   Producer<spec, Shared> producer(params, shared, rank);
   RingPosition<spec.stages> at{0, 1};  // parity 1: the stages begin empty
-  auto announce = [&](const Block& block) {
-    mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
-    shared.block[at.stage] = block;
-  };
+  auto wait = [&] { mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity); };
   Scheduler<spec> scheduler(params, blockIdx.x / kCtas, gridDim.x / kCtas, rank);
   for (; !scheduler.done(); scheduler.next()) {
     const Block block = scheduler.block();
+    producer.begin(block);
+    wait();
     if (elected) {
-      announce(block);
-      if (block.steps == 0) {
-        mbarrier_arrive(shared_address(&shared.full[at.stage]));
-        at.advance();
-      }
-      const int steps = block.steps > 0 ? taken_steps(block.steps) : 0;
+      shared.block[at.stage] = block;
+      if (block.steps == 0) mbarrier_arrive(shared_address(&shared.full[at.stage]));
+    }
+    if (block.steps == 0) at.advance();
+    const int steps = block.steps > 0 ? taken_steps(block.steps) : 0;
 #pragma unroll 1  // 40 registers hold one step's addresses
-      for (int step = 0; step < steps; ++step, at.advance()) {
-        mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
-        producer.load(block, step, at.stage);
-      }
+    for (int index = 0; index < steps; ++index, at.advance()) {
+      wait();
+      if (elected) producer.load(block, index, at.stage);
     }
     __syncwarp();
   }
+  wait();
   if (elected) {
-    announce({.steps = -1});
+    shared.block[at.stage] = {.steps = -1};
     mbarrier_arrive(shared_address(&shared.full[at.stage]));
   }
 }
@@ -276,7 +277,7 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
-  const uint32_t rank = Traits::kCtas > 1 ? cluster_ctarank() : 0;
+  const uint32_t rank = Traits::kCtas > 1 ? warp_uniform(cluster_ctarank()) : 0;
   init_barriers<spec>(shared);
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   if (warp >= kMathWarpgroups * 4) {

@@ -218,22 +218,20 @@ FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
   __syncwarp();
   Producer<spec, Shared> producer(params, shared, 0);
   auto tell_ready = [] {
-    __syncwarp();
+    __syncwarp();  // bar.arrive is for whole warps
     bar_arrive(kBarriersReady, FewRowsTraits<spec>::kThreads);
   };
   int loaded = 0;
   for (; !scheduler.done(); scheduler.next()) {
     const Block block = scheduler.block();
     if (block.steps == 0) continue;
+    producer.begin(block);
+#pragma unroll 1  // straight-line code of many steps would not run from the instruction cache
     for (int index = 0; index < range.count(); ++index, ++loaded, at.advance()) {
       if (loaded == spec.stages) tell_ready();
-      if (!elected) continue;
-      if (loaded >= spec.stages) {
-        mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
-      }
-      producer.load(block, range.step(index), at.stage);
+      mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
+      if (elected) producer.load(block, range.step(index), at.stage);
     }
-    __syncwarp();
   }
   if (loaded <= spec.stages) tell_ready();
 }
@@ -247,7 +245,7 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
 
   constexpr bool kCluster = spec.split_k > 1;
   if constexpr (kCluster) cluster_arrive_relaxed();  // awaited before the first remote write
-  const uint32_t rank = kCluster ? cluster_ctarank() : 0;
+  const uint32_t rank = kCluster ? warp_uniform(cluster_ctarank()) : 0;
   const StepRange range(taken_steps(ceil_div(params.k, kBlockK)), rank, spec.split_k);
   Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
 

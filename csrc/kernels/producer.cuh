@@ -8,18 +8,30 @@
 
 namespace fp8gemm {
 
+// NOTE: with small blocks the time of one load() limits the kernel: 150 clocks of one warp fill
+// 13 KB at the rate of memory. So whatever a block's steps have in common is computed in begin(),
+// and all lanes run the loop around load(), which keeps its values in uniform registers.
 template <GemmSpec spec, class Shared>
 struct Producer {
   const GemmParams& params;
   Shared& shared;
   uint32_t rank;  // in the cluster; CTA 0 loads what both share
-  int scale_steps;
+  int end_step;   // past the end of k
   int stage_bytes;  // what a full barrier expects: all that lands in this CTA, a multicast included
+
+  // The block at work.
+  int lhs_row, rhs_row;          // in the operands' maps
+  int lhs_line, rhs_line;        // in the maps of row scales
+  int lhs_scale_row, rhs_scale_row;
+  const float* lhs_scales;       // of tensors, and where a block begins at any row
+  const float* rhs_scales;       // of tensors and blocks
+  int lhs_scale_bytes;           // where a block begins at any row
+  int next_block;                // floats from one scale block of the columns to the next
 
   static constexpr bool kAnyRow = spec.variant == Variant::kRagged && is_per_row(spec.lhs_scale);
 
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)
-      : params(p), shared(s), rank(cta_rank), scale_steps(ceil_div(p.k, kBlockK)) {
+      : params(p), shared(s), rank(cta_rank), end_step(ceil_div(p.k, kBlockK)) {
     const int lhs_rows = copied_rows(spec.block_m, p.m), rhs_rows = copied_rows(spec.block_n, p.n);
     stage_bytes = (lhs_rows + rhs_rows) * kBlockK +
                   (kAnyRow ? 0 : scale_bytes(spec.lhs_scale, lhs_rows)) +
@@ -30,35 +42,58 @@ struct Producer {
     if constexpr (is_per_row(spec.rhs_scale)) prefetch_tensormap(params.rhs_scale);
   }
 
-  // Starts the copies of the `index`-th step of `block` into `stage`, which must be empty.
-  FP8GEMM_DEVICE void load(const Block& block, int index, int stage) {
-    const uint32_t full = shared_address(&shared.full[stage]);
-    mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? 4 * any_row_count(block.m) : 0));
+  // Turns to another block.
+  FP8GEMM_DEVICE void begin(const Block& block) {
     const int lhs_group = lhs_has_groups(spec.variant) ? block.group : 0;
     const int rhs_group = rhs_has_groups(spec.variant) ? block.group : 0;
+    lhs_row = lhs_group * params.m + block.m;
+    rhs_row = rhs_group * params.n + block.n;
+    lhs_scale_row = block.m;
+    rhs_scale_row = block.n;
+    lhs_line = lhs_group * (spec.lhs_scale == ScaleTile::k1x128 ? end_step : 1);
+    rhs_line = rhs_group * (spec.rhs_scale == ScaleTile::k1x128 ? end_step : 1);
+    if constexpr (kAnyRow) begin_any_row(block.m);
+    if constexpr (spec.lhs_scale == ScaleTile::kTensor) {
+      lhs_scales = params.lhs_scale_data + 4 * lhs_group;
+    }
+    if constexpr (spec.rhs_scale == ScaleTile::kTensor) {
+      rhs_scales = params.rhs_scale_data + 4 * rhs_group;
+    }
+    if constexpr (spec.rhs_scale == ScaleTile::k128x128) {
+      const int rows = ceil_div(params.n, 128), columns = round_up(end_step, 4);
+      const int row = min(block.n / 128, rows - 1);
+      rhs_scales = params.rhs_scale_data + (int64_t{rhs_group} * rows + row) * columns;
+      next_block = row + 1 < rows ? columns : 0;
+    }
+  }
+
+  // Starts the copies of the `index`-th step of `block` into `stage`, which must be empty.
+  FP8GEMM_DEVICE void load(const Block& block, int index, int stage) {
     // Past the block's last step: zeros from past the end of k, times scales that are its own.
-    const int step = index < block.steps ? block.first_step + index : scale_steps;
     const int scale_step = block.first_step + min(index, block.steps - 1);
-    load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step,
-                                                 rhs_group * params.n + block.n);
-    load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,
-                                                 lhs_group * params.m + block.m);
+    const int step = index < block.steps ? scale_step : end_step;
+    const uint32_t full = shared_address(&shared.full[stage]);
+    mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? lhs_scale_bytes : 0));
+    load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step, rhs_row);
+    load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step, lhs_row);
+    const uint32_t lhs_slot = shared_address(shared.lhs_scale[stage]);
+    const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     if constexpr (kAnyRow) {
-      load_any_row_scales(shared.lhs_scale[stage], full, scale_step, block.m);
+      load_any_row_scales(lhs_slot, full, scale_step);
     } else if constexpr (is_per_row(spec.lhs_scale)) {
-      load_row_scales<spec.lhs_scale>(shared.lhs_scale[stage], params.lhs_scale, full, lhs_group,
-                                      scale_step, block.m);
+      const int line = lhs_line + (spec.lhs_scale == ScaleTile::k1x128 ? scale_step : 0);
+      cp_async_bulk_tensor_2d(lhs_slot, params.lhs_scale, full, lhs_scale_row, line);
     } else {
       static_assert(spec.lhs_scale == ScaleTile::kTensor, "lhs scales: per row, or per tensor");
-      load_tensor_scale(shared.lhs_scale[stage], params.lhs_scale_data, full, lhs_group);
+      cp_async_bulk(lhs_slot, lhs_scales, 16, full);
     }
     if constexpr (is_per_row(spec.rhs_scale)) {
-      load_row_scales<spec.rhs_scale>(shared.rhs_scale[stage], params.rhs_scale, full, rhs_group,
-                                      scale_step, block.n);
+      const int line = rhs_line + (spec.rhs_scale == ScaleTile::k1x128 ? scale_step : 0);
+      cp_async_bulk_tensor_2d(rhs_slot, params.rhs_scale, full, rhs_scale_row, line);
     } else if constexpr (spec.rhs_scale == ScaleTile::k128x128) {
-      load_block_scales(shared.rhs_scale[stage], full, rhs_group, block.n, scale_step);
+      load_block_scales(rhs_slot, full, scale_step);
     } else {
-      load_tensor_scale(shared.rhs_scale[stage], params.rhs_scale_data, full, rhs_group);
+      cp_async_bulk(rhs_slot, rhs_scales, 16, full);
     }
   }
 
@@ -73,43 +108,26 @@ struct Producer {
     }
   }
 
-  template <ScaleTile tile>
-  FP8GEMM_DEVICE void load_row_scales(const uint8_t* to, const TensorMap& map, uint32_t full,
-                                      int group, int step, int row) {
-    const int line = tile == ScaleTile::k1x128 ? group * scale_steps + step : group;
-    cp_async_bulk_tensor_2d(shared_address(to), map, full, row, line);
+  // The scales of a block that begins at row m: from the multiple of four before it on, as many as
+  // there are. The second block of a cluster may begin past the last row.
+  FP8GEMM_DEVICE void begin_any_row(int m) {
+    const int first = min(m, params.m - 1) / 4 * 4;
+    const int rows = min(spec.block_m + extra_scale_rows(spec.variant), round_up(params.m, 4) - first);
+    lhs_scales = params.lhs_scale_data + first;
+    lhs_scale_bytes = 4 * rows;
   }
 
-  // Scales that are copied for a block that begins at row m: from the multiple of four before it
-  // on, as many as there are. The second block of a cluster may begin past the last row.
-  FP8GEMM_DEVICE int any_row_first(int m) const { return min(m, params.m - 1) / 4 * 4; }
-  FP8GEMM_DEVICE int any_row_count(int m) const {
-    return min(spec.block_m + extra_scale_rows(spec.variant),
-               round_up(params.m, 4) - any_row_first(m));
-  }
-
-  FP8GEMM_DEVICE void load_any_row_scales(const uint8_t* to, uint32_t full, int step, int m) {
+  FP8GEMM_DEVICE void load_any_row_scales(uint32_t to, uint32_t full, int step) {
     const int line = spec.lhs_scale == ScaleTile::k1x128 ? step : 0;
-    const float* from =
-        params.lhs_scale_data + int64_t{line} * round_up(params.m, 4) + any_row_first(m);
-    cp_async_bulk(shared_address(to), from, 4 * any_row_count(m), full);
+    cp_async_bulk(to, lhs_scales + int64_t{line} * round_up(params.m, 4), lhs_scale_bytes, full);
   }
 
   // The aligned run of four steps that `step` is in, for each scale block of the columns.
-  FP8GEMM_DEVICE void load_block_scales(const uint8_t* to, uint32_t full, int group, int n,
-                                        int step) {
-    const int rows = ceil_div(params.n, 128), columns = round_up(scale_steps, 4);
-    const float* from = params.rhs_scale_data + int64_t{group} * rows * columns + step / 4 * 4;
-#pragma unroll
-    for (int i = 0; i < scale_blocks(spec.block_n); ++i) {
-      const int row = min(n / 128 + i, rows - 1);
-      cp_async_bulk(shared_address(to) + 16 * i, from + row * columns, 16, full);
-    }
-  }
-
-  FP8GEMM_DEVICE void load_tensor_scale(const uint8_t* to, const float* scales, uint32_t full,
-                                        int group) {
-    cp_async_bulk(shared_address(to), scales + 4 * group, 16, full);
+  FP8GEMM_DEVICE void load_block_scales(uint32_t to, uint32_t full, int step) {
+    static_assert(scale_blocks(spec.block_n) <= 2);
+    const float* from = rhs_scales + (step & ~3);
+    cp_async_bulk(to, from, 16, full);
+    if constexpr (scale_blocks(spec.block_n) == 2) cp_async_bulk(to + 16, from + next_block, 16, full);
   }
 };
 

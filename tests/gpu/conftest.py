@@ -23,6 +23,7 @@ def hopper() -> str | None:
 def pytest_collection_modifyitems(items) -> None:
     reason = hopper()
     here = pathlib.Path(__file__).parent
+    items.sort(key=lambda item: "sanitizer" not in item.name)  # the slowest first
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)

@@ -94,7 +94,7 @@ np.save(sys.argv[1], np.asarray(jnp.stack(outs).astype(jnp.float32)))
     np.testing.assert_array_equal(*results)
 
 
-SANITIZED = """
+SANITIZED = {"dense": """
 import jax, jax.numpy as jnp, jax_fp8gemm as fp8
 from jax_fp8gemm.config import GemmConfig, Problem
 from jax_fp8gemm.tuning import compiled, random_operands
@@ -110,16 +110,34 @@ problem = Problem("dense", 130, 131, 272, 1, "1x128_1x128", "f32")
 operands = random_operands(problem)
 compiled(problem, GemmConfig("persistent", 128, 128, 3), operands)().block_until_ready()
 print("finished")
-"""
+""", "grouped": """
+import jax, jax.numpy as jnp, jax_fp8gemm as fp8
+from jax_fp8gemm.config import GemmConfig, Problem
+from jax_fp8gemm.tuning import compiled, random_operands
+wide = GemmConfig("persistent", 256, 128, 3, "lhs")
+for variant, configs in {
+    "ragged": (wide, GemmConfig("few_rows", 64, 56, 4)), "contiguous": (wide,),
+    "masked": (GemmConfig("persistent", 128, 96, 3, "rhs"),), "ragged_contracting": (wide,)
+}.items():
+    along_k = variant == "ragged_contracting"
+    scales = ("1x128_1x128", "f32") if along_k else ("1x128_128x128", "bf16")
+    problem = Problem(variant, 300, 136, 640 if along_k else 272, 4, *scales)
+    sizes = jnp.array([0, 256, 384, 0] if along_k else [131, 0, 40, 70], jnp.int32)
+    operands = random_operands(problem, sizes)
+    for config in configs:
+        compiled(problem, config, operands)().block_until_ready()
+print("finished")
+"""}  # fmt: skip
 
 
+@pytest.mark.parametrize("kernels", SANITIZED)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer_finds_nothing(tool):
+def test_sanitizer_finds_nothing(tool, kernels):
     sanitizer = shutil.which("compute-sanitizer")
     if not sanitizer:
         pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
     command = [sanitizer, "--tool", tool, "--kernel-name", "kernel_substring=fp8_gemm",
-               "--error-exitcode", "9", sys.executable, "-c", SANITIZED]  # fmt: skip
+               "--error-exitcode", "9", sys.executable, "-c", SANITIZED[kernels]]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0 and "finished" in done.stdout, (
         done.stdout[-2000:] + done.stderr[-500:]
