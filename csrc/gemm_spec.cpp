@@ -156,7 +156,7 @@ std::string program_text(const KernelSpec& spec) {
 }
 
 int threads(const KernelSpec& spec) {
-  return spec.kernel == Kernel::kFewRows ? 288 : 384;  // as the kernels' headers lay them out
+  return spec.kernel == Kernel::kFewRows ? 320 : 384;  // as the kernels' headers lay them out
 }
 
 int cluster_size(const KernelSpec& spec) {

@@ -139,8 +139,8 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
         return f"stages {c.stages}, group_m {c.group_m}: at least 2 and 1"
     if shared_bytes(problem, c) > SHARED_BYTES:
         return f"{shared_bytes(problem, c)} bytes of shared memory: at most {SHARED_BYTES}"
-    if problem.variant == "contiguous" and c.multicast == "rhs":
-        return "contiguous: neighbouring blocks of rows need not belong to one group"
+    if problem.variant == "contiguous" and (c.block_m != 128 or c.multicast == "rhs"):
+        return "contiguous: blocks of 128 rows, each of a group of its own"
     # fp32 registers of a thread: sums of all its rows, and one partial of 64 rows.
     if c.kernel == "persistent":
         registers = c.block_m // 128 * c.block_n // 2 + c.block_n // 2
@@ -160,7 +160,7 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
         return "few_rows: no multicast, an even number of stages, split_k of 1, 2 or 4"
     if c.split_k > max(2, ceil_div(problem.k, 128)):
         return f"split_k {c.split_k}: more CTAs than steps of 128 in k"
-    return None if registers <= 160 else f"{registers} accumulator registers: at most 160"
+    return None if registers <= 152 else f"{registers} accumulator registers: at most 152"
 
 
 # (block_m, block_n, multicast). Widths follow n / 132: one wave of blocks on all SMs.

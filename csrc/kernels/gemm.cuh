@@ -1,6 +1,6 @@
 // The GEMM kernel: out[m, n] = Σ over 128-deep steps of k of (lhs · rhsᵀ) · lhs scale · rhs scale.
 //
-//   warpgroup 0, 1   consumers: tensor core, promotion, epilogue; half of block_m each
+//   warpgroup 0, 1   consumers: tensor core, promotion, epilogue; every second 64 rows each
 //   warpgroup 2      producer: one thread starts the copies
 //
 // Persistent: a CTA takes output blocks until none is left. The producer chooses them, and leaves
@@ -23,7 +23,8 @@ constexpr int kProducerRegisters = 40;  // of the 384 × 168 that a CTA starts w
 constexpr int kConsumerRegisters = 232;  // gives back as many as the consumers take
 
 enum NamedBarrier : int {  // 0 is __syncthreads
-  kStoreBarrier = 1,       // + warpgroup: its 128 threads around the use of its output boxes
+  kReadyBarrier = 1,       // the mbarriers are initialised
+  kStoreBarrier,           // + warpgroup: its 128 threads around the use of its output boxes
 };
 
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168,
@@ -35,10 +36,9 @@ struct GemmTraits {
   static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
-  // Whether a block may end early, where the rows of another group begin.
+  // Whether a block may end early, where the rows of its group end.
   static constexpr bool kCutShort =
-      spec.variant == Variant::kRagged ||
-      (spec.variant == Variant::kContiguous && spec.block_m == 256);
+      spec.variant == Variant::kRagged || spec.variant == Variant::kMasked;
   static constexpr int kOutBytes =
       spec.store == Store::kTma ? spec.block_m * spec.block_n * 2 : 0;
   using Shared = SharedMemory<spec, kOutBytes, 0>;
@@ -65,6 +65,7 @@ struct Consumer {
   int border = 0;       // see promote()
   int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
   OutBlock finished{};  // the block whose results are in `sums`
+  int pending = 0;      // its sub-tiles, if the last of them was not stored yet
   float sums[kSubTiles][kRegisters];
 
   FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s)
@@ -74,12 +75,11 @@ struct Consumer {
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
         lhs_low(warp_uniform(
-            descriptor_low(shared_address(s.lhs) + warpgroup * kSubTiles * 64 * kBlockK))),
+            descriptor_low(shared_address(s.lhs) + warpgroup * 64 * kBlockK))),
         rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))) {}
 
   // Works through the blocks that the producer announces.
   FP8GEMM_DEVICE void run() {
-    bool pending = false;  // `sums` holds a sub-tile that was not stored yet
     while (true) {
       if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
       landed = true;
@@ -87,71 +87,100 @@ struct Consumer {
       const int steps = warp_uniform(block.steps);
       if (steps < 0) break;
       if (steps > 0) {
-        multiply(block, taken_steps(steps), pending);
-        pending = true;
+        multiply_sub_tiles(block, taken_steps(steps));
       } else {
         store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, 128 * kMathWarpgroups);
         __syncwarp();
         release();
       }
     }
-    if (pending) store<kSubTiles - 1>();
+    store_pending();
     // Shared memory must outlive the copies out of it.
     if (spec.store == Store::kTma && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
   }
 
  private:
+  // The sub-tiles of this warpgroup that have rows of the block's group; the others cost nothing
+  // but their copies.
+  FP8GEMM_DEVICE void multiply_sub_tiles(const Block& block, int steps) {
+    if constexpr (Traits::kCutShort) {
+      const int rows = warp_uniform(block.m_end - block.m) - warpgroup * 64;
+      if (rows <= 0) return skip(steps);
+      if constexpr (kSubTiles == 2) {
+        if (rows <= 128) return multiply<1>(block, steps);
+      }
+    }
+    multiply<kSubTiles>(block, steps);
+  }
+
+  FP8GEMM_DEVICE void skip(int steps) {
+    for (int step = 0; step < steps; ++step) {
+      if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
+      __syncwarp();
+      release();
+    }
+  }
+
   // All steps of k of one block. On entry `sums` may still hold the last sub-tile of the block
   // before; on exit it holds this block's last one, and the others have been stored.
-  FP8GEMM_DEVICE void multiply(const Block& block, int steps, bool pending) {
+  template <int kActive>
+  FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
     const OutBlock next = OutBlock::of<spec>(block);  // the stage is given back before it is used
     if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - next.n % 128;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = next.m % 4;
-    sub_step<0, true, false>(0, pending);
+    sub_step<kActive, 0, true, false>(0);
     finished = next;
-    if constexpr (kSubTiles == 2) sub_step<1, true, false>(0);
+    pending = kActive;
+    if constexpr (kActive == 2) sub_step<kActive, 1, true, false>(0);
     // NOTE: one scale per column leaves no registers for more than one step at a time.
 #pragma unroll(Traits::kPerColumn ? 1 : 4)
     for (int step = 1; step < steps - 1; ++step) {
-      sub_step<0, false, false>(step);
-      if constexpr (kSubTiles == 2) sub_step<1, false, false>(step);
+      sub_step<kActive, 0, false, false>(step);
+      if constexpr (kActive == 2) sub_step<kActive, 1, false, false>(step);
     }
-    sub_step<0, false, false>(steps - 1);
-    if constexpr (kSubTiles == 2) sub_step<1, false, true>(steps - 1);
+    sub_step<kActive, 0, false, false>(steps - 1);
+    if constexpr (kActive == 2) sub_step<kActive, 1, false, true>(steps - 1);
   }
 
   // One sub-tile of one step. While its tensor-core work runs, a sub-tile that finished before is
-  // stored: the last of the previous block (pending), or this block's first (kLast).
-  template <int kSubTile, bool kFirst, bool kLast>
-  FP8GEMM_DEVICE void sub_step(int step, bool pending = false) {
+  // stored: the last of the previous block (kFirst), or this block's first (kLast).
+  template <int kActive, int kSubTile, bool kFirst, bool kLast>
+  FP8GEMM_DEVICE void sub_step(int step) {
     const int stage = at.stage;
     if (kSubTile == 0 && !landed) mbarrier_try_wait(shared_address(&shared.full[stage]), at.parity);
     float partial[kRegisters];
-    start_partial(partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
+    start_partial(partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
                   rhs_low + stage * (Shared::kRhsBytes / 16));
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
         shared_address(shared.lhs_scale[stage]), row_in_block(kSubTile) + scale_shift);
     if constexpr (Traits::kPerColumn) {
-      store_finished<kSubTile, kFirst, kLast>(pending);
+      store_finished<kSubTile, kFirst, kLast>();
       finish_partial(partial);
       promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
-      if constexpr (kSubTile == kSubTiles - 1) release();
+      if constexpr (kSubTile == kActive - 1) release();
     } else {
       const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);
-      store_finished<kSubTile, kFirst, kLast>(pending);
+      store_finished<kSubTile, kFirst, kLast>();
       finish_partial(partial);
-      if constexpr (kSubTile == kSubTiles - 1) release();
+      if constexpr (kSubTile == kActive - 1) release();
       promote<spec, kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale, border);
     }
   }
 
   template <int kSubTile, bool kFirst, bool kLast>
-  FP8GEMM_DEVICE void store_finished(bool pending) {
-    if constexpr (kSubTile == 0 && kFirst) {
-      if (pending) store<kSubTiles - 1>();
-    }
+  FP8GEMM_DEVICE void store_finished() {
+    if constexpr (kSubTile == 0 && kFirst) store_pending();
     if constexpr (kSubTile == 1 && kLast) store<0>();
+  }
+
+  FP8GEMM_DEVICE void store_pending() {
+    if (Traits::kCutShort && kSubTiles == 2 && pending == 1) {
+      store<0>();
+    } else if (pending) {
+      store<kSubTiles - 1>();
+    }
+    pending = 0;
   }
 
   // Gives the stage back, and peeks at the next one so that the wait is over before it is needed.
@@ -167,7 +196,7 @@ struct Consumer {
   }
 
   FP8GEMM_DEVICE int row_in_block(int sub_tile) const {
-    return (warpgroup * kSubTiles + sub_tile) * 64 + warp * 16 + lane / 4;
+    return (2 * sub_tile + warpgroup) * 64 + warp * 16 + lane / 4;
   }
 
   template <int kSubTile>
@@ -183,14 +212,14 @@ struct Consumer {
   }
 
   FP8GEMM_DEVICE bool fits_box(int row) const {
-    return !Traits::kCutShort || warp_uniform(row + 64 <= finished.m_end);
+    return spec.variant != Variant::kRagged || warp_uniform(row + 64 <= finished.m_end);
   }
 
   template <int kSubTile>
   FP8GEMM_DEVICE void store_tma() {
     constexpr int kColumns = store_columns(spec.block_n), kBoxes = spec.block_n / kColumns;
     constexpr int kBoxBytes = 64 * kColumns * 2;
-    const int tile = warpgroup * kSubTiles + kSubTile;
+    const int tile = 2 * kSubTile + warpgroup;
     const uint32_t boxes = shared_address(&shared.out) + tile * kBoxes * kBoxBytes;
     const bool leader = threadIdx.x % 128 == 0;
     if (!fits_box(finished.m + tile * 64)) {
@@ -216,11 +245,11 @@ struct Consumer {
   }
 };
 
-// The barriers are ready, and visible to both CTAs of a cluster, when this returns.
+// For the producer warp. Whoever may touch a barrier before await_barriers() is the same thread.
 template <GemmSpec spec, class Shared>
 FP8GEMM_DEVICE void init_barriers(Shared& shared) {
   constexpr int kCtas = GemmTraits<spec>::kCtas;
-  if (threadIdx.x == kMathWarpgroups * 128) {
+  if (elect_sync()) {
 #pragma unroll
     for (int stage = 0; stage < spec.stages; ++stage) {
       mbarrier_init(shared_address(&shared.full[stage]), 1);
@@ -228,12 +257,23 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
       mbarrier_init(shared_address(&shared.empty[stage]), kCtas * kMathWarpgroups * 4);
     }
     fence_mbarrier_init();
+    fence_proxy_async();
   }
-  if constexpr (kCtas > 1) {
+  __syncwarp();
+}
+
+// The barriers are ready, and visible to both CTAs of a cluster, when this returns. A producer
+// whose copies stay in its own CTA goes on at once.
+template <GemmSpec spec>
+FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
+  constexpr int kMathWarps = kMathWarpgroups * 4, kThreads = (kMathWarps + 1) * 32;
+  if constexpr (GemmTraits<spec>::kCtas > 1) {
     cluster_arrive_relaxed();
     cluster_wait();
-  } else {
-    __syncthreads();
+  } else if (warp == kMathWarps) {
+    bar_arrive(kReadyBarrier, kThreads);
+  } else if (warp < kMathWarps) {
+    bar_sync(kReadyBarrier, kThreads);
   }
 }
 
@@ -244,7 +284,7 @@ FP8GEMM_DEVICE void produce(const GemmParams& params, Shared& shared, uint32_t r
   const bool elected = elect_sync();
   Producer<spec, Shared> producer(params, shared, rank);
   RingPosition<spec.stages> at{0, 1};  // parity 1: the stages begin empty
-  auto wait = [&] { mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity); };
+  auto wait = [&] { mbarrier_try_wait(producer.address(&shared.empty[at.stage]), at.parity); };
   Scheduler<spec> scheduler(params, blockIdx.x / kCtas, gridDim.x / kCtas, rank);
   for (; !scheduler.done(); scheduler.next()) {
     const Block block = scheduler.block();
@@ -278,8 +318,9 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
   const uint32_t rank = Traits::kCtas > 1 ? warp_uniform(cluster_ctarank()) : 0;
-  init_barriers<spec>(shared);
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
+  if (warp == kMathWarpgroups * 4) init_barriers<spec>(shared);
+  await_barriers<spec>(warp);
   if (warp >= kMathWarpgroups * 4) {
     setmaxnreg_dec<kProducerRegisters>();
     if (warp == kMathWarpgroups * 4) produce<spec>(params, shared, rank);

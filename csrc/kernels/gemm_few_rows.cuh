@@ -2,7 +2,8 @@
 // small blocks so that every SM streams its share of the weights at once.
 //
 //   warpgroup 0, 1   consumers: whole blocks, taking alternate steps of k
-//   warp 8           producer: fills all stages before anything else happens in the CTA
+//   warp 8, 9        producers, one for each warpgroup: fill all stages before anything else
+//                    happens in the CTA
 //
 // Every CTA begins somewhere else in k and wraps around: with one row of lhs all of them would
 // otherwise read the same few bytes at the same time, and wait for one slice of L2.
@@ -23,14 +24,14 @@
 namespace fp8gemm {
 
 enum FewRowsBarrier : int {
-  kBarriersReady = 1,  // the producer warp has initialised the mbarriers
+  kBarriersReady = 1,  // the producers have initialised the mbarriers
   kExchangeFree,       // consumers: the exchange of the block before has been read
   kExchangeFull,       // consumers: the exchange of this block has been written
 };
 
 template <GemmSpec spec>
 struct FewRowsTraits {
-  static constexpr int kConsumerThreads = 256, kThreads = 288;
+  static constexpr int kConsumerThreads = 256, kThreads = 320;
   static constexpr int kSubTiles = spec.block_m / 64;
   static constexpr int kRegisters = spec.block_n / 2;
   static constexpr int kParts = 2 * spec.split_k;
@@ -39,7 +40,6 @@ struct FewRowsTraits {
   static constexpr int kGroupBytes = 64 * 8 * 4;
   static constexpr int kExchangeBytes = 2 * (kParts - 1) * kOwned * kGroupBytes;
   using Shared = SharedMemory<spec, 0, kExchangeBytes>;
-  using Ring = RingPosition<spec.stages>;
 
   static_assert(spec.block_m == 64 || spec.block_m == 128, "block_m of few_rows: 64 or 128");
   static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
@@ -50,6 +50,20 @@ struct FewRowsTraits {
                      spec.variant != Variant::kContiguous),
                 "split_k: one block for each cluster, so not where groups decide how many there are");
   static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
+};
+
+// Every second step of one CTA, over all its blocks: those of one warpgroup and its producer.
+template <int kStages>
+struct Turns {
+  RingPosition<kStages> at;
+  int index;  // of the next step in its block
+
+  FP8GEMM_DEVICE void advance() {
+    index += 2;
+    at.advance(2);
+  }
+  // Goes on into the next block.
+  FP8GEMM_DEVICE void end_block(int steps) { index -= steps; }
 };
 
 // The steps of k of one CTA, in its own order: from `begin` to `end`, around from `start`.
@@ -78,9 +92,8 @@ struct FewRowsConsumer {
   Shared& shared;
   int warpgroup, warp, lane, part;
   uint32_t lhs_low, rhs_low;
-  typename Traits::Ring at;
+  Turns<spec.stages> turns;
   int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
-  int turn;  // steps until this warpgroup's next one: 0 or 1
   float sums[kSubTiles][kRegisters];
 
   FP8GEMM_DEVICE FewRowsConsumer(const GemmParams& p, Shared& s, uint32_t rank)
@@ -92,8 +105,7 @@ struct FewRowsConsumer {
         part(2 * rank + warpgroup),
         lhs_low(warp_uniform(descriptor_low(shared_address(s.lhs)))),
         rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))),
-        at{warpgroup, 0},
-        turn(warpgroup) {}
+        turns{{warpgroup, 0}, warpgroup} {}
 
   FP8GEMM_DEVICE void multiply(const Block& block, const StepRange& range) {
 #pragma unroll
@@ -103,13 +115,12 @@ struct FewRowsConsumer {
     }
     const int border = 128 - block.n % 128;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = block.m % 4;
-    int index = turn;
-    for (; index < range.count(); index += 2, at.advance(2)) {
-      mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
-      one_step<0>(range.step(index), border);
-      if constexpr (kSubTiles == 2) one_step<1>(range.step(index), border);
+    for (; turns.index < range.count(); turns.advance()) {
+      mbarrier_try_wait(shared_address(&shared.full[turns.at.stage]), turns.at.parity);
+      one_step<0>(range.step(turns.index), border);
+      if constexpr (kSubTiles == 2) one_step<1>(range.step(turns.index), border);
     }
-    turn = index - range.count();  // the ring goes on into the next block
+    turns.end_block(range.count());
   }
 
   // Sends each part its columns, receives this part's, stores them.
@@ -145,7 +156,7 @@ struct FewRowsConsumer {
   template <int kSubTile>
   FP8GEMM_DEVICE void one_step(int step, int border) {
     constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
-    const int stage = at.stage;
+    const int stage = turns.at.stage;
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     float partial[kRegisters];
     start_partial(partial,
@@ -199,18 +210,17 @@ struct FewRowsConsumer {
   }
 };
 
-// Initialises the barriers and fills the ring: its copies land in this CTA alone, so they need not
-// wait for the other warps.
+// Initialises the barriers of one warpgroup's stages and fills them: copies land in this CTA alone,
+// so they need not wait for the other warps.
 template <GemmSpec spec, class Shared>
-FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
+FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared, int warpgroup,
                                       Scheduler<spec> scheduler, const StepRange& range) {
   const bool elected = elect_sync();
-  RingPosition<spec.stages> at{0, 1};
   if (elected) {
 #pragma unroll
-    for (int stage = 0; stage < spec.stages; ++stage) {
-      mbarrier_init(shared_address(&shared.full[stage]), 1);
-      mbarrier_init(shared_address(&shared.empty[stage]), 4);  // the warps of one warpgroup
+    for (int i = 0; i < spec.stages; i += 2) {
+      mbarrier_init(shared_address(&shared.full[warpgroup + i]), 1);
+      mbarrier_init(shared_address(&shared.empty[warpgroup + i]), 4);  // warps of the warpgroup
     }
     fence_mbarrier_init();
     fence_proxy_async();
@@ -221,19 +231,23 @@ FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared,
     __syncwarp();  // bar.arrive is for whole warps
     bar_arrive(kBarriersReady, FewRowsTraits<spec>::kThreads);
   };
-  int loaded = 0;
+  int empty_stages = spec.stages / 2;
+  Turns<spec.stages> turns{{warpgroup, 1}, warpgroup};
   for (; !scheduler.done(); scheduler.next()) {
     const Block block = scheduler.block();
     if (block.steps == 0) continue;
     producer.begin(block);
-#pragma unroll 1  // straight-line code of many steps would not run from the instruction cache
-    for (int index = 0; index < range.count(); ++index, ++loaded, at.advance()) {
-      if (loaded == spec.stages) tell_ready();
-      mbarrier_try_wait(shared_address(&shared.empty[at.stage]), at.parity);
-      if (elected) producer.load(block, range.step(index), at.stage);
+#pragma unroll 1  // straight-line code of many steps would not be in the instruction cache
+    for (; turns.index < range.count(); turns.advance()) {
+      if (--empty_stages < 0) {
+        if (empty_stages == -1) tell_ready();
+        mbarrier_try_wait(producer.address(&shared.empty[turns.at.stage]), turns.at.parity);
+      }
+      if (elected) producer.load(block, range.step(turns.index), turns.at.stage);
     }
+    turns.end_block(range.count());
   }
-  if (loaded <= spec.stages) tell_ready();
+  if (empty_stages >= 0) tell_ready();
 }
 
 template <GemmSpec spec>
@@ -249,8 +263,9 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
   const StepRange range(taken_steps(ceil_div(params.k, kBlockK)), rank, spec.split_k);
   Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
 
-  if (warp_uniform(threadIdx.x / 32) == Traits::kConsumerThreads / 32) {
-    few_rows_producer<spec>(params, shared, scheduler, range);
+  const int warp = warp_uniform(threadIdx.x / 32);
+  if (warp >= Traits::kConsumerThreads / 32) {
+    few_rows_producer<spec>(params, shared, warp % 2, scheduler, range);
     if constexpr (kCluster) {
       cluster_wait();
       cluster_arrive_release();

@@ -15,6 +15,7 @@ template <GemmSpec spec, class Shared>
 struct Producer {
   const GemmParams& params;
   Shared& shared;
+  uint32_t base;  // of shared memory; asked for once, since the answer takes its time
   uint32_t rank;  // in the cluster; CTA 0 loads what both share
   int end_step;   // past the end of k
   int stage_bytes;  // what a full barrier expects: all that lands in this CTA, a multicast included
@@ -31,7 +32,11 @@ struct Producer {
   static constexpr bool kAnyRow = spec.variant == Variant::kRagged && is_per_row(spec.lhs_scale);
 
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)
-      : params(p), shared(s), rank(cta_rank), end_step(ceil_div(p.k, kBlockK)) {
+      : params(p),
+        shared(s),
+        base(warp_uniform(shared_address(&s))),
+        rank(cta_rank),
+        end_step(ceil_div(p.k, kBlockK)) {
     const int lhs_rows = copied_rows(spec.block_m, p.m), rhs_rows = copied_rows(spec.block_n, p.n);
     stage_bytes = (lhs_rows + rhs_rows) * kBlockK +
                   (kAnyRow ? 0 : scale_bytes(spec.lhs_scale, lhs_rows)) +
@@ -72,12 +77,12 @@ struct Producer {
     // Past the block's last step: zeros from past the end of k, times scales that are its own.
     const int scale_step = block.first_step + min(index, block.steps - 1);
     const int step = index < block.steps ? scale_step : end_step;
-    const uint32_t full = shared_address(&shared.full[stage]);
+    const uint32_t full = address(&shared.full[stage]);
     mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? lhs_scale_bytes : 0));
     load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step, rhs_row);
     load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step, lhs_row);
-    const uint32_t lhs_slot = shared_address(shared.lhs_scale[stage]);
-    const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
+    const uint32_t lhs_slot = address(shared.lhs_scale[stage]);
+    const uint32_t rhs_slot = address(shared.rhs_scale[stage]);
     if constexpr (kAnyRow) {
       load_any_row_scales(lhs_slot, full, scale_step);
     } else if constexpr (is_per_row(spec.lhs_scale)) {
@@ -97,14 +102,20 @@ struct Producer {
     }
   }
 
+  // Of something in shared memory.
+  FP8GEMM_DEVICE uint32_t address(const void* member) const {
+    return base + static_cast<uint32_t>(static_cast<const uint8_t*>(member) -
+                                        reinterpret_cast<const uint8_t*>(&shared));
+  }
+
  private:
   template <bool kShared>
   FP8GEMM_DEVICE void load_tile(const uint8_t* to, const TensorMap& map, uint32_t full, int step,
                                 int row) {
     if constexpr (!kShared) {
-      cp_async_bulk_tensor_2d(shared_address(to), map, full, step * kBlockK, row);
+      cp_async_bulk_tensor_2d(address(to), map, full, step * kBlockK, row);
     } else if (rank == 0) {
-      cp_async_bulk_tensor_2d_multicast(shared_address(to), map, full, step * kBlockK, row, 0b11);
+      cp_async_bulk_tensor_2d_multicast(address(to), map, full, step * kBlockK, row, 0b11);
     }
   }
 

@@ -27,10 +27,6 @@ struct Scheduler {
   int index, stride;
   uint32_t rank;
   GroupWalk<spec> walk;
-  // Contiguous groups end at multiples of 128 rows, so a larger block may belong to two of them:
-  // then it is visited twice, once for each half.
-  static constexpr bool kHalves = spec.variant == Variant::kContiguous && spec.block_m == 256;
-  bool second_half = false;
 
   // `worker` of `workers`: a CTA, or a cluster of them.
   FP8GEMM_DEVICE Scheduler(const GemmParams& p, int worker, int workers, uint32_t cta_rank)
@@ -50,10 +46,6 @@ struct Scheduler {
   }
 
   FP8GEMM_DEVICE void next() {
-    if constexpr (kHalves) {
-      second_half = !second_half && is_split();
-      if (second_half) return;
-    }
     index += stride;
     if constexpr (kWalks) walk.find(params, index, n_blocks, spec.block_m * kClusterM);
   }
@@ -67,29 +59,13 @@ struct Scheduler {
     block.first_step = 0;
     block.steps = ceil_div(params.k, kBlockK);
     if constexpr (spec.variant == Variant::kContiguous) {
-      if (second_half) {
-        block.m_end = min(block.m + 256, params.m);
-        block.m += 128;
-      } else if (kHalves && is_split()) {
-        block.m_end = block.m + 128;
-      }
-      block.group = group_of(block.m);
+      block.group = min(params.group_data[block.m], params.groups - 1);
       if (block.group < 0) block.steps = 0;  // padding
     }
     return block;
   }
 
  private:
-  FP8GEMM_DEVICE int group_of(int row) const {
-    return min(params.group_data[row], params.groups - 1);
-  }
-
-  // Whether the two halves of the block belong to two groups.
-  FP8GEMM_DEVICE bool is_split() const {
-    const int m = place(index, m_blocks).m;
-    return m + 128 < params.m && group_of(m) != group_of(m + 128);
-  }
-
   FP8GEMM_DEVICE Block walked_block() const {
     const bool along_k = spec.variant == Variant::kRaggedContracting;
     const int extent = walk.extent;  // rows, or steps of k

@@ -27,8 +27,6 @@ CONFIGS = {
     ],
     "contiguous": [
         None,
-        GemmConfig("persistent", 256, 128, 3, "lhs"),
-        GemmConfig("persistent", 256, 96, 3),
         GemmConfig("persistent", 128, 128, 5, "lhs"),
         GemmConfig("persistent", 128, 144, 4),
     ],

@@ -116,8 +116,10 @@ from jax_fp8gemm.config import GemmConfig, Problem
 from jax_fp8gemm.tuning import compiled, random_operands
 wide = GemmConfig("persistent", 256, 128, 3, "lhs")
 for variant, configs in {
-    "ragged": (wide, GemmConfig("few_rows", 64, 56, 4)), "contiguous": (wide,),
-    "masked": (GemmConfig("persistent", 128, 96, 3, "rhs"),), "ragged_contracting": (wide,)
+    "ragged": (wide, GemmConfig("few_rows", 64, 56, 4)),
+    "contiguous": (GemmConfig("persistent", 128, 96, 3, "lhs"),),
+    "masked": (wide, GemmConfig("persistent", 128, 96, 3, "rhs")),
+    "ragged_contracting": (wide,),
 }.items():
     along_k = variant == "ragged_contracting"
     scales = ("1x128_1x128", "f32") if along_k else ("1x128_128x128", "bf16")
