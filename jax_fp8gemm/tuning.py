@@ -221,7 +221,10 @@ def sample_error(problem: configs.Problem, out: jax.Array, operands) -> float:
 
 
 def sample(problem: configs.Problem, operands) -> tuple:
-    """Returns rows of lhs [g, 32], their groups [g, 32], and each group's range of k [g, 2]."""
+    """Returns rows of lhs [g, 32], their groups [g, 32], and each group's range of k [g, 2].
+
+    g: groups without rows are left out.
+    """
     p, row, draw = problem, VARIANTS[problem.variant], np.random.default_rng(1)
     sizes = sizes_of(p, operands[2]) if row.group_operand else np.full(p.g, p.m)
     counts = sizes if row.groups == "m" else np.full(p.g, p.m)
@@ -232,7 +235,8 @@ def sample(problem: configs.Problem, operands) -> tuple:
         rows += (np.cumsum(taken) - taken)[:, None]
     ends = np.cumsum(sizes) if row.groups == "k" else np.full(p.g, p.k)
     columns = np.stack([ends - sizes if row.groups == "k" else 0 * ends, ends], 1)
-    return rows, np.repeat(np.arange(p.g)[:, None], 32, 1), columns
+    found = rows, np.repeat(np.arange(p.g)[:, None], 32, 1), columns
+    return tuple(x[counts > 0] for x in found)
 
 
 @jax.jit

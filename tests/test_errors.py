@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_fp8gemm as fp8
@@ -121,6 +122,80 @@ def test_every_error_has_four_parts(error, call, first_line):
     assert first_line in lines[0]
     for line, part in zip(lines[1:], ("got", "expected", "mend"), strict=True):
         assert line.startswith(f"  {part:10}")
+
+
+GROUPS_OF_TWO = (q(8, 128), q(2, 16, 128, tile=(128, 128)))
+
+
+def ragged(sizes, variant="ragged"):
+    return lambda: fp8.gemm(*GROUPS_OF_TWO, sizes, variant=variant)
+
+
+@pytest.mark.parametrize(
+    "error, call, words",
+    [
+        (ValueError, ragged(None), "ragged needs group_sizes."),
+        (ValueError, ragged(jnp.ones(3, jnp.int32)), "group_sizes do not fit the operands."),
+        (ValueError, ragged(jnp.ones((2, 1), jnp.int32)), "group_sizes do not fit the operands."),
+        (TypeError, ragged(jnp.ones(2)), "group_sizes are no integers."),
+        (ValueError, ragged(jnp.ones(7, jnp.int32), "contiguous"), "do not fit the operands."),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(8, 128), q(8, 128), jnp.ones(2, jnp.int32)),
+            "dense takes no group_sizes.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(8, 128), q(8, 128), jnp.ones(2, jnp.int32), variant="ragged"),
+            "rhs has the wrong rank.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.fp8_ragged_dot(jnp.ones((8, 4)), jnp.ones((4, 4)), jnp.ones(2, int)),
+            "wrong ranks.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.fp8_ragged_dot(jnp.ones((8, 4)), jnp.ones((2, 5, 4)), jnp.ones(2, int)),
+            "dim k differs between lhs and rhs.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.fp8_ragged_dot(jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.ones(3, int)),
+            "the number of groups differs.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.fp8_ragged_dot(jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.ones(2)),
+            "group_sizes are no integers.",
+        ),
+    ],
+)
+def test_bad_groups_are_named(error, call, words):
+    text = raised(error, call)
+    assert words in text.split("\n")[0]
+    assert [line[2:10].strip() for line in text.split("\n")[1:]] == ["got", "expected", "mend"]
+
+
+@pytest.mark.parametrize(
+    "rows, got",
+    [
+        ([0] * 100 + [1] * 156, "rows 0 to 127 of groups [0, 1]"),
+        ([0] * 128 + [-1] * 28 + [1] * 100, "rows 128 to 255 of groups [1]"),
+    ],
+)
+def test_misaligned_map_of_rows_is_named_where_it_is_known(rows, got):
+    lhs, rhs = q(256, 128), q(2, 16, 128, tile=(128, 128))
+    rows = np.array(rows)
+    assert got in raised(ValueError, lambda: fp8.gemm(lhs, rhs, rows, variant="contiguous"))
+    fp8.gemm(lhs, rhs, jnp.asarray(rows), variant="contiguous")  # on the device: trusted
+
+
+def test_block_scales_are_no_scales_of_a_product_cut_along_k():
+    lhs, rhs = q(8, 256), q(256, 256, tile=(128, 128))
+    sizes = jnp.array([128, 128])
+    text = raised(ValueError, lambda: fp8.gemm(lhs, rhs, sizes, variant="ragged_contracting"))
+    assert "the scales have shapes that no kernel takes." in text
 
 
 def test_illegal_config_is_an_error_when_lowering():

@@ -1,5 +1,9 @@
 """Programs for a GPU made on a machine without one, export, and the persistent cache."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +56,24 @@ def test_export_round_trip(key):
 def test_config_is_the_same_for_equal_problems():
     first = configs.Problem("dense", 777, 4096, 7168)
     assert configs.select(first) == configs.select(configs.Problem("dense", 777, 4096, 7168))
+
+
+def test_a_second_process_finds_the_program_in_the_persistent_cache(tmp_path):
+    code = """
+import sys, jax, jax.numpy as jnp, jax_fp8gemm as fp8
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+found = []
+jax.monitoring.register_event_listener(lambda name, **_: found.append(name))
+x = jnp.ones((32, 128), jnp.bfloat16)
+print(float(jax.jit(lambda x: fp8.fp8_matmul(x, x.T).sum())(x)))
+print(sum(name.endswith("cache_hits") for name in found))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout.split())
+    assert outputs[0][0] == outputs[1][0] and int(outputs[1][1]) > int(outputs[0][1])

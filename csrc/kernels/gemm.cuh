@@ -83,14 +83,14 @@ struct Consumer {
     while (true) {
       if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
       landed = true;
-      const Block& block = shared.block[at.stage];
+      const Block block = shared.block[at.stage];
+      __syncwarp();  // one lane gives the stage back for all
       const int steps = warp_uniform(block.steps);
       if (steps < 0) break;
       if (steps > 0) {
         multiply_sub_tiles(block, taken_steps(steps));
       } else {
         store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, 128 * kMathWarpgroups);
-        __syncwarp();
         release();
       }
     }
@@ -116,7 +116,6 @@ struct Consumer {
   FP8GEMM_DEVICE void skip(int steps) {
     for (int step = 0; step < steps; ++step) {
       if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
-      __syncwarp();
       release();
     }
   }
@@ -125,7 +124,7 @@ struct Consumer {
   // before; on exit it holds this block's last one, and the others have been stored.
   template <int kActive>
   FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
-    const OutBlock next = OutBlock::of<spec>(block);  // the stage is given back before it is used
+    const OutBlock next = OutBlock::of<spec>(block);
     if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - next.n % 128;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = next.m % 4;
     sub_step<kActive, 0, true, false>(0);
