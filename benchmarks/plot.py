@@ -1,0 +1,57 @@
+"""Draws docs/speed.png from stored results: `python benchmarks/plot.py`."""
+
+import json
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from protocol import HERE, RESULTS
+
+KINDS = {  # how ops of stored rows begin: what a reader sees
+    "dense: ": "dense",
+    "gradient: ": "weight\ngradient",
+    "grouped: contiguous": "contiguous",
+    "grouped: ragged_4": "ragged",
+    "grouped: ragged_8": "ragged",
+    "grouped: masked": "masked",
+    "grouped: ragged_contracting": "ragged\ncontracting",
+}
+PEERS = {
+    "beside bf16 dot: ffn_up_m4096": "bf16 dot\n4096×4096×7168",
+    "beside dequantise, bf16 dot: ffn_up_m4096": "dequantise,\nbf16 dot",
+    "beside torch._scaled_mm, 1x128 by 128x128: ffn_up_m4096": "torch\n_scaled_mm",
+    "beside Pallas ragged_dot_mgpu: 8x4096 7168x2048": "Pallas ragged_dot\n8×4096, 7168×2048",
+    "beside jax.lax.ragged_dot: 8x4096 7168x2048": "lax.ragged_dot\n8×4096, 7168×2048",
+}
+
+
+def main() -> None:
+    rows = {row["op"]: row for row in json.loads(RESULTS.read_text())}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2))
+    names = list(dict.fromkeys(KINDS.values()))
+    for prefix, name in KINDS.items():
+        found = [r for op, r in rows.items() if op.startswith(prefix) and "peer_us" in r]
+        at = names.index(name)
+        spread = [at + 0.5 * (i / max(len(found) - 1, 1) - 0.5) for i in range(len(found))]
+        left.scatter(spread, [r["peer_us"] / r["us"] for r in found], s=14, color="tab:blue")
+    left.axhline(1, color="black", linewidth=0.8)
+    left.set_xticks(range(len(names)), names)
+    left.set_ylabel("speed, DeepGEMM = 1")
+    left.set_title("every shape of the tables, beside DeepGEMM (torch)")
+    shown = {
+        label: rows[op]["peer_us"] / rows[op]["us"] for op, label in PEERS.items() if op in rows
+    }
+    right.barh(list(shown), list(shown.values()), color="tab:orange")
+    for at, ratio in enumerate(shown.values()):
+        right.text(ratio, at, f" {ratio:.1f}×", va="center")
+    right.set_xlim(0, 1.15 * max(shown.values(), default=1))
+    right.invert_yaxis()
+    right.set_title("times faster than what JAX and torch have")
+    figure.suptitle("jax_fp8gemm on one NVIDIA H200")
+    figure.tight_layout()
+    figure.savefig(HERE.parent / "docs/speed.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
