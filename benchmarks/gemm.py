@@ -24,8 +24,8 @@ import shapes
 from protocol import ANCHORS, RESULTS, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import reference, tuning
 from jax_fp8gemm import config as configs
+from jax_fp8gemm import reference, tuning
 
 REPS = 15
 BESIDE_PEERS = ("ffn_up_m64", "ffn_up_m4096", "attention_out_m4096", "square")
