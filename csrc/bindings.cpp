@@ -4,7 +4,10 @@
 #include <nanobind/stl/vector.h>
 
 #include "ffi_gemm.h"
+#include "ffi_quantize.h"
+#include "gemm_spec.h"
 #include "jit.h"
+#include "quantize_spec.h"
 
 namespace nb = nanobind;
 
@@ -21,8 +24,13 @@ nb::dict targets() {
   gemm["instantiate"] = capsule(gemm_instantiate);
   gemm["initialize"] = capsule(gemm_initialize);
   gemm["execute"] = capsule(gemm_execute);
+  nb::dict quantize;
+  quantize["instantiate"] = capsule(quantize_instantiate);
+  quantize["initialize"] = capsule(quantize_initialize);
+  quantize["execute"] = capsule(quantize_execute);
   nb::dict all;
   all["jax_fp8gemm_gemm_v1"] = gemm;
+  all["jax_fp8gemm_quantize_v1"] = quantize;
   return all;
 }
 
@@ -30,8 +38,12 @@ nb::dict state_types() {
   nb::dict gemm;
   gemm["type_id"] = capsule(gemm_state_id());
   gemm["type_info"] = capsule(gemm_state_info());
+  nb::dict quantize;
+  quantize["type_id"] = capsule(quantize_state_id());
+  quantize["type_info"] = capsule(quantize_state_info());
   nb::dict all;
   all["jax_fp8gemm_gemm_state_v1"] = gemm;
+  all["jax_fp8gemm_quantize_state_v1"] = quantize;
   return all;
 }
 
@@ -57,20 +69,26 @@ void raise(const Status& status) {
   if (!status.ok()) throw nb::value_error(status.message().c_str());
 }
 
-nb::dict compile(const nb::dict& dict) {
-  auto spec = parse_spec(attributes_of(dict));
+template <class Spec>
+ProgramText text_of(Result<Spec> spec) {
   raise(spec.status());
-  const std::string source = program_text(*spec);
+  return program_text(*spec);
+}
+
+nb::dict compile(const nb::dict& dict) {
+  const Attributes attributes = attributes_of(dict);
+  const auto source = attributes.count("kernel") ? text_of(parse_gemm_spec(attributes))
+                                                 : text_of(parse_quantize_spec(attributes));
   Result<std::shared_ptr<Program>> made = [&] {
     nb::gil_scoped_release release;
-    return program(*spec);
+    return program(source);
   }();
   raise(made.status());
   const Program& program = **made;
   nb::dict facts;
   facts["cubin"] = nb::bytes(program.compiled.cubin.data(), program.compiled.cubin.size());
   facts["log"] = program.compiled.log;
-  facts["source"] = source;
+  facts["source"] = source.text;
   facts["origin"] = program.origin;
   facts["seconds"] = program.seconds;
   return facts;

@@ -4,52 +4,24 @@
 #include <memory>
 #include <string>
 
-#include "driver.h"
+#include "ffi_common.h"
 #include "gemm_spec.h"
-#include "jit.h"
 #include "tensor_map.h"
-
-namespace ffi = xla::ffi;
 
 namespace fp8gemm {
 namespace {
 
-struct GemmState {
-  static ffi::TypeId id;
-  KernelSpec spec;
-  std::shared_ptr<Program> program;
-};
-ffi::TypeId GemmState::id = {};
-// NOTE: after the class: inside it the type is incomplete and its destructor would never run.
+using GemmState = CallState<KernelSpec>;
 const ffi::TypeInfo kGemmStateInfo = ffi::MakeTypeInfo<GemmState>();
 
-ffi::Error to_error(const Status& status) {
-  return status.ok() ? ffi::Error::Success() : ffi::Error::Internal(status.message());
-}
-
-constexpr const char* kIntegers[] = {"accumulate", "block_m", "block_n",      "stages",
-                                     "split_k",    "group_m", "shared_bytes", "num_sms"};
-constexpr const char* kStrings[] = {"kernel", "variant",   "lhs_scale", "rhs_scale",
-                                    "out",    "multicast", "store"};
-
-// Attributes that are absent or of another type stay out; parse_spec names them.
-Attributes read_attributes(const ffi::Dictionary& dictionary) {
-  Attributes attributes;
-  for (const char* name : kIntegers) {
-    auto value = dictionary.get<int64_t>(name);
-    if (value.has_value()) attributes[name] = *value;
-  }
-  for (const char* name : kStrings) {
-    auto value = dictionary.get<std::string_view>(name);
-    if (value.has_value()) attributes[name] = std::string(*value);
-  }
-  return attributes;
-}
-
 ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Dictionary dictionary) {
-  auto spec = parse_spec(read_attributes(dictionary));
+  const Attributes attributes = read_attributes(
+      dictionary,
+      {"accumulate", "block_m", "block_n", "stages", "split_k", "group_m", "shared_bytes", "num_sms"},
+      {"kernel", "variant", "lhs_scale", "rhs_scale", "out", "multicast", "store"});
+  auto spec = parse_gemm_spec(attributes);
   if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
-  auto made = program(*spec);
+  auto made = program(program_text(*spec));
   if (!made.ok()) return ffi::Unexpected(to_error(made.status()));
   return std::make_unique<GemmState>(GemmState{*spec, *made});
 }
@@ -66,24 +38,16 @@ struct Operand {
   int64_t groups, rows, columns;
 };
 
-std::string shape_text(const ffi::AnyBuffer& buffer) {
-  std::string text = "[";
-  for (int64_t dim : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
-  return text + "]";
-}
-
-// Checks type and rank; the program was traced by primitives.py, so a mismatch is a bug or a
-// program exported by another version.
+// Checks type and rank.
 Status read_operand(const ffi::AnyBuffer& buffer, const char* name, ffi::DataType type, int rank,
                     Operand& operand) {
   auto dims = buffer.dimensions();
   if (buffer.element_type() != type || static_cast<int>(dims.size()) != rank) {
-    return Status::error(message(std::string("gemm: operand ") + name + " has the wrong type",
-                                 "element type " + std::to_string(int(buffer.element_type())) +
-                                     ", shape " + shape_text(buffer),
-                                 "element type " + std::to_string(int(type)) + ", rank " +
-                                     std::to_string(rank),
-                                 "trace the program again with this version of jax_fp8gemm"));
+    return wrong_operand(std::string("gemm: operand ") + name + " has the wrong type",
+                         "element type " + std::to_string(int(buffer.element_type())) +
+                             ", shape " + shape_text(buffer),
+                         "element type " + std::to_string(int(type)) + ", rank " +
+                             std::to_string(rank));
   }
   operand = {name, buffer.untyped_data(), rank == 3 ? dims[0] : 1, dims[rank - 2], dims[rank - 1]};
   return {};
@@ -94,14 +58,10 @@ Status expect_shape(const Operand& operand, int64_t groups, int64_t rows, int64_
   auto text = [](int64_t g, int64_t r, int64_t c) {
     return "[" + std::to_string(g) + ", " + std::to_string(r) + ", " + std::to_string(c) + "]";
   };
-  return Status::error(message(std::string("gemm: operand ") + operand.name + " has the wrong shape",
-                               text(operand.groups, operand.rows, operand.columns),
-                               text(groups, rows, columns),
-                               "trace the program again with this version of jax_fp8gemm"));
+  return wrong_operand(std::string("gemm: operand ") + operand.name + " has the wrong shape",
+                       text(operand.groups, operand.rows, operand.columns),
+                       text(groups, rows, columns));
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The layout in memory of the scales of an operand [rows, k], as primitives.py makes it.
 Status check_scales(const Operand& scale, ScaleTile tile, int64_t groups, int64_t rows, int64_t k) {
@@ -161,11 +121,10 @@ struct Operands {
 Status read_group_data(const ffi::AnyBuffer& buffer, Variant variant, int64_t m, Operands& o) {
   const int64_t expected = variant == Variant::kContiguous ? m : o.groups;
   if (buffer.element_type() != ffi::S32 || int64_t(buffer.element_count()) != expected) {
-    return Status::error(message("gemm: the group operand has the wrong type",
-                                 "element type " + std::to_string(int(buffer.element_type())) +
-                                     ", shape " + shape_text(buffer),
-                                 "int32 [" + std::to_string(expected) + "]",
-                                 "trace the program again with this version of jax_fp8gemm"));
+    return wrong_operand("gemm: the group operand has the wrong type",
+                         "element type " + std::to_string(int(buffer.element_type())) +
+                             ", shape " + shape_text(buffer),
+                         "int32 [" + std::to_string(expected) + "]");
   }
   o.group_data = static_cast<const int32_t*>(buffer.untyped_data());
   return {};
@@ -175,9 +134,8 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
                      Operands& o) {
   const size_t expected = 4 + is_grouped(spec.variant) + spec.accumulate;
   if (args.size() != expected || results.size() != 1) {
-    return Status::error(message("gemm: wrong number of operands", std::to_string(args.size()),
-                                 std::to_string(expected) + " operands and one result",
-                                 "trace the program again with this version of jax_fp8gemm"));
+    return wrong_operand("gemm: wrong number of operands", std::to_string(args.size()),
+                         std::to_string(expected) + " operands and one result");
   }
   const int lhs_rank = lhs_has_groups(spec.variant) ? 3 : 2;
   const int rhs_rank = rhs_has_groups(spec.variant) ? 3 : 2;

@@ -1,14 +1,11 @@
 #include "gemm_spec.h"
 
+#include <cstdio>
+
 namespace fp8gemm {
 namespace {
 
-// An enumerator's name as an attribute, and in the kernel's C++.
-struct Name {
-  const char* attribute;
-  const char* code;
-};
-using Names = std::vector<Name>;  // in the order of the enum
+constexpr const char* kEntryPoint = "fp8_gemm";
 
 const Names kVariants = {{"dense", "Variant::kDense"},
                          {"batched", "Variant::kBatched"},
@@ -26,68 +23,14 @@ const Names kMulticasts = {
 const Names kStores = {{"tma", "Store::kTma"}, {"direct", "Store::kDirect"}};
 const Names kKernels = {{"persistent", "gemm"}, {"few_rows", "few_rows"}};
 
-// Reads attributes one by one and keeps the first error.
-class Reader {
- public:
-  explicit Reader(const Attributes& attributes) : attributes_(attributes) {}
-
-  int integer(const std::string& name) {
-    const int64_t* value = find<int64_t>(name, "an integer");
-    return value ? static_cast<int>(*value) : 0;
-  }
-
-  template <class Enum>
-  Enum name_of(const std::string& name, const Names& names) {
-    const std::string* value = find<std::string>(name, "a string");
-    if (!value) return Enum{};
-    std::string known;
-    for (size_t i = 0; i < names.size(); ++i) {
-      if (*value == names[i].attribute) return static_cast<Enum>(i);
-      known += std::string(i ? ", " : "") + names[i].attribute;
-    }
-    fail("attribute " + name + " has an unknown value", "\"" + *value + "\"", "one of " + known);
-    return Enum{};
-  }
-
-  const Status& status() const { return status_; }
-
- private:
-  template <class T>
-  const T* find(const std::string& name, const char* kind) {
-    auto it = attributes_.find(name);
-    if (it == attributes_.end()) {
-      fail("attribute " + name + " is missing", "no " + name, kind);
-      return nullptr;
-    }
-    const T* value = std::get_if<T>(&it->second);
-    if (!value) fail("attribute " + name + " has the wrong type", "another type", kind);
-    return value;
-  }
-
-  void fail(const std::string& what, const std::string& got, const std::string& expected) {
-    if (!status_.ok()) return;
-    status_ = Status::error(message(what, got, expected,
-                                    "use the Python package this extension was built with"));
-  }
-
-  const Attributes& attributes_;
-  Status status_;
-};
-
 std::string code(const Names& names, int index) { return names[index].code; }
-
-std::string field(const char* name, const std::string& value) {
-  return std::string("    .") + name + " = " + value + ",\n";
-}
-
-std::string field(const char* name, int value) { return field(name, std::to_string(value)); }
 
 std::string spec_text(const GemmSpec& s) {
   return "constexpr GemmSpec kSpec = {\n" + field("variant", code(kVariants, int(s.variant))) +
          field("lhs_scale", code(kScaleTiles, int(s.lhs_scale))) +
          field("rhs_scale", code(kScaleTiles, int(s.rhs_scale))) +
          field("out", code(kOuts, int(s.out))) +
-         field("accumulate", std::string(s.accumulate ? "true" : "false")) +
+         field("accumulate", s.accumulate) +
          field("block_m", s.block_m) + field("block_n", s.block_n) + field("stages", s.stages) +
          field("multicast", code(kMulticasts, int(s.multicast))) + field("split_k", s.split_k) +
          field("group_m", s.group_m) + field("store", code(kStores, int(s.store))) +
@@ -114,10 +57,20 @@ std::string wgmma_text(int n) {
          "\n      : \"l\"(lhs), \"l\"(rhs), \"r\"(int(accumulate)));\n}\n";
 }
 
+std::string short_name(const KernelSpec& spec) {
+  const GemmSpec& s = spec.gemm;
+  char name[128];
+  std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d_o%d%d_g%d_t%d",
+                spec.kernel == Kernel::kFewRows ? "few_rows" : "persistent", s.block_m, s.block_n,
+                s.stages, int(s.multicast), s.split_k, int(s.variant), int(s.lhs_scale),
+                int(s.rhs_scale), int(s.out), int(s.accumulate), s.group_m, int(s.store));
+  return name;
+}
+
 }  // namespace
 
-Result<KernelSpec> parse_spec(const Attributes& attributes) {
-  Reader read(attributes);
+Result<KernelSpec> parse_gemm_spec(const Attributes& attributes) {
+  AttributeReader read(attributes);
   KernelSpec spec;
   spec.kernel = read.name_of<Kernel>("kernel", kKernels);
   spec.gemm.variant = read.name_of<Variant>("variant", kVariants);
@@ -144,15 +97,17 @@ std::vector<std::string> variant_names() {
   return names;
 }
 
-std::string program_text(const KernelSpec& spec) {
+ProgramText program_text(const KernelSpec& spec) {
   const std::string name = code(kKernels, int(spec.kernel));
   const std::string header = spec.kernel == Kernel::kFewRows ? "gemm_few_rows" : "gemm";
-  return "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec.gemm) + "\n" +
+  const std::string text =
+      "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec.gemm) + "\n" +
          wgmma_text(spec.gemm.block_n) + "\n}  // namespace fp8gemm\n\n#include \"" + header +
          ".cuh\"\n\nextern \"C\" __global__ void __launch_bounds__(" +
          std::to_string(threads(spec)) + ", 1) " + kEntryPoint +
          "(const __grid_constant__ fp8gemm::GemmParams params) {\n  fp8gemm::" + name +
          "_kernel<fp8gemm::kSpec>(params);\n}\n";
+  return {short_name(spec), text, kEntryPoint, spec.gemm.shared_bytes};
 }
 
 int threads(const KernelSpec& spec) {

@@ -73,16 +73,6 @@ void dump(const std::string& folder, const std::string& name, const std::string&
   write_file(base + ".cubin", kernel.cubin);
 }
 
-std::string short_name(const KernelSpec& spec) {
-  const GemmSpec& s = spec.gemm;
-  char name[128];
-  std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d_o%d%d_g%d_t%d",
-                spec.kernel == Kernel::kFewRows ? "few_rows" : "persistent", s.block_m, s.block_n,
-                s.stages, int(s.multicast), s.split_k, int(s.variant), int(s.lhs_scale),
-                int(s.rhs_scale), int(s.out), int(s.accumulate), s.group_m, int(s.store));
-  return name;
-}
-
 // Everything that the machine code depends on.
 std::string cache_key(const Nvrtc& nvrtc, const std::string& text, const std::string& version) {
   std::string key = "jax_fp8gemm " + version + "\nnvrtc " + std::to_string(nvrtc.major) + "." +
@@ -93,13 +83,13 @@ std::string cache_key(const Nvrtc& nvrtc, const std::string& text, const std::st
   return key;
 }
 
-Result<std::shared_ptr<Program>> make_program(const KernelSpec& spec, const std::string& text) {
+Result<std::shared_ptr<Program>> make_program(const ProgramText& source) {
   const JitOptions options = fp8gemm::options();
   const auto start = std::chrono::steady_clock::now();
   auto nvrtc = fp8gemm::nvrtc(options.nvrtc);
   if (!nvrtc.ok()) return nvrtc.status();
 
-  const std::string key = cache_key(**nvrtc, text, options.version);
+  const std::string key = cache_key(**nvrtc, source.text, options.version);
   const DiskCache cache(options.cache_dir);
   const bool dumping = !options.dump_dir.empty();
   std::optional<CompiledKernel> kernel;
@@ -107,18 +97,18 @@ Result<std::shared_ptr<Program>> make_program(const KernelSpec& spec, const std:
   const std::string origin = kernel ? "disk" : "nvrtc";
   if (!kernel) {
     std::string ptx;
-    auto compiled = compile(**nvrtc, text, dumping ? &ptx : nullptr);
+    auto compiled = compile(**nvrtc, source.text, dumping ? &ptx : nullptr);
     if (!compiled.ok()) return compiled.status();
     kernel = std::move(*compiled);
     cache.store(key, *kernel);
-    if (dumping) dump(options.dump_dir, short_name(spec), text, ptx, *kernel);
+    if (dumping) dump(options.dump_dir, source.name, source.text, ptx, *kernel);
   }
   const double seconds = seconds_since(start);
   if (options.verbose) {
-    std::fprintf(stderr, "jax_fp8gemm: %s from %s in %.0f ms\n", short_name(spec).c_str(),
+    std::fprintf(stderr, "jax_fp8gemm: %s from %s in %.0f ms\n", source.name.c_str(),
                  origin.c_str(), 1e3 * seconds);
   }
-  return std::make_shared<Program>(spec, std::move(*kernel), origin, seconds);
+  return std::make_shared<Program>(source, std::move(*kernel), origin, seconds);
 }
 
 using ProgramResult = Result<std::shared_ptr<Program>>;
@@ -148,29 +138,28 @@ JitOptions options() {
   return registry().options;
 }
 
-ProgramResult program(const KernelSpec& spec) {
-  const std::string text = program_text(spec);
+ProgramResult program(const ProgramText& source) {
   std::promise<ProgramResult> promise;
   std::shared_future<ProgramResult> future;
   bool mine = false;
   {
     std::lock_guard<std::mutex> lock(registry().mutex);
-    auto found = registry().programs.find(text);
+    auto found = registry().programs.find(source.text);
     if (found != registry().programs.end()) {
       future = found->second;
     } else {
       mine = true;
       future = promise.get_future().share();
-      registry().programs.emplace(text, future);
+      registry().programs.emplace(source.text, future);
     }
   }
   if (!mine) return future.get();
 
-  ProgramResult made = make_program(spec, text);
+  ProgramResult made = make_program(source);
   promise.set_value(made);
   std::lock_guard<std::mutex> lock(registry().mutex);
   if (!made.ok()) {
-    registry().programs.erase(text);  // what failed may be mended before the next try
+    registry().programs.erase(source.text);  // what failed may be mended before the next try
   } else {
     CacheFacts& facts = registry().facts;
     ++facts.programs;
@@ -221,12 +210,12 @@ Result<LoadedKernel> Program::load(CUstream stream, int device) {
     status = check(d, d.module_load(&module, compiled.cubin.data()), "cuModuleLoadData");
   }
   if (status.ok()) {
-    status = check(d, d.module_function(&kernel.function, module, kEntryPoint), "cuModuleGetFunction");
+    status = check(d, d.module_function(&kernel.function, module, source.entry_point.c_str()), "cuModuleGetFunction");
   }
   if (status.ok()) {
     status = check(d,
                    d.function_set_attribute(kernel.function, kFuncAttributeMaxDynamicSharedBytes,
-                                            spec.gemm.shared_bytes),
+                                            source.shared_bytes),
                    "cuFuncSetAttribute");
   }
   d.context_set_current(before);

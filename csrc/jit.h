@@ -1,4 +1,4 @@
-// From a spec to a kernel on a device: memory, disk, or NVRTC.
+// From the text of a program to a kernel on a device: memory, disk, or NVRTC.
 #pragma once
 
 #include <map>
@@ -8,7 +8,6 @@
 
 #include "disk_cache.h"
 #include "driver.h"
-#include "gemm_spec.h"
 #include "status.h"
 
 namespace fp8gemm {
@@ -25,6 +24,14 @@ struct JitOptions {
 void set_options(const JitOptions& options);
 JitOptions options();
 
+// A whole CUDA C++ program, and what its launch needs.
+struct ProgramText {
+  std::string name;  // for people
+  std::string text;
+  std::string entry_point;
+  int shared_bytes;  // dynamic shared memory
+};
+
 // A kernel on one device, ready to launch.
 struct LoadedKernel {
   CUfunction function;
@@ -34,13 +41,13 @@ struct LoadedKernel {
 // One compiled kernel, loaded on as many devices as use it.
 class Program {
  public:
-  Program(KernelSpec spec, CompiledKernel compiled, std::string origin, double seconds)
-      : spec(spec), compiled(std::move(compiled)), origin(std::move(origin)), seconds(seconds) {}
+  Program(ProgramText source, CompiledKernel compiled, std::string origin, double seconds)
+      : source(std::move(source)), compiled(std::move(compiled)), origin(std::move(origin)), seconds(seconds) {}
 
   // Loads on the device of `stream` the first time; a lock and a look-up after that.
   Result<LoadedKernel> load(CUstream stream, int device);
 
-  const KernelSpec spec;
+  const ProgramText source;
   const CompiledKernel compiled;
   const std::string origin;  // "disk" or "nvrtc"
   const double seconds;      // that reading or compiling took
@@ -50,8 +57,8 @@ class Program {
   std::map<int, LoadedKernel> loaded_;
 };
 
-// The program of a spec; compiled at most once in a process, whatever the number of threads.
-Result<std::shared_ptr<Program>> program(const KernelSpec& spec);
+// Compiled at most once in a process, whatever the number of threads.
+Result<std::shared_ptr<Program>> program(const ProgramText& source);
 
 struct CacheFacts {
   int programs = 0;  // in memory

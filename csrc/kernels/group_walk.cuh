@@ -12,10 +12,10 @@ namespace fp8gemm {
 //
 // Sizes are clamped: negative ones to zero, and to what is left of the operand, so that no value
 // leads out of bounds.
-template <GemmSpec spec>
+template <Variant variant>
 struct GroupWalk {
-  static constexpr bool kAlongK = spec.variant == Variant::kRaggedContracting;
-  static constexpr bool kRagged = spec.variant == Variant::kRagged;
+  static constexpr bool kAlongK = variant == Variant::kRaggedContracting;
+  static constexpr bool kRagged = variant == Variant::kRagged;
 
   // The group that was found.
   int group, start, extent, first_block;
@@ -27,7 +27,8 @@ struct GroupWalk {
 
  public:
   // Moves on to the group of block `index`; indices never go back.
-  FP8GEMM_DEVICE void find(const GemmParams& params, int index, int n_blocks, int rows_per_block) {
+  template <class Params>
+  FP8GEMM_DEVICE void find(const Params& params, int index, int n_blocks, int rows_per_block) {
     const int entries = params.groups + (kRagged ? 1 : 0);  // the last one: rows past the groups
     while (index >= __shfl_sync(~0u, end_block_, 31)) {
       if (window_ + 32 >= entries) {
@@ -45,7 +46,8 @@ struct GroupWalk {
   }
 
  private:
-  FP8GEMM_DEVICE void advance(const GemmParams& params, int n_blocks, int rows_per_block) {
+  template <class Params>
+  FP8GEMM_DEVICE void advance(const Params& params, int n_blocks, int rows_per_block) {
     const int start = __shfl_sync(~0u, start_ + extent_, 31);
     const int blocks = __shfl_sync(~0u, end_block_, 31);
     window_ += 32;
@@ -55,7 +57,7 @@ struct GroupWalk {
     if (kAlongK) size = ceil_div(min(size, params.k), kBlockK);
     if (kRagged && group == params.groups) size = limit;
     size = min(size, limit);
-    if constexpr (spec.variant == Variant::kMasked) {  // every group begins at row 0 of its own
+    if constexpr (variant == Variant::kMasked) {  // every group begins at row 0 of its own
       extent_ = size;
     } else {
       const int end = min(start + sum_of_lanes(size, lane, limit), limit);

@@ -1,4 +1,5 @@
-// What the host tells a kernel: the compile-time GemmSpec and the run-time GemmParams.
+// What the host tells a kernel: the compile-time GemmSpec or QuantizeSpec, and the run-time
+// GemmParams or QuantizeParams.
 // The only header that host and device both read, so it includes nothing on the device.
 #pragma once
 
@@ -93,6 +94,46 @@ struct GemmParams {
   int32_t m;
   int32_t n;
   int32_t k;
+  int32_t groups;
+};
+
+// ---- Quantising ---------------------------------------------------------------------------------
+
+// What is quantised.
+enum class Source : int {
+  kFloat,   // x [batch, m, k]
+  kFp8,     // the same in FP8, with scales 1x128
+  kSwiglu,  // x [m, 2k], gate beside up: silu(gate) · up · row weight
+};
+
+enum class Float : int { kBf16, kF16, kF32 };
+
+struct QuantizeSpec {
+  Source source;
+  Float type;      // of x, where that is not FP8
+  ScaleTile tile;  // k1x128 along what the copy contracts over, or k128x128
+  bool pow2;       // scales are powers of two
+  bool rows;       // write [m, k]
+  bool transposed; // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
+  bool grouped;    // rows lie in groups; in the transposed copy each begins at a multiple of 128
+  bool gather;     // row i is row index[i] of x
+};
+
+// ↑: rounded up to a multiple. Scales as ScaleTile says.
+struct QuantizeParams {
+  const void* x;
+  const float* x_scale;       // Source::kFp8: [k/128, m↑4]
+  const float* row_weight;    // Source::kSwiglu: [m]
+  const int32_t* group_data;  // sizes [groups]
+  const int32_t* index;       // [m]
+  uint8_t* rows;
+  float* rows_scale;
+  uint8_t* transposed;
+  float* transposed_scale;
+  int32_t m;
+  int32_t k;
+  int32_t x_rows;  // of x: m, but where rows are gathered
+  int32_t pitch;   // columns of the transposed copy
   int32_t groups;
 };
 

@@ -264,7 +264,100 @@ FP8GEMM_DEVICE void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32
                : "memory");
 }
 
+// ---- Global memory (Data movement: ld, st) -------------------------------------------------------
+
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
+};
+
+struct alignas(8) Words2 {
+  uint32_t x, y;
+};
+
+// Read once, by nobody else.
+FP8GEMM_DEVICE Words2 ld_global_stream_v2(const void* address) {
+  Words2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(address));
+  return v;
+}
+
+FP8GEMM_DEVICE Words4 ld_global_stream_v4(const void* address) {
+  Words4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+  return v;
+}
+
+// ---- Arithmetic (max, abs, fma, div) ------------------------------------------------------------
+
+// NaN wins over every number.
+FP8GEMM_DEVICE float max_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+FP8GEMM_DEVICE float magnitude(float x) {
+  float result;
+  asm("abs.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+FP8GEMM_DEVICE float fma_rn(float a, float b, float c) {
+  float sum;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
+  return sum;
+}
+
+FP8GEMM_DEVICE float div_rn(float a, float b) {
+  float quotient;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+}
+
+// Floating point: ex2.approx, 2 units in the last place.
+FP8GEMM_DEVICE float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+FP8GEMM_DEVICE float bits_to_float(uint32_t bits) {
+  float value;
+  asm("mov.b32 %0, %1;" : "=f"(value) : "r"(bits));
+  return value;
+}
+
+FP8GEMM_DEVICE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  asm("mov.b32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
 // ---- Conversion (cvt) ---------------------------------------------------------------------------
+
+// Two fp32 to two e4m3 in 16 bits, `low` in the low byte; saturates at ±448, keeps NaN.
+FP8GEMM_DEVICE uint32_t cvt_e4m3x2(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Two e4m3 in 16 bits to two f16 in one word.
+FP8GEMM_DEVICE uint32_t cvt_f16x2_e4m3x2(uint32_t two) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(two)));
+  return halves;
+}
+
+FP8GEMM_DEVICE float cvt_f32_f16(uint32_t low_half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(low_half)));
+  return value;
+}
 
 // Two fp32 to two bf16 in one word, `low` in the low half.
 FP8GEMM_DEVICE uint32_t cvt_bf16x2(float low, float high) {

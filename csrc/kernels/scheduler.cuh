@@ -26,7 +26,7 @@ struct Scheduler {
   int m_blocks, n_blocks;  // of one group, where all have the same number
   int index, stride;
   uint32_t rank;
-  GroupWalk<spec> walk;
+  GroupWalk<spec.variant> walk;
 
   // `worker` of `workers`: a CTA, or a cluster of them.
   FP8GEMM_DEVICE Scheduler(const GemmParams& p, int worker, int workers, uint32_t cta_rank)

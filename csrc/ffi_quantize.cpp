@@ -1,0 +1,201 @@
+#include "ffi_quantize.h"
+
+#include "ffi_common.h"
+#include "quantize_spec.h"
+
+namespace fp8gemm {
+namespace {
+
+using QuantizeState = CallState<QuantizeSpec>;
+const ffi::TypeInfo kQuantizeStateInfo = ffi::MakeTypeInfo<QuantizeState>();
+
+ffi::ErrorOr<std::unique_ptr<QuantizeState>> instantiate(ffi::Dictionary dictionary) {
+  auto spec = parse_quantize_spec(
+      read_attributes(dictionary, {"pow2", "rows", "transposed", "grouped", "gather"},
+                      {"source", "type", "tile"}));
+  if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
+  auto made = program(program_text(*spec));
+  if (!made.ok()) return ffi::Unexpected(to_error(made.status()));
+  return std::make_unique<QuantizeState>(QuantizeState{*spec, *made});
+}
+
+ffi::Error initialize(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs,
+                      ffi::RemainingRets, ffi::Dictionary) {
+  return to_error(state->program->load(stream, device).status());
+}
+
+using Shape = std::initializer_list<int64_t>;  // a negative size fits any
+
+// Takes buffers one after the other and keeps the first error.
+class Buffers {
+ public:
+  using Buffer = std::optional<ffi::AnyBuffer>;
+
+  Buffers(ffi::RemainingArgs args, ffi::RemainingRets results) : args_(args), results_(results) {}
+
+  Buffer operand(const char* name, ffi::DataType type, Shape shape) {
+    if (next_operand_ >= args_.size()) return fail(name, "nothing", type, shape);
+    return check(*args_.get<ffi::AnyBuffer>(next_operand_++), name, type, shape);
+  }
+
+  Buffer result(const char* name, ffi::DataType type, Shape shape) {
+    if (next_result_ >= results_.size()) return fail(name, "nothing", type, shape);
+    return check(**results_.get<ffi::AnyBuffer>(next_result_++), name, type, shape);
+  }
+
+  const Status& status() const { return status_; }
+
+ private:
+  Buffer check(const ffi::AnyBuffer& buffer, const char* name, ffi::DataType type, Shape shape) {
+    const auto dims = buffer.dimensions();
+    bool fits = buffer.element_type() == type && dims.size() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); ++i) {
+      fits = shape.begin()[i] < 0 || shape.begin()[i] == dims[i];
+    }
+    if (fits) return buffer;
+    return fail(name, "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
+                          shape_text(buffer), type, shape);
+  }
+
+  Buffer fail(const char* name, const std::string& got, ffi::DataType type, Shape shape) {
+    std::string expected = "element type " + std::to_string(int(type)) + ", shape [";
+    for (int64_t size : shape) expected += size < 0 ? " any" : " " + std::to_string(size);
+    if (status_.ok()) {
+      status_ = wrong_operand(std::string("quantize: ") + name + " does not fit", got, expected + " ]");
+    }
+    return {};
+  }
+
+  ffi::RemainingArgs args_;
+  ffi::RemainingRets results_;
+  size_t next_operand_ = 0, next_result_ = 0;
+  Status status_;
+};
+
+ffi::DataType element_type(const QuantizeSpec& spec) {
+  if (spec.source == Source::kFp8) return ffi::F8E4M3FN;
+  return spec.type == Float::kBf16 ? ffi::BF16 : spec.type == Float::kF16 ? ffi::F16 : ffi::F32;
+}
+
+template <class T>
+T* pointer(const Buffers::Buffer& buffer) {
+  return static_cast<T*>(buffer->untyped_data());
+}
+
+struct Call {
+  QuantizeParams params{};
+  int64_t batch = 1, tiles = 0;  // of rows
+};
+
+// Operands: x [batch, rows, columns], then what the spec asks for: scales of x, row weights, group
+// sizes, index. Results: the rows and their scales, the transposed copy and its scales.
+Status read_call(const QuantizeSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets results,
+                 Call& call) {
+  Buffers buffers(args, results);
+  QuantizeParams& p = call.params;
+  auto x = buffers.operand("x", element_type(spec), {-1, -1, -1});
+  if (!x) return buffers.status();
+  const int64_t batch = x->dimensions()[0], x_rows = x->dimensions()[1], width = x->dimensions()[2];
+  const int64_t k = spec.source == Source::kSwiglu ? width / 2 : width;
+  int64_t m = x_rows;
+  p.x = pointer<void>(x);
+  if (spec.source == Source::kFp8) {
+    auto scale = buffers.operand("the scales of x", ffi::F32, {batch, ceil_div(k, 128), round_up(m, 4)});
+    if (scale) p.x_scale = pointer<float>(scale);
+  }
+  if (spec.gather) {
+    auto index = buffers.operand("index", ffi::S32, {-1});
+    if (index) p.index = pointer<int32_t>(index), m = index->dimensions()[0];
+  }
+  if (spec.source == Source::kSwiglu) {
+    auto weight = buffers.operand("row weights", ffi::F32, {m});
+    if (weight) p.row_weight = pointer<float>(weight);
+  }
+  if (spec.grouped) {
+    auto sizes = buffers.operand("group sizes", ffi::S32, {-1});
+    if (sizes) p.group_data = pointer<int32_t>(sizes), p.groups = int32_t(sizes->dimensions()[0]);
+  }
+  const bool blocks = spec.tile == ScaleTile::k128x128;
+  if (spec.rows) {
+    auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, k});
+    auto scale = blocks ? buffers.result("scales of rows", ffi::F32,
+                                         {batch, ceil_div(m, 128), round_up(ceil_div(k, 128), 4)})
+                        : buffers.result("scales of rows", ffi::F32,
+                                         {batch, ceil_div(k, 128), round_up(m, 4)});
+    if (rows && scale) p.rows = pointer<uint8_t>(rows), p.rows_scale = pointer<float>(scale);
+  }
+  int64_t pitch = m;
+  if (spec.transposed) {
+    auto copy = buffers.result("the transposed copy", ffi::F8E4M3FN, {batch, k, -1});
+    if (copy) pitch = copy->dimensions()[2], p.transposed = pointer<uint8_t>(copy);
+    auto scale = blocks ? buffers.result("scales of the transposed copy", ffi::F32,
+                                         {batch, ceil_div(k, 128), round_up(ceil_div(m, 128), 4)})
+                        : buffers.result("scales of the transposed copy", ffi::F32,
+                                         {batch, ceil_div(pitch, 128), round_up(k, 4)});
+    if (scale) p.transposed_scale = pointer<float>(scale);
+  }
+  if (!buffers.status().ok()) return buffers.status();
+  p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows), p.pitch = int32_t(pitch);
+  call.batch = batch;
+  call.tiles = ceil_div(spec.grouped ? pitch : m, 128);
+  return {};
+}
+
+ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,
+                   ffi::RemainingRets results, ffi::Dictionary) {
+  Call call;
+  Status status = read_call(state->spec, args, results, call);
+  if (!status.ok()) return to_error(status);
+  const int64_t columns = ceil_div(call.params.k, 128);
+  if (call.batch == 0 || call.tiles == 0 || columns == 0) return ffi::Error::Success();
+  if (call.tiles > 65535 || call.batch > 65535) {
+    return to_error(wrong_operand("quantize: too many rows", std::to_string(call.tiles) + " tiles, " +
+                                      std::to_string(call.batch) + " matrices",
+                                  "65535 of each"));
+  }
+  auto kernel = state->program->load(stream, device);
+  if (!kernel.ok()) return to_error(kernel.status());
+  const Driver& driver = **fp8gemm::driver();
+  CUlaunchConfig config = {unsigned(columns), unsigned(call.tiles), unsigned(call.batch),
+                           unsigned(kQuantizeThreads), 1, 1, 0, stream, nullptr, 0};
+  void* arguments[] = {&call.params};
+  return to_error(check(driver, driver.launch(&config, kernel->function, arguments, nullptr),
+                        "cuLaunchKernelEx"));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER(quantize_instantiate_handler, instantiate,
+                       ffi::Ffi::BindInstantiate().Attrs());
+
+XLA_FFI_DEFINE_HANDLER(quantize_initialize_handler, initialize,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::PlatformStream<CUstream>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<QuantizeState>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs());
+
+XLA_FFI_DEFINE_HANDLER(quantize_execute_handler, execute,
+                       ffi::Ffi::BindExecute()
+                           .Ctx<ffi::PlatformStream<CUstream>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<QuantizeState>>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_Error* quantize_instantiate(XLA_FFI_CallFrame* frame) {
+  return quantize_instantiate_handler(frame);
+}
+XLA_FFI_Error* quantize_initialize(XLA_FFI_CallFrame* frame) {
+  return quantize_initialize_handler(frame);
+}
+XLA_FFI_Error* quantize_execute(XLA_FFI_CallFrame* frame) { return quantize_execute_handler(frame); }
+
+ffi::TypeId* quantize_state_id() { return &QuantizeState::id; }
+const ffi::TypeInfo* quantize_state_info() { return &kQuantizeStateInfo; }
+
+}  // namespace fp8gemm

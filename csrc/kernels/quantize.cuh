@@ -1,0 +1,296 @@
+// Quantising: every CTA reads a tile of 128 rows × 128 columns once, and writes it as it lies, or
+// transposed, or both.
+//
+// 256 threads; 16 of them share a row. A thread holds eight neighbouring columns of eight
+// neighbouring rows, so that it can write eight bytes of either copy at once:
+//
+//   lane % 16: which eight columns    slot = thread / 16: which eight rows
+//
+// Largest magnitudes of rows meet by shuffles, those of columns in shared memory.
+#pragma once
+
+#include "group_walk.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+#include "quantize_source.cuh"
+
+namespace fp8gemm {
+
+constexpr float kLargest = 448.0f;           // finite e4m3
+constexpr float kSmallestNormal = 0x1p-126f;  // fp32
+
+// What values are divided by.
+template <bool kPow2>
+struct Scale {
+  float value, reciprocal;
+
+  // As reference.scale_of: 1 for zeros, NaN where there is a NaN or an infinity.
+  FP8GEMM_DEVICE static Scale of(float largest) {
+    const uint32_t kInfinity = 0x7f800000u, kMantissa = 0x007fffffu;
+    float scale = div_rn(largest, kLargest);
+    if constexpr (kPow2) {
+      const uint32_t bits = float_to_bits(scale);
+      scale = bits_to_float((bits & kInfinity) + ((bits & kMantissa) ? 1u << 23 : 0));
+    }
+    scale = scale < kSmallestNormal ? kSmallestNormal : scale;
+    scale = largest == 0 ? 1.0f : scale;
+    if (float_to_bits(largest) >= kInfinity) scale = bits_to_float(0x7fc00000u);
+    return {scale, div_rn(1.0f, scale)};
+  }
+
+  // x / value, rounded correctly: twice the remainder is added (Markstein, "Computation of
+  // elementary functions on the IBM RISC System/6000 processor", 1990). A reciprocal of a power of
+  // two is exact.
+  FP8GEMM_DEVICE float apply(float x) const {
+    float quotient = x * reciprocal;
+    if constexpr (!kPow2) {
+      quotient = fma_rn(fma_rn(-quotient, value, x), reciprocal, quotient);
+      quotient = fma_rn(fma_rn(-quotient, value, x), reciprocal, quotient);
+    }
+    return quotient;
+  }
+};
+
+// Eight values of get(0) ... get(7), each divided by the scale of its index.
+template <class Get, class ScaleOf>
+FP8GEMM_DEVICE Words2 pack8(Get get, ScaleOf scale) {
+  uint32_t two[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    two[i] = cvt_e4m3x2(scale(2 * i).apply(get(2 * i)), scale(2 * i + 1).apply(get(2 * i + 1)));
+  }
+  return {two[0] | two[1] << 16, two[2] | two[3] << 16};
+}
+
+// The rows of one tile.
+struct TokenTile {
+  int first;     // row
+  int count;     // rows that exist; the others are zeros, and only in the transposed copy
+  int position;  // of the first row in the transposed copy
+};
+
+template <QuantizeSpec spec>
+FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, int index, TokenTile& tile) {
+  if constexpr (!spec.grouped) {
+    tile = {index * 128, min(128, params.m - index * 128), index * 128};
+    return true;
+  } else {
+    GroupWalk<Variant::kRagged> walk{};
+    walk.find(params, index, 1, 128);
+    if (walk.past_end || walk.group == params.groups) return false;
+    const int before = (index - walk.first_block) * 128;
+    tile = {walk.start + before, min(128, walk.extent - before), index * 128};
+    return true;
+  }
+}
+
+template <QuantizeSpec spec>
+struct QuantizeShared {
+  float largest[8][128];           // of a column, in each warp's rows
+  Scale<spec.pow2> column[128];    // of the transposed copy
+  alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
+};
+
+template <QuantizeSpec spec>
+struct Quantizer {
+  using Shared = QuantizeShared<spec>;
+  using ScaleOf = Scale<spec.pow2>;
+  static constexpr bool kBlocks = spec.tile == ScaleTile::k128x128;
+
+  const QuantizeParams& params;
+  Shared& shared;
+  TokenTile tokens;
+  int batch, column_tile;
+  int slot, column;  // this thread's first row / 8 and first column, in the tile
+  Values<spec> values;
+
+  FP8GEMM_DEVICE Quantizer(const QuantizeParams& p, Shared& s, const TokenTile& t)
+      : params(p),
+        shared(s),
+        tokens(t),
+        batch(blockIdx.z),
+        column_tile(blockIdx.x),
+        slot(threadIdx.x / 16),
+        column(threadIdx.x % 16 * 8) {}
+
+  FP8GEMM_DEVICE void run() {
+    values.load(params, batch, tokens.first + slot * 8, tokens.first + tokens.count,
+                column_tile * 128 + column);
+    if constexpr (kBlocks) {
+      const ScaleOf scale = ScaleOf::of(largest_of_tile());
+      if (threadIdx.x == 0) store_block_scale(scale.value);
+      if constexpr (spec.rows) store_rows([&](int) { return scale; });
+      if constexpr (spec.transposed) store_transposed([&](int) { return scale; });
+    } else {
+      if constexpr (spec.transposed) share_largest_of_columns();
+      if constexpr (spec.rows) quantize_rows();
+      if constexpr (spec.transposed) {
+        __syncthreads();
+        if (threadIdx.x < 128) make_column_scale(threadIdx.x);
+        __syncthreads();
+        store_transposed([&](int j) { return shared.column[column + j]; });
+      }
+    }
+  }
+
+ private:
+  FP8GEMM_DEVICE int row(int i) const { return tokens.first + slot * 8 + i; }
+  FP8GEMM_DEVICE bool has_row(int i) const { return slot * 8 + i < tokens.count; }
+  FP8GEMM_DEVICE int first_column() const { return column_tile * 128 + column; }
+
+  // ---- Scales ----
+
+  FP8GEMM_DEVICE float largest_of_tile() {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max_nan(largest, largest_of_row(i));
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    if (threadIdx.x % 32 == 0) shared.largest[0][threadIdx.x / 32] = largest;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < 8; ++warp) largest = max_nan(largest, shared.largest[0][warp]);
+    return largest;
+  }
+
+  // In this thread's columns.
+  FP8GEMM_DEVICE float largest_of_row(int i) const {
+    float largest = magnitude(values.get(i, 0));
+#pragma unroll
+    for (int j = 1; j < 8; ++j) largest = max_nan(largest, magnitude(values.get(i, j)));
+    return largest;
+  }
+
+  FP8GEMM_DEVICE void share_largest_of_columns() {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float largest = magnitude(values.get(0, j));
+#pragma unroll
+      for (int i = 1; i < 8; ++i) largest = max_nan(largest, magnitude(values.get(i, j)));
+      largest = max_nan(largest, __shfl_xor_sync(~0u, largest, 16));
+      if (threadIdx.x % 32 < 16) shared.largest[threadIdx.x / 32][column + j] = largest;
+    }
+  }
+
+  FP8GEMM_DEVICE void make_column_scale(int at) {
+    float largest = shared.largest[0][at];
+#pragma unroll
+    for (int warp = 1; warp < 8; ++warp) largest = max_nan(largest, shared.largest[warp][at]);
+    const ScaleOf scale = ScaleOf::of(largest);
+    shared.column[at] = scale;
+    const int steps = params.pitch / 128, all = round_up4(params.k);
+    const int64_t line = int64_t{batch} * steps + tokens.position / 128;
+    if (column_tile * 128 + at < params.k) {
+      params.transposed_scale[line * all + column_tile * 128 + at] = scale.value;
+    }
+  }
+
+  FP8GEMM_DEVICE void store_block_scale(float scale) {
+    const int row_tile = tokens.first / 128;
+    const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
+    if constexpr (spec.rows) {
+      const int64_t line = int64_t{batch} * row_tiles + row_tile;
+      params.rows_scale[line * round_up4(column_tiles) + column_tile] = scale;
+    }
+    if constexpr (spec.transposed) {
+      const int64_t line = int64_t{batch} * column_tiles + column_tile;
+      params.transposed_scale[line * round_up4(row_tiles) + row_tile] = scale;
+    }
+  }
+
+  FP8GEMM_DEVICE static int round_up4(int x) { return (x + 3) / 4 * 4; }
+
+  // ---- The copy as it lies ----
+
+  FP8GEMM_DEVICE void quantize_rows() {
+    const int steps = (params.k + 127) / 128;
+    float* scales = params.rows_scale +
+                    (int64_t{batch} * steps + column_tile) * round_up4(params.m) + tokens.first;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float largest = largest_of_row(i);
+#pragma unroll
+      for (int distance = 8; distance > 0; distance /= 2) {
+        largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
+      }
+      const ScaleOf scale = ScaleOf::of(largest);
+      if (column == 0 && has_row(i)) scales[slot * 8 + i] = scale.value;
+      store_row(i, scale);
+    }
+  }
+
+  template <class ScaleOfRow>
+  FP8GEMM_DEVICE void store_rows(ScaleOfRow scale) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store_row(i, scale(i));
+  }
+
+  FP8GEMM_DEVICE void store_row(int i, ScaleOf scale) {
+    const Words2 bytes =
+        pack8([&](int j) { return values.get(i, j); }, [&](int) { return scale; });
+    if (!has_row(i)) return;
+    store8(params.rows + (int64_t{batch} * params.m + row(i)) * params.k + first_column(), bytes,
+           params.k - first_column(), params.k % 8 == 0);
+  }
+
+  // ---- The transposed copy ----
+
+  // Bytes go to shared memory so that a warp can write whole lines of 128. Where 16 bytes lie is
+  // moved by an exclusive or with the column, and their halves swapped in half of the columns, so
+  // that neither side meets itself in a bank.
+  template <class ScaleOfColumn>
+  FP8GEMM_DEVICE void store_transposed(ScaleOfColumn scale) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const ScaleOf own = scale(j);
+      shared.tile[place(column + j, slot / 2, slot % 2)] =
+          pack8([&](int i) { return values.get(i, j); }, [&](int) { return own; });
+    }
+    __syncthreads();
+    const int rows = params.pitch - tokens.position;  // of the transposed copy's columns, here on
+    uint8_t* out = params.transposed + int64_t{batch} * params.k * params.pitch + tokens.position;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = threadIdx.x / 8 + 32 * i, chunk = threadIdx.x % 8;
+      const int line = column_tile * 128 + at;
+      if (line >= params.k) continue;
+      const Words2 low = shared.tile[place(at, chunk, 0)], high = shared.tile[place(at, chunk, 1)];
+      uint8_t* to = out + int64_t{line} * params.pitch + chunk * 16;
+      if (params.pitch % 16 == 0) {
+        if (chunk * 16 < rows) *reinterpret_cast<Words4*>(to) = {low.x, low.y, high.x, high.y};
+      } else {
+        store8(to, low, rows - chunk * 16, false);
+        store8(to + 8, high, rows - chunk * 16 - 8, false);
+      }
+    }
+  }
+
+  FP8GEMM_DEVICE static int place(int column, int chunk, int half) {
+    return column * 16 + (chunk ^ (column / 8 % 8)) * 2 + (half ^ (column / 64));
+  }
+
+  // Writes eight bytes, as many as there is room for.
+  FP8GEMM_DEVICE static void store8(uint8_t* to, Words2 bytes, int room, bool aligned) {
+    if (aligned) {
+      if (room > 0) *reinterpret_cast<Words2*>(to) = bytes;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t word = i < 4 ? bytes.x : bytes.y;
+      if (i < room) to[i] = static_cast<uint8_t>(word >> 8 * (i % 4));
+    }
+  }
+};
+
+template <QuantizeSpec spec>
+FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
+  __shared__ QuantizeShared<spec> shared;
+  TokenTile tile;
+  if (!find_tile<spec>(params, blockIdx.y, tile)) return;
+  Quantizer<spec>(params, shared, tile).run();
+}
+
+}  // namespace fp8gemm

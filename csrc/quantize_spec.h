@@ -1,0 +1,16 @@
+// The attributes of a quantising custom call, and the text of the program to compile.
+#pragma once
+
+#include "attributes.h"
+#include "jit.h"
+#include "kernels/params.cuh"
+
+namespace fp8gemm {
+
+Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes);
+
+ProgramText program_text(const QuantizeSpec& spec);
+
+constexpr int kQuantizeThreads = 256;
+
+}  // namespace fp8gemm
