@@ -2,12 +2,20 @@
 
 from jax_fp8gemm import _native
 from jax_fp8gemm.config import GemmConfig as GemmConfig
-from jax_fp8gemm.kernel_level import dequantize as dequantize
 from jax_fp8gemm.kernel_level import gemm as gemm
-from jax_fp8gemm.kernel_level import quantize as quantize
 from jax_fp8gemm.ops import fp8_matmul as fp8_matmul
 from jax_fp8gemm.ops import fp8_ragged_dot as fp8_ragged_dot
+from jax_fp8gemm.prepared import PreparedWeight as PreparedWeight
+from jax_fp8gemm.prepared import prepare_weight as prepare_weight
 from jax_fp8gemm.primitives import EXPORT_CHECKS as EXPORT_CHECKS
 from jax_fp8gemm.qarray import QArray as QArray
+from jax_fp8gemm.quantizing import dequantize as dequantize
+from jax_fp8gemm.quantizing import quantize as quantize
+from jax_fp8gemm.quantizing import quantize_both as quantize_both
+from jax_fp8gemm.quantizing import quantize_rows as quantize_rows
+from jax_fp8gemm.quantizing import quantize_transposed as quantize_transposed
+from jax_fp8gemm.quantizing import requantize as requantize
+from jax_fp8gemm.quantizing import swiglu_backward as swiglu_backward
+from jax_fp8gemm.quantizing import swiglu_quantize as swiglu_quantize
 
 _native.register()

@@ -9,7 +9,8 @@ import numpy as np
 
 from jax_fp8gemm import _native
 from jax_fp8gemm import config as configs
-from jax_fp8gemm.kernel_level import gemm, quantize
+from jax_fp8gemm.kernel_level import gemm
+from jax_fp8gemm.quantizing import quantize
 
 
 def line(name: str, value: object) -> None:

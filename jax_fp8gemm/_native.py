@@ -15,6 +15,7 @@ import jax
 from jax_fp8gemm import _ext
 
 TARGET = "jax_fp8gemm_gemm_v1"
+QUANTIZE_TARGET = "jax_fp8gemm_quantize_v1"
 PLATFORM = "CUDA"
 
 compile = _ext.compile

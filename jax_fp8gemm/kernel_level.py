@@ -1,10 +1,9 @@
-"""What users of FP8 arrays call: quantize, dequantize, gemm."""
+"""gemm: FP8 arrays in, checked, and their product out."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm import reference
 from jax_fp8gemm.config import GemmConfig
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.primitives import Static, product
@@ -12,52 +11,13 @@ from jax_fp8gemm.qarray import (
     BLOCK,
     BLOCKS,
     FP8,
-    ROW_BLOCKS,
-    TILES,
     QArray,
-    Tile,
     round_up,
     scale_shape,
 )
 from jax_fp8gemm.variants import SCALES, VARIANTS
 
 K_MULTIPLE = 16  # bytes: what the copy engine wants of a row of FP8 numbers
-FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
-
-
-def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> QArray:
-    """Quantises to FP8 with one scale for each tile of the last two dims.
-
-    qvalue = e4m3(clip(x / scale, ±448)), scale ≈ max|tile| / 448.
-
-    Args:
-      x: bf16, f16 or f32 [..., rows, k].
-      tile: (1, 128) for activations and gradients, (128, 128) for weights, (1, None) per row,
-        (None, None) per matrix.
-      scale: "pow2" rounds scales up to powers of two, which makes quantising once more along the
-        other axis exact; "float32" keeps max|tile| / 448.
-
-    Returns:
-      QArray. A tile of zeros has scale 1; a tile with NaN or Inf has scale NaN.
-
-    Raises:
-      TypeError: x is not of a float type. ValueError: an unknown tile or scale, or rank below 2.
-
-    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2; E4M3 (arXiv 2209.05433).
-    """
-    if tile not in TILES:
-        fail("quantize", "unknown tile.", f"tile {tile}", f"one of {TILES}", "choose one of these")
-    if scale not in ("pow2", "float32"):
-        fail("quantize", "unknown scale.", f"scale {scale!r}", '"pow2" or "float32"', "choose one")
-    check_float("quantize", "x", x)
-    if x.ndim < 2:
-        fail("quantize", "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
-    return QArray(*reference.quantize(x, tile, scale))
-
-
-def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Returns qvalue · scale, multiplied in float32, as `dtype` [..., rows, k]."""
-    return reference.dequantize(q.qvalue, q.scale, q.tile).astype(dtype)
 
 
 def gemm(
@@ -119,19 +79,6 @@ def gemm(
     out = _out_name(out_dtype, init, shape)
     static = Static(variant, scales, out, num_sms or 0, config, expected_rows or 0)
     return product(lhs, rhs, static, groups, init)
-
-
-def check_float(op: str, name: str, x: jax.Array) -> None:
-    if x.dtype not in FLOATS:
-        mend = f"cast {name} to bfloat16"
-        fail(
-            op,
-            f"{name} has the wrong dtype.",
-            describe(name, x),
-            "bf16, f16 or f32",
-            mend,
-            TypeError,
-        )
 
 
 def _check_operands(lhs: QArray, rhs: QArray, variant: str) -> None:

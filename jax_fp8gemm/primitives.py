@@ -18,14 +18,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm import config as configs
 from jax_fp8gemm import reference
-from jax_fp8gemm._native import TARGET
+from jax_fp8gemm._native import QUANTIZE_TARGET, TARGET
 from jax_fp8gemm.errors import message
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, TENSOR, QArray
 from jax_fp8gemm.variants import SCALES, VARIANTS
 
 # For jax.export.export(..., disabled_checks=EXPORT_CHECKS): XLA promises nothing about the
 # stability of foreign custom calls; this library does, by the version in the target's name.
-EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call(TARGET),)
+EXPORT_CHECKS = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(target) for target in (TARGET, QUANTIZE_TARGET)
+)
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
@@ -79,19 +81,24 @@ def _reference(*operands, static: Static):
     )
 
 
-def _no_derivative(primals, tangents, **params):
-    raise NotImplementedError(
-        message(
-            "gemm",
-            "a product of FP8 operands has no derivative.",
-            got="jax.grad (or a second derivative) through gemm",
-            expected="first derivatives, through fp8_matmul",
-            mend="differentiate fp8_matmul once; for second derivatives use jnp.dot",
+def no_derivative(op: str):
+    """Returns the rule for derivatives of a primitive on FP8 numbers: a clear error."""
+
+    def rule(primals, tangents, **params):
+        raise NotImplementedError(
+            message(
+                op,
+                "FP8 numbers have no derivative.",
+                got=f"jax.grad (or a second derivative) through {op}",
+                expected="first derivatives, through fp8_matmul or fp8_ragged_dot",
+                mend="differentiate these once; for second derivatives use jnp.dot",
+            )
         )
-    )
+
+    return rule
 
 
-ad.primitive_jvps[gemm_p] = _no_derivative
+ad.primitive_jvps[gemm_p] = no_derivative("gemm")
 mlir.register_lowering(gemm_p, mlir.lower_fun(_reference, multiple_results=False))
 
 

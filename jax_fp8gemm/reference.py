@@ -109,6 +109,84 @@ def group_of_step(group_sizes: jax.Array, steps: int) -> jax.Array:
     return group_of_row((own + BLOCK - 1) // BLOCK, steps)
 
 
+def grouped_tokens(m: int, g: int) -> int:
+    """Returns the tokens of a transposed copy by groups: any sizes of g groups fit."""
+    return (m + min(g, m) * (BLOCK - 1)) // BLOCK * BLOCK
+
+
+def place_by_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Moves rows so that every group begins at a multiple of 128, zeros between: [tokens, k].
+
+    Rows past the groups are not looked at.
+    """
+    m, g = x.shape[0], group_sizes.shape[0]
+    tokens = jnp.arange(grouped_tokens(m, g))
+    ends = group_ends(group_sizes, m)
+    sizes = jnp.diff(ends, prepend=0)
+    places = jnp.cumsum(-(-sizes // BLOCK)) * BLOCK  # where the next group begins
+    group = jnp.searchsorted(places, tokens, side="right")
+    last = jnp.minimum(group, g - 1)
+    offset = tokens - jnp.where(group > 0, places[group - 1], 0)
+    inside = (group < g) & (offset < sizes[last])
+    source = jnp.where(inside, ends[last] - sizes[last] + offset, 0)
+    return jnp.where(inside[:, None], x[source], 0)
+
+
+def copies(
+    x: jax.Array,
+    tile: Tile,
+    mode: str,
+    *,
+    rows: bool,
+    transposed: bool,
+    group_sizes: jax.Array | None = None,
+) -> list[jax.Array]:
+    """Returns (qvalue, scale) of x [b, m, k] as it lies, then of its transposed copy; as asked for.
+
+    The transposed copy is [b, k, m] where tiles are 128x128, else [b, k, m↑128] with zeros; with
+    group_sizes (b = 1) its tokens are placed by groups, and rows past the groups count as zeros.
+    Scales are in the kernel's layout.
+    """
+    lines = x
+    if group_sizes is not None:
+        inside = jnp.arange(x.shape[1]) < group_ends(group_sizes, x.shape[1])[-1]
+        x = jnp.where(inside[:, None], x, 0)
+        lines = place_by_groups(x[0], group_sizes)[None]
+    elif tile == ROW_BLOCKS:
+        lines = jnp.pad(x, [(0, 0), (0, -x.shape[1] % BLOCK), (0, 0)])
+    found = [x] * rows + [jnp.swapaxes(lines, 1, 2)] * transposed
+    pairs = [quantize(values, tile, mode) for values in found]
+    return [part for q, scale in pairs for part in (q, scale_to_kernel(scale, tile))]
+
+
+def swiglu(h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns gate, up, sigmoid(gate), silu(gate) · up of h [..., 2f], gate beside up; float32."""
+    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    sigmoid = jax.nn.sigmoid(gate)
+    return gate, up, sigmoid, gate * sigmoid * up
+
+
+def swiglu_gradients(
+    h: jax.Array, gradient: jax.Array, row_weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what follows from the gradient to row_weight · silu(gate) · up.
+
+    Args:
+      h: f32 [m, 2f]. gradient: [m, f]. row_weight: f32 [m].
+
+    Returns:
+      The gradient to h [m, 2f]; row_weight · silu(gate) · up [m, f]; for each block of 128 of f
+      its part of the gradient to row_weight [f/128, m].
+    """
+    gate, up, sigmoid, product = swiglu(h)
+    gradient, weight = gradient.astype(jnp.float32), row_weight[:, None]
+    weighted = weight * gradient
+    d_up = weighted * gate * sigmoid
+    d_gate = weighted * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+    parts = (gradient * product).reshape(h.shape[0], -1, BLOCK).sum(-1).T
+    return jnp.concatenate([d_gate, d_up], -1), weight * product, parts
+
+
 def _ragged(lhs, rhs, rows):
     """Row i times rhs[rows[i]]; zeros where there is no such group."""
 

@@ -16,23 +16,27 @@ PYTHON = [
     "config",
     "_native",
     "primitives",
+    "quantize_primitive",
     "kernel_level",
+    "quantizing",
+    "prepared",
     "ops",
 ]
 LEAVES = ["deep_gemm", "tuning", "__init__", "__main__"]  # nothing imports them
 HOST = [
     ["params.cuh", "status.h", "files.h", "kernel_sources.h"],
-    ["driver.h", "gemm_spec.h", "disk_cache.h"],
+    ["attributes.h", "driver.h", "disk_cache.h"],
     ["tensor_map.h", "jit.h"],
-    ["ffi_gemm.h"],
+    ["gemm_spec.h", "quantize_spec.h", "ffi_common.h"],
+    ["ffi_gemm.h", "ffi_quantize.h"],
 ]
 DEVICE = [
     ["params.cuh"],
     ["ptx.cuh"],
     ["shared_memory.cuh"],
     ["group_walk.cuh", "promotion.cuh"],
-    ["scheduler.cuh"],
-    ["producer.cuh", "epilogue.cuh"],
+    ["scheduler.cuh", "quantize_source.cuh"],
+    ["producer.cuh", "epilogue.cuh", "quantize.cuh"],
     ["gemm.cuh", "gemm_few_rows.cuh"],
 ]
 

@@ -1,0 +1,267 @@
+"""Floats to FP8 arrays and back: quantize and its fused relatives. Each is one kernel on a GPU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm import reference
+from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, ROW_BLOCKS, TILES, QArray, Tile
+from jax_fp8gemm.quantize_primitive import QuantizeStatic, call
+
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+Matrices = jax.Array | tuple[jax.Array, jax.Array]
+
+
+def check_float(op: str, name: str, x: jax.Array) -> None:
+    if x.dtype not in FLOATS:
+        what, mend = f"{name} has the wrong dtype.", f"cast {name} to bfloat16"
+        fail(op, what, describe(name, x), "bf16, f16 or f32", mend, TypeError)
+
+
+def _check_scale(op: str, scale: str) -> None:
+    if scale not in ("pow2", "float32"):
+        fail(op, "unknown scale.", f"scale {scale!r}", '"pow2" or "float32"', "choose one")
+
+
+def _check_matrix(op: str, x: jax.Array) -> None:
+    check_float(op, "x", x)
+    if x.ndim < 2:
+        fail(op, "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
+
+
+def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> QArray:
+    """Quantises to FP8 with one scale for each tile of the last two dims.
+
+    qvalue = e4m3(clip(x / scale, ±448)), scale ≈ max|tile| / 448.
+
+    Args:
+      x: bf16, f16 or f32 [..., rows, k].
+      tile: (1, 128) for activations and gradients, (128, 128) for weights, (1, None) per row,
+        (None, None) per matrix.
+      scale: "pow2" rounds scales up to powers of two, which makes quantising once more along the
+        other axis exact; "float32" keeps max|tile| / 448.
+
+    Returns:
+      QArray. A tile of zeros has scale 1; a tile with NaN or Inf has scale NaN.
+
+    Raises:
+      TypeError: x is not of a float type. ValueError: an unknown tile or scale, or rank below 2.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.2; E4M3 (arXiv 2209.05433).
+    """
+    if tile not in TILES:
+        fail("quantize", "unknown tile.", f"tile {tile}", f"one of {TILES}", "choose one of these")
+    _check_scale("quantize", scale)
+    _check_matrix("quantize", x)
+    if tile not in (ROW_BLOCKS, BLOCKS):  # a reduction and a cast, which XLA fuses well
+        return QArray(*reference.quantize(x, tile, scale))
+    return _copies(QuantizeStatic(tile=tile, scale=scale), x)[0]
+
+
+def quantize_rows(
+    x: jax.Array, *, scale: str = "pow2", group_sizes: jax.Array | None = None
+) -> QArray:
+    """Returns the first of `quantize_both`'s copies alone, scaled 1x128."""
+    _check_scale("quantize_rows", scale)
+    _check_matrix("quantize_rows", x)
+    static = QuantizeStatic(scale=scale, grouped=group_sizes is not None)
+    return _copies(static, x, *([] if group_sizes is None else [group_sizes]))[0]
+
+
+def quantize_transposed(
+    x: jax.Array,
+    tile: Tile = ROW_BLOCKS,
+    *,
+    scale: str = "pow2",
+    group_sizes: jax.Array | None = None,
+) -> QArray:
+    """Returns the second of `quantize_both`'s copies alone."""
+    _check_scale("quantize_transposed", scale)
+    _check_matrix("quantize_transposed", x)
+    static = QuantizeStatic("float", tile, scale, False, True, group_sizes is not None)
+    return _copies(static, x, *([] if group_sizes is None else [group_sizes]))[0]
+
+
+def quantize_both(
+    x: Matrices,
+    tile: Tile = ROW_BLOCKS,
+    *,
+    scale: str = "pow2",
+    group_sizes: jax.Array | None = None,
+    index: jax.Array | None = None,
+) -> tuple[QArray, QArray]:
+    """Quantises x and its transposed copy in one pass: both are what products contract over.
+
+    Args:
+      x: bf16, f16 or f32 [..., m, k], or two of these that lie side by side along k, each with a
+        multiple of 128 columns.
+      tile: (1, 128): either copy is scaled along its own rows, so the transposed one along tokens;
+        it is filled with zeros to a multiple of 128 tokens. (128, 128): the copies are exact
+        transposes of each other.
+      scale: as in `quantize`.
+      group_sizes: int32 [g], only for x [m, k] and (1, 128): in the transposed copy every group of
+        rows begins at a multiple of 128 tokens, zeros between. Rows past the groups are not read
+        and hold anything in the first copy.
+      index: int32 [m]: row i is x[index[i]]; indices are clamped. Only for x [rows, k].
+
+    Returns:
+      QArrays [..., m, k] and [..., k, tokens]: m with (128, 128), else m↑128, or with group_sizes
+      `grouped_tokens(m, g)`.
+
+    Raises:
+      TypeError: not floats. ValueError: tile, scale, ranks or a pair that do not fit.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.
+    """
+    op = "quantize_both"
+    pair = isinstance(x, tuple)
+    operands = list(x) if pair else [x]
+    _check_scale(op, scale)
+    for one in operands:
+        _check_matrix(op, one)
+    if tile not in (ROW_BLOCKS, BLOCKS):
+        expected = f"{ROW_BLOCKS} or {BLOCKS}"
+        fail(op, "no transposed copy in this tile.", f"tile {tile}", expected, "choose one of them")
+    if pair and (x[0].shape != x[1].shape or x[0].dtype != x[1].dtype or x[0].shape[-1] % BLOCK):
+        got, mend = ", ".join(describe("x", one) for one in x), "concatenate them"
+        expected = "equal shapes and dtypes, a multiple of 128 columns"
+        fail(op, "the two matrices cannot lie side by side.", got, expected, mend)
+    if (group_sizes is not None or index is not None) and (operands[0].ndim != 2 or tile == BLOCKS):
+        got, expected = f"{describe('x', operands[0])}, tile {tile}", "x [m, k], tile (1, 128)"
+        fail(op, "group_sizes and index are for rows of tokens.", got, expected, "use jax.vmap")
+    static = QuantizeStatic(
+        "float", tile, scale, True, True, group_sizes is not None, index is not None, pair
+    )
+    rest = [y for y in (index, group_sizes) if y is not None]
+    first, second = _copies(static, *operands, *rest)
+    return first, second
+
+
+def requantize(
+    q: QArray,
+    *,
+    scale: str = "pow2",
+    group_sizes: jax.Array | None = None,
+    index: jax.Array | None = None,
+) -> QArray:
+    """Returns the transposed copy of FP8 rows, scaled 1x128 along tokens.
+
+    Exact where both scales are powers of two, but for what falls below the finer scale's numbers.
+
+    Args:
+      q: QArray [..., m, k], scaled (1, 128). group_sizes, index: as in `quantize_both`.
+
+    Returns:
+      QArray [..., k, tokens], as `quantize_both`'s.
+
+    Raises:
+      ValueError: q has other scales, or an unknown scale.
+    """
+    _check_scale("requantize", scale)
+    if not q.has_tile(ROW_BLOCKS):
+        got = f"{describe('q', q.qvalue)}, {describe('scale', q.scale)}"
+        mend = "quantize(x) with tile (1, 128)"
+        fail("requantize", "q is not scaled by 1x128.", got, "scale [..., m, k/128]", mend)
+    static = QuantizeStatic(
+        "fp8", ROW_BLOCKS, scale, False, True, group_sizes is not None, index is not None
+    )
+    rest = [y for y in (index, group_sizes) if y is not None]
+    return _copies(static, q.qvalue, q.scale, *rest)[0]
+
+
+def swiglu_quantize(
+    h: jax.Array,
+    row_weight: jax.Array,
+    *,
+    group_sizes: jax.Array | None = None,
+    scale: str = "pow2",
+) -> QArray:
+    """Quantises row_weight · silu(gate) · up by 1x128, in one pass over gate and up.
+
+    Args:
+      h: bf16 or f16 [m, 2f]: gate beside up. row_weight: f32 [m].
+      group_sizes: int32 [g]: rows past the groups are not read and hold anything in the result.
+
+    Returns:
+      QArray [m, f].
+
+    Source: SwiGLU (arXiv 2002.05202); DeepSeek-V3 (arXiv 2412.19437), section 3.3.3.
+    """
+    _check_scale("swiglu_quantize", scale)
+    _check_swiglu("swiglu_quantize", h, row_weight)
+    static = QuantizeStatic("swiglu", scale=scale, grouped=group_sizes is not None)
+    rest = [] if group_sizes is None else [group_sizes]
+    return _copies(static, h, row_weight, *rest)[0]
+
+
+def swiglu_backward(
+    h: QArray,
+    gradient: jax.Array,
+    row_weight: jax.Array,
+    group_sizes: jax.Array | None = None,
+    *,
+    scale: str = "pow2",
+) -> tuple[QArray, QArray, QArray, jax.Array]:
+    """The backward pass of row_weight · silu(gate) · up, quantised both ways in one pass.
+
+    Args:
+      h: QArray [m, 2f] scaled (1, 128): gate beside up, f a multiple of 128.
+      gradient: bf16 [m, f], to the weighted product. row_weight: f32 [m].
+      group_sizes: int32 [g], as in `quantize_both`.
+
+    Returns:
+      The gradient to h as rows [m, 2f] and transposed [2f, tokens]; the weighted product's
+      transposed copy [f, tokens]; the gradient to row_weight, f32 [m] (anything past the groups).
+
+    Raises:
+      ValueError: shapes that do not fit, f not a multiple of 128.
+    """
+    op = "swiglu_backward"
+    _check_scale(op, scale)
+    _check_swiglu(op, h.qvalue, row_weight)
+    f = h.shape[1] // 2
+    if f % BLOCK or gradient.shape != (h.shape[0], f) or not h.has_tile(ROW_BLOCKS):
+        got = ", ".join((describe("h", h.qvalue), describe("gradient", gradient)))
+        expected = "h [m, 2f] scaled by 1x128, gradient [m, f], f % 128 == 0"
+        fail(op, "h and gradient do not fit.", got, expected, "pad f with zeros")
+    static = QuantizeStatic(
+        "swiglu_backward", ROW_BLOCKS, scale, True, True, group_sizes is not None
+    )
+    rest = [] if group_sizes is None else [group_sizes]
+    operands = h.qvalue, h.scale, gradient.astype(jnp.bfloat16), row_weight, *rest
+    *copies, parts = _copies(static, *operands)
+    return (*copies, parts.sum(0))
+
+
+def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array) -> None:
+    if h.ndim != 2 or h.shape[1] % 2 or row_weight.shape != h.shape[:1]:
+        got = f"{describe('h', h)}, {describe('row_weight', row_weight)}"
+        fail(
+            op, "h or row_weight has the wrong shape.", got, "h [m, 2f], row_weight [m]", "reshape"
+        )
+
+
+def _copies(static: QuantizeStatic, *operands: jax.Array) -> list:
+    """Calls with matrices of any leading dims; returns QArrays, then what else the call gives."""
+    lead = operands[0].shape[:-2]
+    named = static.named(operands)
+    for name in ("x", "beside", "x_scale", "gradient"):
+        if name in named:
+            named[name] = named[name].reshape(math.prod(lead), *named[name].shape[-2:])
+    if "group_sizes" in named:
+        named["group_sizes"] = named["group_sizes"].astype(jnp.int32)
+    results = call(static, *named.values())
+    pairs = len(results) // 2 * 2
+    arrays = [
+        QArray(q.reshape(*lead, *q.shape[1:]), s.reshape(*lead, *s.shape[1:]))
+        for q, s in zip(results[:pairs:2], results[1:pairs:2], strict=True)
+    ]
+    return arrays + list(results[pairs:])
+
+
+def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Returns qvalue · scale, multiplied in float32, as `dtype` [..., rows, k]."""
+    return reference.dequantize(q.qvalue, q.scale, q.tile).astype(dtype)
