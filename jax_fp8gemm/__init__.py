@@ -17,5 +17,6 @@ from jax_fp8gemm.quantizing import quantize_transposed as quantize_transposed
 from jax_fp8gemm.quantizing import requantize as requantize
 from jax_fp8gemm.quantizing import swiglu_backward as swiglu_backward
 from jax_fp8gemm.quantizing import swiglu_quantize as swiglu_quantize
+from jax_fp8gemm.quantizing import swiglu_quantize_both as swiglu_quantize_both
 
 _native.register()

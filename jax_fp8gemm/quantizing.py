@@ -62,13 +62,17 @@ def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> Q
 
 
 def quantize_rows(
-    x: jax.Array, *, scale: str = "pow2", group_sizes: jax.Array | None = None
+    x: jax.Array,
+    *,
+    scale: str = "pow2",
+    group_sizes: jax.Array | None = None,
+    index: jax.Array | None = None,
 ) -> QArray:
     """Returns the first of `quantize_both`'s copies alone, scaled 1x128."""
     _check_scale("quantize_rows", scale)
     _check_matrix("quantize_rows", x)
-    static = QuantizeStatic(scale=scale, grouped=group_sizes is not None)
-    return _copies(static, x, *([] if group_sizes is None else [group_sizes]))[0]
+    static = QuantizeStatic(scale=scale, **_tokens(group_sizes, index))
+    return _copies(static, x, *_present(index, group_sizes))[0]
 
 
 def quantize_transposed(
@@ -82,7 +86,7 @@ def quantize_transposed(
     _check_scale("quantize_transposed", scale)
     _check_matrix("quantize_transposed", x)
     static = QuantizeStatic("float", tile, scale, False, True, group_sizes is not None)
-    return _copies(static, x, *([] if group_sizes is None else [group_sizes]))[0]
+    return _copies(static, x, *_present(group_sizes))[0]
 
 
 def quantize_both(
@@ -133,10 +137,9 @@ def quantize_both(
         got, expected = f"{describe('x', operands[0])}, tile {tile}", "x [m, k], tile (1, 128)"
         fail(op, "group_sizes and index are for rows of tokens.", got, expected, "use jax.vmap")
     static = QuantizeStatic(
-        "float", tile, scale, True, True, group_sizes is not None, index is not None, pair
+        "float", tile, scale, True, True, pair=pair, **_tokens(group_sizes, index)
     )
-    rest = [y for y in (index, group_sizes) if y is not None]
-    first, second = _copies(static, *operands, *rest)
+    first, second = _copies(static, *operands, *_present(index, group_sizes))
     return first, second
 
 
@@ -165,11 +168,8 @@ def requantize(
         got = f"{describe('q', q.qvalue)}, {describe('scale', q.scale)}"
         mend = "quantize(x) with tile (1, 128)"
         fail("requantize", "q is not scaled by 1x128.", got, "scale [..., m, k/128]", mend)
-    static = QuantizeStatic(
-        "fp8", ROW_BLOCKS, scale, False, True, group_sizes is not None, index is not None
-    )
-    rest = [y for y in (index, group_sizes) if y is not None]
-    return _copies(static, q.qvalue, q.scale, *rest)[0]
+    static = QuantizeStatic("fp8", ROW_BLOCKS, scale, False, True, **_tokens(group_sizes, index))
+    return _copies(static, q.qvalue, q.scale, *_present(index, group_sizes))[0]
 
 
 def swiglu_quantize(
@@ -190,11 +190,29 @@ def swiglu_quantize(
 
     Source: SwiGLU (arXiv 2002.05202); DeepSeek-V3 (arXiv 2412.19437), section 3.3.3.
     """
-    _check_scale("swiglu_quantize", scale)
-    _check_swiglu("swiglu_quantize", h, row_weight)
-    static = QuantizeStatic("swiglu", scale=scale, grouped=group_sizes is not None)
-    rest = [] if group_sizes is None else [group_sizes]
-    return _copies(static, h, row_weight, *rest)[0]
+    return _swiglu("swiglu_quantize", h, row_weight, group_sizes, scale, both=False)[0]
+
+
+def swiglu_quantize_both(
+    h: jax.Array,
+    row_weight: jax.Array,
+    *,
+    group_sizes: jax.Array | None = None,
+    scale: str = "pow2",
+) -> tuple[QArray, QArray]:
+    """Returns what `swiglu_quantize` does [m, f], and the transposed copy [f, tokens].
+
+    Arguments as there; tokens as in `quantize_both`.
+    """
+    first, second = _swiglu("swiglu_quantize_both", h, row_weight, group_sizes, scale, both=True)
+    return first, second
+
+
+def _swiglu(op: str, h, row_weight, group_sizes, scale: str, *, both: bool) -> list[QArray]:
+    _check_scale(op, scale)
+    _check_swiglu(op, h, row_weight)
+    static = QuantizeStatic("swiglu", scale=scale, transposed=both, **_tokens(group_sizes, None))
+    return _copies(static, h, row_weight, *_present(group_sizes))
 
 
 def swiglu_backward(
@@ -234,6 +252,14 @@ def swiglu_backward(
     operands = h.qvalue, h.scale, gradient.astype(jnp.bfloat16), row_weight, *rest
     *copies, parts = _copies(static, *operands)
     return (*copies, parts.sum(0))
+
+
+def _tokens(group_sizes: jax.Array | None, index: jax.Array | None) -> dict[str, bool]:
+    return {"grouped": group_sizes is not None, "gather": index is not None}
+
+
+def _present(*operands: jax.Array | None) -> list[jax.Array]:
+    return [x for x in operands if x is not None]
 
 
 def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array) -> None:

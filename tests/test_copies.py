@@ -87,12 +87,10 @@ def test_gathered_rows_are_those_of_the_index(key):
     index = jax.random.randint(key, (90,), -5, 50)  # out of range: clamped
     sizes = jnp.array([30, 0, 50], jnp.int32)
     moved = x[jnp.clip(index, 0, 39)]
-    for got, right in zip(
-        fp8.quantize_both(x, group_sizes=sizes, index=index),
-        fp8.quantize_both(moved, group_sizes=sizes),
-        strict=True,
-    ):
+    both = fp8.quantize_both(x, group_sizes=sizes, index=index)
+    for got, right in zip(both, fp8.quantize_both(moved, group_sizes=sizes), strict=True):
         assert_same(got, right)
+    assert_same(fp8.quantize_rows(x, group_sizes=sizes, index=index), both[0])
     q = fp8.quantize(x)
     own = fp8.QArray(*(part[jnp.clip(index, 0, 39)] for part in (q.qvalue, q.scale)))
     assert_same(
@@ -110,6 +108,10 @@ def test_swiglu_is_that_of_float64(key):
     weight = jax.random.uniform(key, (70,))
     q = fp8.swiglu_quantize(h, weight)
     assert q.shape == (70, 256) and q.has_tile(ROW_BLOCKS)
+    sizes = jnp.array([30, 0, 40])
+    rows, columns = fp8.swiglu_quantize_both(h, weight, group_sizes=sizes)
+    assert_same(rows, q)
+    assert calc_diff(dequantized64(columns), by_groups(swiglu64(h, weight), sizes).T) < 1e-3
     expected = swiglu64(h.astype(jnp.float32), weight)
     scales = np.repeat(np.asarray(q.scale), 128, axis=1)
     assert np.all(np.abs(dequantized64(q) - expected) <= np.abs(expected) * 2**-4 + scales * 2**-10)
