@@ -1,0 +1,198 @@
+"""Times quantising kernels, and products with all their casts: device time, cold L2.
+
+python benchmarks/quantize.py --out benchmarks/results/nvidia-h200.json
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from pallas_peer import tuned
+from protocol import BANDWIDTH, RESULTS, progress, row, runs, save
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm import config as configs
+from jax_fp8gemm import reference, tuning
+
+REPS = 11
+TOKENS, WIDTH, EXPERTS = 16384, 7168, 8
+KERNEL = "fp8_quantize"  # the entry point, csrc/quantize_spec.cpp
+
+
+def nbytes(tree) -> int:
+    """Returns the bytes of all arrays; of copies by groups, those of the tokens that there are."""
+    tokens = TOKENS, reference.grouped_tokens(TOKENS, EXPERTS)
+
+    def one(x) -> int:
+        size = x.size * x.dtype.itemsize
+        return size * tokens[0] // tokens[1] if x.shape[-1] == tokens[1] else size
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def casts() -> dict[str, tuple[Callable, tuple, float]]:
+    """Returns each fused cast with its operands and the TB/s it is to reach."""
+    x, h = random(TOKENS, WIDTH), random(TOKENS, WIDTH)
+    gradient = random(TOKENS, WIDTH // 2, seed=1)
+    w = random(EXPERTS // 2, WIDTH, 2048)
+    weight = jax.random.uniform(jax.random.key(2), (TOKENS,))
+    sizes = jnp.asarray(tuning.group_sizes(configs.Problem("ragged", TOKENS, 1, 1, EXPERTS)))
+    index = jax.random.permutation(jax.random.key(3), TOKENS).astype(jnp.int32)
+
+    def gathered(x, index, sizes):
+        return fp8.quantize_rows(x, index=index, group_sizes=sizes)
+
+    def grouped(x, sizes):
+        return fp8.quantize_both(x, group_sizes=sizes)
+
+    q, hq = jax.jit(fp8.quantize)(x), jax.jit(fp8.quantize)(h)
+    return {
+        "1x128 rows": (fp8.quantize, (x,), 3.9),
+        "1x128 rows + transposed": (fp8.quantize_both, (x,), 3.6),
+        "1x128 rows + transposed, by groups": (grouped, (x, sizes), 3.6),
+        "128x128, both copies": (lambda w: fp8.quantize_both(w, (128, 128)), (w,), 3.6),
+        "1x128 rows, by groups, gathered": (gathered, (x, index, sizes), 3.5),
+        "FP8 rows to transposed": (fp8.requantize, (q,), 3.6),
+        "SwiGLU, rows": (fp8.swiglu_quantize, (h, weight), 3.6),
+        "SwiGLU, rows + transposed": (fp8.swiglu_quantize_both, (h, weight), 3.6),
+        "SwiGLU backward": (fp8.swiglu_backward, (hq, gradient, weight, sizes), 3.4),
+        "XLA: 1x128 rows": (lambda x: reference.quantize(x, (1, 128), "pow2"), (x,), 0),
+        "XLA: 1x128 rows + transposed": (xla_both, (x,), 0),
+    }
+
+
+def xla_both(x):
+    return [reference.quantize(y, (1, 128), "pow2") for y in (x, x.T)]
+
+
+def time_casts() -> list[dict]:
+    """Every byte of operands and results counts once; what XLA adds to a kernel is in its time."""
+    contenders, bytes_of, targets = {}, {}, {}
+    for name, (function, operands, target) in casts().items():
+        run = jax.jit(function)
+        bytes_of[name] = nbytes(operands) + nbytes(run(*operands))
+        targets[name] = target
+        contenders[name] = functools.partial(run, *operands)
+    rows = []
+    ran = tuning.device_kernels(contenders, REPS, burst=True)
+    read = tuning.device_microseconds(contenders, 7, burst=True, flush="read")
+    for name, launches in ran.items():
+        totals = sorted(sum(us for _, us in launch) for launch in launches)
+        kernel = [sum(us for n, us in launch if KERNEL in n) for launch in launches]
+        us, flushed = statistics.median(totals), statistics.median(read[name])
+        own = statistics.median(kernel)
+        rate = bytes_of[name] / (own or us) / 1e6
+        rows.append({
+            "op": f"quantize: {name}", "variant": "quantize", "m": TOKENS, "k": WIDTH,
+            "us": round(us, 2), "us_kernel": round(own, 2), "us_read_flush": round(flushed, 2),
+            "p10": round(totals[1], 2), "p90": round(totals[-2], 2),
+            "bytes": bytes_of[name], "gbs": round(1e3 * rate, 1), "target_gbs": 1e3 * targets[name],
+            "roofline": round(rate * 1e12 / BANDWIDTH, 3),
+        })  # fmt: skip
+        print(f"{name:36} {us:8.1f} µs, kernel {own:8.1f} µs: {rate:5.2f} TB/s", flush=True)
+    return rows
+
+
+def peak_bytes(function, *operands) -> int:
+    """Returns what a compiled program needs beside its arguments."""
+    memory = function.lower(*operands).compile().memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def gradients(product: Callable) -> Callable:
+    """Returns forward and backward of product(x, w, ...), dy given."""
+
+    @jax.jit
+    def both(dy, x, w, *rest):
+        y, pull = jax.vjp(lambda x, w: product(x, w, *rest), x, w)
+        return y, pull(dy)
+
+    return both
+
+
+def compare(problem: configs.Problem, op: str, contenders: dict, ours: str) -> list[dict]:
+    """Times whole programs; each contender is (jitted function, operands)."""
+    good = {name: c for name, c in contenders.items() if runs(name, *c)}
+    started = {name: functools.partial(f, *a) for name, (f, a) in good.items()}
+    times = tuning.device_kernels(started, 5, burst=True)
+    totals = {
+        name: [sum(us for _, us in launch) for launch in launches]
+        for name, launches in times.items()
+    }
+    rows = []
+    for name in good:
+        own = row(problem, f"{op}: {name}", totals[name])
+        products = [sum(us for k, us in launch if tuning.KERNEL in k) for launch in times[name]]
+        own["tflops"] = round(3 * own["tflops"], 1)  # three products
+        own |= {"bytes_peak": peak_bytes(*good[name][:1], *good[name][1])}
+        if statistics.median(products):
+            own["us_products"] = round(statistics.median(products), 2)
+        if name != ours:
+            own |= {"peer": ours, "peer_us": round(statistics.median(totals[ours]), 2)}
+        rows.append(own)
+        print(f"{own['op']:60} {own['us']:9.1f} µs, peak {own['bytes_peak'] / 2**20:7.0f} MiB "
+              f"{statistics.median(totals[name]) / statistics.median(totals[ours]):.2f} × ours",
+              flush=True)  # fmt: skip
+    return rows
+
+
+def matmul() -> list[dict]:
+    m, k, n = TOKENS, WIDTH, 4096
+    x, w, dy = random(m, k), random(k, n, seed=1), random(m, n, seed=2)
+    contenders = {"fp8_matmul": fp8.fp8_matmul, "bf16 jnp.dot": jnp.dot}
+    contenders |= {
+        f"fp8_matmul, residuals {r}": functools.partial(fp8.fp8_matmul, residuals=r)
+        for r in ("fp8", "input")
+    }
+    problem = configs.Problem("dense", m, n, k)
+    made = {name: (gradients(f), (dy, x, w)) for name, f in contenders.items()}
+    return compare(problem, "forward + backward", made, "fp8_matmul")
+
+
+def ragged_dot() -> list[dict]:
+    """The weights are quantised once, outside of what is timed."""
+    m, k, n = 2 * TOKENS, WIDTH, 4096
+    problem = configs.Problem("ragged", m, n, k, EXPERTS)
+    x, w, dy = random(m, k), random(EXPERTS, k, n, seed=1), random(m, n, seed=2)
+    sizes = jnp.asarray(tuning.group_sizes(problem))
+    prepared = dataclasses.replace(jax.jit(fp8.prepare_weight)(w), w=None)
+
+    def ours(x, w, prepared, sizes):
+        return fp8.fp8_ragged_dot(x, dataclasses.replace(prepared, w=w), sizes)
+
+    made = {
+        "fp8_ragged_dot": (gradients(ours), (dy, x, w, prepared, sizes)),
+        "jax.lax.ragged_dot": (gradients(jax.lax.ragged_dot), (dy, x, w, sizes)),
+    }
+    pallas = tuned(m, k, n, EXPERTS)
+    if pallas:
+        made["Pallas ragged_dot_mgpu, tuned"] = gradients(pallas), (dy, x, w, sizes)
+    return compare(problem, f"ragged forward + backward {n}x{k}", made, "fp8_ragged_dot")
+
+
+def parts(only: str) -> Iterator[list[dict]]:
+    for name, part in (("casts", time_casts), ("matmul", matmul), ("ragged", ragged_dot)):
+        if only in name:
+            yield part()
+            progress(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--only", default="", help="casts, matmul or ragged")
+    options = parser.parse_args()
+    for rows in parts(options.only):
+        save(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
