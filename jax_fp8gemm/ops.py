@@ -101,10 +101,17 @@ def _check_residuals(op: str, residuals: str) -> None:
         fail(op, "unknown residuals.", repr(residuals), f"one of {RESIDUALS}", "choose one")
 
 
-def _product(lhs: QArray, rhs: QArray, dtype: jnp.dtype) -> jax.Array:
-    """A dense product as `dtype`; float16 by way of float32."""
+def _product(
+    lhs: QArray,
+    rhs: QArray,
+    dtype: jnp.dtype,
+    group_sizes: jax.Array | None = None,
+    variant: str = "dense",
+) -> jax.Array:
+    """A product as `dtype`; float16 by way of float32."""
     out_dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
-    return gemm(pad_k(lhs), pad_k(rhs), out_dtype=out_dtype).astype(dtype)
+    product = gemm(pad_k(lhs), pad_k(rhs), group_sizes, variant=variant, out_dtype=out_dtype)
+    return product.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -126,8 +133,8 @@ def _matmul_backward(how: How, residuals, dy):
     dx = _product(rows, from_bits(saved_w), like_x.dtype)
     if like_w is None:
         return dx, None, None
-    dw = gemm(_transposed(saved, how), transposed, out_dtype=jnp.float32)
-    return dx, dw.astype(like_w.dtype), None
+    dw = _product(_transposed(saved, how), transposed, like_w.dtype)
+    return dx, dw, None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -229,41 +236,30 @@ def _check_ragged(op: str, lhs, rhs: Weight, group_sizes) -> None:
         fail(op, "group_sizes are no integers.", both, "int [g]", mend, TypeError)
 
 
-def _ragged_product(lhs: QArray, rhs: QArray, group_sizes, dtype: jnp.dtype) -> jax.Array:
-    out_dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
-    lhs, rhs = pad_k(lhs), pad_k(rhs)
-    return gemm(lhs, rhs, group_sizes, variant="ragged", out_dtype=out_dtype).astype(dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _ragged_dot(lhs, rhs, copies, group_sizes, how: How):
     rows = quantize_rows(lhs, scale=how.scale, group_sizes=group_sizes)
-    return _ragged_product(rows, forward_copy(rhs, copies, how.scale), group_sizes, how.dtype)
+    return _product(rows, forward_copy(rhs, copies, how.scale), how.dtype, group_sizes, "ragged")
 
 
 def _ragged_forward(lhs, rhs, copies, group_sizes, how: How):
     """Residuals: lhs as `how` says, rhs's FP8 copy, and empty arrays that remember dtypes."""
     nk, kn = both_copies(rhs, copies, how.scale)
     rows, saved = _keep(lhs, how, group_sizes)
-    y = _ragged_product(rows, nk, group_sizes, how.dtype)
+    y = _product(rows, nk, how.dtype, group_sizes, "ragged")
     return y, (saved, _save(kn, f"{how.name}_w"), group_sizes, _like(lhs), _like(rhs))
 
 
 def _ragged_backward(how: How, residuals, dy):
     saved, saved_rhs, group_sizes, like_lhs, like_rhs = residuals
     rows, transposed = quantize_both(dy, scale=how.scale, group_sizes=group_sizes)
-    dlhs = _ragged_product(rows, from_bits(saved_rhs), group_sizes, like_lhs.dtype)
+    dlhs = _product(rows, from_bits(saved_rhs), like_lhs.dtype, group_sizes, "ragged")
     if like_rhs is None:
         return dlhs, None, None, None
     own = jnp.diff(group_ends(group_sizes, dy.shape[0]), prepend=0)  # clamped, as rows were placed
-    drhs = gemm(
-        _transposed(saved, how, group_sizes),
-        transposed,
-        own,
-        variant="ragged_contracting",
-        out_dtype=jnp.float32,
-    )
-    return dlhs, drhs.astype(like_rhs.dtype), None, None
+    lhs = _transposed(saved, how, group_sizes)
+    drhs = _product(lhs, transposed, like_rhs.dtype, own, "ragged_contracting")
+    return dlhs, drhs, None, None
 
 
 _ragged_dot.defvjp(_ragged_forward, _ragged_backward)
