@@ -21,6 +21,10 @@ PYTHON = [
     "quantizing",
     "prepared",
     "ops",
+    "routing",
+    "expert_parallel",
+    "experts",
+    "moe",
 ]
 LEAVES = ["deep_gemm", "tuning", "__init__", "__main__"]  # nothing imports them
 HOST = [

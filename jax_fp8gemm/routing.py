@@ -1,0 +1,238 @@
+"""Which expert sees which token: scores, choice and losses, and the order of the rows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm.errors import describe, fail
+
+SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What a router decided for t tokens.
+
+    Attributes:
+      experts: int32 [t, top_k], the chosen experts of each token, best first.
+      weights: f32 [t, top_k], what their results are multiplied by.
+      scores: f32 [t, e], of all experts, before the choice.
+      aux_loss: f32 [], the load-balance loss; 1 for a perfect balance, more for a worse one.
+      z_loss: f32 [], the mean square of the logsumexp of the logits.
+    """
+
+    experts: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+    aux_loss: jax.Array
+    z_loss: jax.Array
+
+
+def route(
+    logits: jax.Array,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    bias: jax.Array | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+    axis: str | None = None,
+) -> Routing:
+    """Chooses top_k experts for each token: the largest score + bias, weighted by the score alone.
+
+    weights[t, j] = scale · s[t, j] / Σ_j s[t, j] with s[t, j] = scores[t, experts[t, j]]
+    aux_loss = e · Σ_i f_i · P_i, f_i the share of the t · top_k choices that fell on expert i, P_i
+    the mean over tokens of its score, scores of a token normalised to the sum 1.
+
+    Args:
+      logits: float [t, e]; computed in float32.
+      top_k: experts per token, 1 to e.
+      score: "softmax" over the experts, or "sigmoid" of each.
+      bias: f32 [e], steers the choice only: it has no gradient and is in no weight.
+      normalize: whether the weights of a token sum to `scale`.
+      scale: factor of the weights.
+      axis: inside shard_map, the mesh axis over which tokens are split evenly: aux_loss and z_loss
+        are then those of all tokens.
+
+    Returns:
+      Routing.
+
+    Raises:
+      ValueError: ranks or the length of bias do not fit, top_k is not in 1..e, unknown score.
+
+    Source: Shazeer et al. (arXiv 1701.06538) for the choice; bias and sigmoid: DeepSeek-V3 (arXiv
+    2412.19437), section 2.1.2; aux_loss: Switch Transformer (arXiv 2101.03961), equation 4, over
+    top_k as in DeepSeek-V3, equations 17 to 20; z_loss: ST-MoE (arXiv 2202.08906), equation 5.
+
+    Example:
+      routing = route(x @ gate_kernel, top_k=8, score="sigmoid", bias=bias, scale=2.5)
+    """
+    _check_route(logits, top_k, score, bias)
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
+    steered = scores if bias is None else scores + bias.astype(jnp.float32)
+    experts = jax.lax.top_k(jax.lax.stop_gradient(steered), top_k)[1]
+    weights = jnp.take_along_axis(scores, experts, axis=1)
+    if normalize:
+        weights = weights / (weights.sum(1, keepdims=True) + SMALLEST_SUM)
+    aux_loss = _aux_loss(scores, experts, score, axis)
+    z_loss = _mean(jax.nn.logsumexp(logits, axis=1) ** 2, axis)
+    return Routing(experts, scale * weights, scores, aux_loss, z_loss)
+
+
+def _check_route(logits, top_k: int, score: str, bias) -> None:
+    if logits.ndim != 2:
+        got = describe("logits", logits)
+        fail("route", "logits have the wrong rank.", got, "logits [t, e]", "reshape them")
+    e = logits.shape[1]
+    if not 1 <= top_k <= e:
+        mend = "choose fewer experts per token" if top_k > e else "choose at least one"
+        got = f"top_k {top_k}, {describe('logits', logits)}"
+        fail("route", f"top_k is {top_k}, with {e} experts.", got, f"top_k in 1..{e}", mend)
+    if score not in ("softmax", "sigmoid"):
+        fail("route", "unknown score.", f"score {score!r}", '"softmax" or "sigmoid"', "choose one")
+    if bias is not None and bias.shape != (e,):
+        got = f"{describe('bias', bias)}, {describe('logits', logits)}"
+        fail("route", "bias does not fit the logits.", got, f"bias [{e}]", "pass one per expert")
+
+
+def _mean(x: jax.Array, axis: str | None) -> jax.Array:
+    """The mean over tokens, dim 0; zero without any."""
+    mean = x.sum(0) / max(x.shape[0], 1)
+    return mean if axis is None else jax.lax.pmean(mean, axis)
+
+
+def _aux_loss(scores, experts, score: str, axis: str | None) -> jax.Array:
+    e, top_k = scores.shape[1], experts.shape[1]
+    chosen = (experts[:, :, None] == jnp.arange(e)).sum(1) / top_k
+    sums = scores.sum(1, keepdims=True) + SMALLEST_SUM
+    shares = scores if score == "softmax" else scores / sums
+    return e * jnp.sum(_mean(chosen, axis) * _mean(shares, axis))
+
+
+# ---- the order of the rows ----------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """Rows by expert: each of t · top_k (token, choice) pairs is one row.
+
+    Attributes:
+      order: int32 [rows]; row i is the pair order[i] = token · top_k + choice. What it says of rows
+        past the groups means nothing.
+      group_sizes: int32 [e], rows of each expert, end to end from row 0 on.
+    """
+
+    order: jax.Array
+    group_sizes: jax.Array
+
+    def inverse(self) -> jax.Array:
+        """Returns the row of each pair, int32 [rows]; `rows` for pairs that have none."""
+        rows = self.order.shape[0]
+        row = jnp.arange(rows, dtype=jnp.int32)
+        inside = row < self.group_sizes.sum()
+        nowhere = jnp.full(rows, rows, jnp.int32)
+        return nowhere.at[jnp.where(inside, self.order, rows)].set(row, mode="drop")
+
+
+def permutation_of(experts: jax.Array, num_experts: int) -> Permutation:
+    """Returns the stable order by expert of int [t, top_k] choices.
+
+    A choice outside 0..num_experts-1 goes to no expert: its row lies past the groups.
+    """
+    flat = experts.reshape(-1).astype(jnp.int32)
+    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    sizes = jnp.bincount(flat, length=num_experts)
+    return Permutation(jnp.argsort(flat, stable=True).astype(jnp.int32), sizes.astype(jnp.int32))
+
+
+def permute(x: jax.Array, experts: jax.Array, num_experts: int) -> tuple[jax.Array, Permutation]:
+    """Copies each token's row once for each of its experts, sorted by expert.
+
+    rows[i] = x[order[i] // top_k]; rows of one expert keep the order of their tokens.
+
+    Args:
+      x: [t, h].
+      experts: int [t, top_k]; one expert twice in a token is legal, and a number outside
+        0..num_experts-1 is no expert: such rows come last and are zero.
+      num_experts: how many there are.
+
+    Returns:
+      rows [t · top_k, h], of x's dtype, and the Permutation whose group_sizes a grouped product
+      takes. The gradient of x is the sum over its rows, in float32, without atomics.
+
+    Raises:
+      ValueError: ranks or the number of tokens do not fit.
+
+    Example:
+      rows, permutation = permute(x, routing.experts, 64)
+      y = unpermute(fp8_ragged_dot(rows, w, permutation.group_sizes), permutation, top_k)
+    """
+    _check_permute("permute", x, experts)
+    permutation = permutation_of(experts, num_experts)
+    return _spread(x, permutation, experts.shape[1]), permutation
+
+
+def unpermute(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
+    """Sums the rows of each token: out[t] = Σ_j rows[row of pair (t, j)], in float32.
+
+    Args:
+      rows: [t · top_k, h]. Rows past the groups count as zero, whatever they hold.
+      permutation: as `permute` returned it.
+      top_k: rows per token.
+
+    Returns:
+      [t, h], of rows' dtype.
+
+    Raises:
+      ValueError: the number of rows differs from the permutation's, or is no multiple of top_k.
+    """
+    count = permutation.order.shape[0]
+    if rows.ndim != 2 or rows.shape[0] != count or top_k < 1 or count % top_k:
+        got = f"{describe('rows', rows)}, a permutation of {count} rows, top_k {top_k}"
+        expected, mend = "rows [t * top_k, h]", "pass what permute returned for these tokens"
+        fail("unpermute", "rows do not fit the permutation.", got, expected, mend)
+    return _collect(rows, permutation, top_k)
+
+
+def _check_permute(op: str, x, experts) -> None:
+    got = f"{describe('x', x)}, {describe('experts', experts)}"
+    if x.ndim != 2 or experts.ndim != 2 or x.shape[0] != experts.shape[0]:
+        expected = "x [t, h], experts [t, top_k]"
+        fail(op, "x and experts do not fit.", got, expected, "reshape them to one row per token")
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        fail(op, "experts are no integers.", got, "int [t, top_k]", "cast them", TypeError)
+
+
+def _rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """rows[index]; zero where index is past the rows."""
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+# The two are each other's transpose. Said so, because the transpose that JAX would derive for a
+# gather adds up with atomics: in bfloat16 and in any order.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _spread(x: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
+    order = permutation.order
+    inside = jnp.arange(order.shape[0]) < permutation.group_sizes.sum()
+    return _rows_or_zero(x, jnp.where(inside, order // top_k, x.shape[0]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _collect(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
+    pairs = _rows_or_zero(rows, permutation.inverse()).reshape(-1, top_k, rows.shape[1])
+    return pairs.astype(jnp.float32).sum(1).astype(rows.dtype)
+
+
+_spread.defvjp(
+    lambda x, permutation, top_k: (_spread(x, permutation, top_k), permutation),
+    lambda top_k, permutation, rows: (_collect(rows, permutation, top_k), None),
+)
+_collect.defvjp(
+    lambda rows, permutation, top_k: (_collect(rows, permutation, top_k), permutation),
+    lambda top_k, permutation, x: (_spread(x, permutation, top_k), None),
+)

@@ -1,0 +1,214 @@
+"""route against its formulas in numpy; permute and unpermute against plain loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jax_fp8gemm.routing import permute, route, unpermute
+
+P = PartitionSpec
+
+
+def softmax64(logits) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def sigmoid64(logits) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+
+
+def make_logits(key, t=37, e=8):
+    return 2 * jax.random.normal(key, (t, e))
+
+
+@pytest.mark.parametrize("score, scores64", [("softmax", softmax64), ("sigmoid", sigmoid64)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scores_choice_and_weights(key, score, scores64, normalize):
+    logits = make_logits(key)
+    routing = route(logits, 3, score=score, normalize=normalize, scale=2.5)
+    scores = scores64(logits)
+    np.testing.assert_allclose(routing.scores, scores, rtol=1e-5)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(routing.experts, best)
+    chosen = np.take_along_axis(scores, best, 1)
+    weights = 2.5 * (chosen / chosen.sum(1, keepdims=True) if normalize else chosen)
+    np.testing.assert_allclose(routing.weights, weights, rtol=1e-5)
+    assert routing.experts.dtype == jnp.int32 and routing.weights.dtype == jnp.float32
+
+
+def test_bias_steers_the_choice_and_nothing_else(key):
+    logits = make_logits(key)
+    bias = jnp.zeros(8).at[5].set(10.0).at[2].set(-10.0)
+    steered = route(logits, 2, score="sigmoid", bias=bias)
+    assert (steered.experts[:, 0] == 5).all() and not (steered.experts == 2).any()
+    chosen = np.take_along_axis(sigmoid64(logits), np.asarray(steered.experts), 1)
+    np.testing.assert_allclose(steered.weights, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(steered.scores, route(logits, 2, score="sigmoid").scores)
+    grad = jax.grad(lambda bias: route(logits, 2, bias=bias).weights[:, 0].sum())(bias)
+    assert not np.asarray(grad).any()
+
+
+def test_gradient_of_the_weights(key):
+    logits = make_logits(key, t=5)
+    experts = route(logits, 2).experts
+    towards = jax.random.normal(key, (5, 2))
+
+    def by_hand(logits):
+        powers = jnp.exp(jnp.take_along_axis(logits, experts, 1))
+        return (powers / powers.sum(1, keepdims=True) * towards).sum()
+
+    grad = jax.grad(lambda logits: (route(logits, 2).weights * towards).sum())(logits)
+    np.testing.assert_allclose(grad, jax.grad(by_hand)(logits), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("score, scores64", [("softmax", softmax64), ("sigmoid", sigmoid64)])
+def test_losses_follow_their_formulas(key, score, scores64):
+    logits = make_logits(key)
+    routing = route(logits, 3, score=score)
+    shares = scores64(logits)
+    shares = shares / shares.sum(1, keepdims=True)
+    chosen = np.bincount(np.asarray(routing.experts).ravel(), minlength=8) / (37 * 3)
+    np.testing.assert_allclose(routing.aux_loss, 8 * (chosen * shares.mean(0)).sum(), rtol=1e-5)
+    lse = np.log(np.exp(np.asarray(logits, np.float64)).sum(1))
+    np.testing.assert_allclose(routing.z_loss, (lse**2).mean(), rtol=1e-5)
+
+
+def test_aux_loss_is_one_in_balance_and_its_gradient_pushes_there():
+    balanced = route(jnp.tile(jnp.eye(4), (3, 1)), 1)
+    np.testing.assert_allclose(balanced.aux_loss, 1.0, rtol=1e-6)
+    logits = jnp.tile(jnp.array([[2.0, 0, 0, 0]]), (8, 1))
+    grad = jax.grad(lambda logits: route(logits, 1).aux_loss)(logits)
+    assert (grad[:, 0] > 0).all() and (grad[:, 1:] < 0).all()
+
+
+def test_losses_over_an_axis_are_those_of_all_tokens(key):
+    logits = make_logits(key, t=32)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+
+    def losses(logits):
+        routing = route(logits, 2, axis="x")
+        return routing.aux_loss + 0.1 * routing.z_loss
+
+    def whole(logits):
+        routing = route(logits, 2)
+        return routing.aux_loss + 0.1 * routing.z_loss
+
+    for check_vma in (True, False):
+        split = jax.shard_map(
+            losses, mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=check_vma
+        )
+        got, grad = jax.jit(jax.value_and_grad(split))(logits)
+        expected, expected_grad = jax.value_and_grad(whole)(logits)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_tokens():
+    routing = route(jnp.zeros((0, 4)), 2)
+    assert routing.experts.shape == (0, 2)
+    assert routing.aux_loss == 0 and routing.z_loss == 0
+
+
+# ---- permute and unpermute ----------------------------------------------------------------------
+
+CHOICES = {
+    "mixed": [[0, 2], [2, 1], [1, 0], [3, 0], [2, 1]],
+    "one_token": [[3, 1]],
+    "all_to_one": [[1], [1], [1]],
+    "twice_the_same": [[2, 2], [0, 2], [2, 2]],
+    "to_nobody": [[0, 4], [-1, 2], [9, 9]],
+    "no_tokens": np.zeros((0, 2), int),
+}
+
+
+def by_loop(experts, num_experts: int) -> list[tuple[int, int]]:
+    """The (token, choice) pairs in the order of the rows."""
+    return [
+        (token, choice)
+        for expert in range(num_experts)
+        for token, row in enumerate(np.asarray(experts).tolist())
+        for choice, chosen in enumerate(row)
+        if chosen == expert
+    ]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_rows_are_sorted_by_expert_and_come_back(key, name):
+    experts = jnp.array(CHOICES[name])
+    t, top_k = experts.shape
+    x = jax.random.normal(key, (t, 8))
+    rows, permutation = jax.jit(permute, static_argnums=2)(x, experts, 4)
+    pairs = by_loop(experts, 4)
+    expected = np.zeros((t * top_k, 8), np.float32)
+    for i, (token, _) in enumerate(pairs):
+        expected[i] = x[token]
+    np.testing.assert_array_equal(rows, expected)
+    sizes = [int((np.asarray(experts) == expert).sum()) for expert in range(4)]
+    np.testing.assert_array_equal(permutation.group_sizes, sizes)
+    kept = np.zeros(t)
+    for token, _ in pairs:
+        kept[token] += 1
+    garbage = rows.at[len(pairs) :].set(jnp.nan)
+    back = unpermute(garbage, permutation, top_k)
+    np.testing.assert_allclose(back, np.asarray(x) * kept[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_gradients_are_the_transposes(key, name):
+    experts = jnp.array(CHOICES[name])
+    t, top_k = experts.shape
+    x, dy = jax.random.normal(key, (2, t, 8))
+    rows, pull = jax.vjp(lambda x: permute(x, experts, 4)[0], x)
+    drows = jax.random.normal(key, rows.shape)
+    permutation = permute(x, experts, 4)[1]
+    np.testing.assert_array_equal(pull(drows)[0], unpermute(drows, permutation, top_k))
+    _, pull = jax.vjp(lambda rows: unpermute(rows, permutation, top_k), rows)
+    np.testing.assert_array_equal(pull(dy)[0], permute(dy, experts, 4)[0])
+
+
+def test_sums_are_made_in_float32():
+    """1 and seven times 1/256, half a step of bfloat16 at 1: added up in bfloat16 they are lost."""
+    x = jnp.full((1, 4), 1 + 1 / 128, jnp.bfloat16)
+    rows, permutation = permute(x, jnp.arange(8)[None], 8)
+    out = unpermute(rows.at[1:].multiply(1 / 256), permutation, 8)
+    exact = np.float32(1 + 1 / 128) * (1 + 7 / 256)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out[0], jnp.bfloat16(exact))
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: route(jnp.ones((3, 4)), 5), "top_k is 5, with 4 experts."),
+        (lambda: route(jnp.ones((3, 4)), 0), "top_k is 0, with 4 experts."),
+        (lambda: route(jnp.ones((2, 3, 4)), 1), "logits have the wrong rank."),
+        (lambda: route(jnp.ones((3, 4)), 1, score="tanh"), "unknown score."),
+        (lambda: route(jnp.ones((3, 4)), 1, bias=jnp.ones(3)), "bias does not fit the logits."),
+        (lambda: permute(jnp.ones((3, 4)), jnp.ones((2, 1), int), 4), "x and experts do not fit."),
+        (
+            lambda: unpermute(
+                jnp.ones((4, 2)), permute(jnp.ones((3, 2)), jnp.ones((3, 1), int), 2)[1], 1
+            ),
+            "rows do not fit the permutation.",
+        ),
+    ],
+)
+def test_errors(call, text):
+    with pytest.raises(ValueError, match=text) as info:
+        call()
+    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  mend "))
+
+
+def test_golden_text_of_top_k():
+    with pytest.raises(ValueError) as info:
+        route(jnp.ones((16, 4)), 5)
+    assert str(info.value) == (
+        "route: top_k is 5, with 4 experts.\n"
+        "  got       top_k 5, logits f32[16, 4]\n"
+        "  expected  top_k in 1..4\n"
+        "  mend      choose fewer experts per token"
+    )
