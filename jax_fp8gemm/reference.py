@@ -194,7 +194,8 @@ def _ragged(lhs, rhs, rows):
         index, matrix = group
         return jnp.where((rows == index)[:, None], _product(lhs, matrix), out), None
 
-    out = jnp.zeros((lhs.shape[0], rhs.shape[1]), jnp.float32)
+    # Like lhs: inside a shard_map the zeros vary over its axes, as the scan's results do.
+    out = jnp.zeros_like(lhs, shape=(lhs.shape[0], rhs.shape[1]))
     return jax.lax.scan(one_group, out, (jnp.arange(rhs.shape[0]), rhs))[0]
 
 

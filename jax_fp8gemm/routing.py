@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.reference import group_of_row
 
 SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
 
@@ -150,6 +151,16 @@ def permutation_of(experts: jax.Array, num_experts: int) -> Permutation:
     return Permutation(jnp.argsort(flat, stable=True).astype(jnp.int32), sizes.astype(jnp.int32))
 
 
+def cut(permutation: Permutation, capacity: int) -> Permutation:
+    """Returns the permutation without the rows of an expert past its first `capacity`."""
+    old = permutation.group_sizes
+    new = jnp.minimum(old, capacity)
+    rows, last = permutation.order.shape[0], old.shape[0] - 1
+    moved = (jnp.cumsum(old) - old) - (jnp.cumsum(new) - new)  # rows that each group moves up
+    source = jnp.arange(rows) + moved[jnp.minimum(group_of_row(new, rows), last)]
+    return Permutation(permutation.order[jnp.minimum(source, rows - 1)], new)
+
+
 def permute(x: jax.Array, experts: jax.Array, num_experts: int) -> tuple[jax.Array, Permutation]:
     """Copies each token's row once for each of its experts, sorted by expert.
 
@@ -208,9 +219,15 @@ def _check_permute(op: str, x, experts) -> None:
         fail(op, "experts are no integers.", got, "int [t, top_k]", "cast them", TypeError)
 
 
-def _rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
+def rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
     """rows[index]; zero where index is past the rows."""
     return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def sum_rows(rows: jax.Array, permutation: Permutation, top_k: int, dtype: jnp.dtype) -> jax.Array:
+    """As unpermute, rounded to `dtype` once."""
+    pairs = rows_or_zero(rows, permutation.inverse()).reshape(-1, top_k, rows.shape[1])
+    return pairs.astype(jnp.float32).sum(1).astype(dtype)
 
 
 # The two are each other's transpose. Said so, because the transpose that JAX would derive for a
@@ -219,13 +236,12 @@ def _rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
 def _spread(x: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
     order = permutation.order
     inside = jnp.arange(order.shape[0]) < permutation.group_sizes.sum()
-    return _rows_or_zero(x, jnp.where(inside, order // top_k, x.shape[0]))
+    return rows_or_zero(x, jnp.where(inside, order // top_k, x.shape[0]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _collect(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
-    pairs = _rows_or_zero(rows, permutation.inverse()).reshape(-1, top_k, rows.shape[1])
-    return pairs.astype(jnp.float32).sum(1).astype(rows.dtype)
+    return sum_rows(rows, permutation, top_k, rows.dtype)
 
 
 _spread.defvjp(

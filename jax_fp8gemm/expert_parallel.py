@@ -1,0 +1,145 @@
+"""How tokens travel to the devices that hold their experts, and results back; inside shard_map.
+
+Sending copies rows to devices; collecting, its transpose, sums what came back. So the forward pass
+is collect(experts(send(x))), and the backward pass collect(experts'(send(dy))).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm.errors import fail
+from jax_fp8gemm.prepared import from_bits, to_bits
+from jax_fp8gemm.qarray import QArray
+
+EXCHANGES = ("all_gather", "all_to_all")
+WIRES = ("fp8", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """What of an exchange is known when it is traced.
+
+    Attributes:
+      axis: mesh axis over which tokens and experts are split.
+      kind: "all_gather": every device sees all tokens; or "all_to_all": a token goes once to each
+        device that holds one of its experts.
+      wire: "fp8" or "bf16", as what x and the gradient dy are sent. Results are collected in bf16.
+    """
+
+    axis: str
+    kind: str
+    wire: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where all_to_all puts t tokens: `capacity` slots for each device of the axis.
+
+    Attributes:
+      token: int32 [devices · capacity], the token in each slot; t in an empty one.
+      slot: int32 [t, top_k], the slot from which choice j of a token gets its share of the result:
+        one for each device the token goes to, devices · capacity for the other choices.
+    """
+
+    token: jax.Array
+    slot: jax.Array
+
+
+def make_slots(experts: jax.Array, per_device: int, devices: int, capacity: int) -> Slots:
+    """Returns slots for int [t, top_k] choices; a device's tokens past `capacity` get none."""
+    t, top_k = experts.shape
+    device = jnp.where(experts >= 0, experts // per_device, devices)
+    goes = (device[:, :, None] == jnp.arange(devices)).any(1)  # [t, devices]
+    position = jnp.cumsum(goes, 0, dtype=jnp.int32) - 1
+    place = jnp.take_along_axis(position, jnp.minimum(device, devices - 1), 1)
+    same = device[:, :, None] == device[:, None, :]
+    again = (same & jnp.tri(top_k, k=-1, dtype=bool)).any(2)  # an earlier choice went there
+    nowhere = devices * capacity
+    kept = (device < devices) & ~again & (place < capacity)
+    slot = jnp.where(kept, device * capacity + place, nowhere).astype(jnp.int32)
+    tokens = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[:, None], slot.shape)
+    token = jnp.full(nowhere, t, jnp.int32).at[slot].set(tokens, mode="drop")
+    return Slots(token, slot)
+
+
+def send(x: jax.Array, exchange: Exchange | None, slots: Slots | None, empty: int = 0) -> jax.Array:
+    """Returns what this device receives: [rows, ...] of [t, ...]; empty slots hold `empty`."""
+    if exchange is None:
+        return x
+    if exchange.kind == "all_gather":
+        return jax.lax.all_gather(x, exchange.axis, tiled=True)
+    x = x.at[slots.token].get(mode="fill", fill_value=empty)
+    return jax.lax.all_to_all(x, exchange.axis, 0, 0, tiled=True)
+
+
+def send_quantized(q: QArray, exchange: Exchange | None, slots: Slots | None) -> QArray:
+    """As `send`: one byte for each element, and the scales of its rows."""
+    return map_rows(lambda x: send(x, exchange, slots), q)
+
+
+def collect(y: jax.Array, exchange: Exchange | None, slots: Slots | None) -> jax.Array:
+    """Returns for each own token the sum of what devices computed for it: [t, h] of [rows, h].
+
+    all_gather sums in y's dtype on the way, all_to_all in float32 after it; either returns y's.
+    """
+    if exchange is None:
+        return y
+    if exchange.kind == "all_gather":
+        return jax.lax.psum_scatter(y, exchange.axis, tiled=True)
+    back = jax.lax.all_to_all(y, exchange.axis, 0, 0, tiled=True)
+    parts = back.at[slots.slot].get(mode="fill", fill_value=0)
+    return parts.astype(jnp.float32).sum(1).astype(y.dtype)
+
+
+def map_rows(function: Callable[[jax.Array], jax.Array], q: QArray) -> QArray:
+    """Applies what moves rows to FP8 numbers, as bytes, and to scales."""
+    bits, scale = to_bits(q)
+    return from_bits((function(bits), function(scale)))
+
+
+def axis_size(op: str, axis: str, num_experts: int) -> int:
+    """Returns the size of a mesh axis that is to hold num_experts experts, evenly.
+
+    Raises:
+      ValueError: there is no such axis here, or num_experts is no multiple of its size.
+    """
+    try:
+        size = jax.lax.axis_size(axis)
+    except NameError:
+        got, mend = f"expert_axis {axis!r}", f"call {op} inside jax.shard_map over that axis"
+        fail(op, f"no mesh axis {axis!r} here.", got, "a manual axis of the mesh", mend)
+    if num_experts % size:
+        what = f"{num_experts} experts do not split over {size} devices."
+        got = f"{num_experts} experts, mesh axis {axis!r} of {size} devices"
+        mend = f"use a multiple of {size} experts, or fewer devices for them"
+        fail(op, what, got, f"num_experts % {size} == 0", mend)
+    return size
+
+
+def check_exchange(op: str, exchange: str, wire: str) -> None:
+    for name, value, legal in (("exchange", exchange, EXCHANGES), ("wire", wire, WIRES)):
+        if value not in legal:
+            expected = " or ".join(repr(one) for one in legal)
+            fail(op, f"unknown {name}.", f"{name} {value!r}", expected, "choose one")
+
+
+def vary_alike(*trees):
+    """Types arrays as varying over the union of their manual mesh axes.
+
+    Said outside a custom_vjp, whose cotangents JAX then sums over the axes that an array lacked.
+    """
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(trees)))
+
+    def one(x):
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, trees)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying

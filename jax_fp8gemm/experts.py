@@ -1,0 +1,343 @@
+"""The expert block: gate, up, SwiGLU and down for tokens sorted by expert, all in FP8.
+
+One custom_vjp with float faces. What it saves, and the order of its products: docs/moe.md.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.expert_parallel import (
+    Exchange,
+    Slots,
+    collect,
+    map_rows,
+    send,
+    send_quantized,
+    vary_alike,
+)
+from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm
+from jax_fp8gemm.prepared import Bits, from_bits, to_bits
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray
+from jax_fp8gemm.quantizing import (
+    check_float,
+    quantize,
+    quantize_both,
+    quantize_rows,
+    requantize,
+    swiglu_backward,
+    swiglu_quantize,
+)
+from jax_fp8gemm.reference import group_of_row
+from jax_fp8gemm.routing import cut, permutation_of, rows_or_zero, sum_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreparedExperts:
+    """Weights of experts with their FP8 copies, quantised once for many calls.
+
+    Attributes:
+      wi_0, wi_1, wo: as given; gradients flow to them.
+      copies: for each product the matrices with what it contracts over last, as (uint8, f32):
+        "up" [e, 2f, h], "down" [e, h, f], and for the gradients "up_back" [e, h, 2f], "down_back"
+        [e, f, h]. h is filled with zeros to a multiple of 16, f to a multiple of 128.
+    """
+
+    wi_0: jax.Array
+    wi_1: jax.Array
+    wo: jax.Array
+    copies: dict[str, Bits]
+
+
+def prepare_experts(
+    wi_0: jax.Array, wi_1: jax.Array, wo: jax.Array, *, scale: str = "pow2"
+) -> PreparedExperts:
+    """Quantises weights of experts by 128x128, both ways: for as many calls as they stay the same.
+
+    Args:
+      wi_0, wi_1: bf16, f16 or f32 [e, h, f], gate and up. wo: [e, f, h], down.
+      scale: "pow2" or "float32", see `quantize`.
+
+    Returns:
+      PreparedExperts, which expert_ffn and moe take in place of wi_0, without wi_1 and wo.
+
+    Raises:
+      ValueError: shapes that do not fit. TypeError: dtypes.
+
+    Example:
+      prepared = prepare_experts(wi_0, wi_1, wo)
+      y = expert_ffn(x, experts, weights, prepared)
+    """
+    _check_weights("prepare_experts", wi_0, wi_1, wo)
+    pad_h, pad_f = -wi_0.shape[1] % K_MULTIPLE, -wi_0.shape[2] % BLOCK
+    values = jax.lax.stop_gradient((wi_0, wi_1, wo))
+    gate, up = (jnp.pad(w, [(0, 0), (0, pad_h), (0, pad_f)]) for w in values[:2])
+    down = jnp.pad(values[2], [(0, 0), (0, pad_f), (0, pad_h)])
+    up_back, up = quantize_both((gate, up), BLOCKS, scale=scale)
+    down_back, down = quantize_both(down, BLOCKS, scale=scale)
+    copies = {"up": up, "down": down, "up_back": up_back, "down_back": down_back}
+    return PreparedExperts(
+        wi_0, wi_1, wo, {name: _save(q, "moe_weights") for name, q in copies.items()}
+    )
+
+
+def expert_ffn(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    wi_0: jax.Array | PreparedExperts,
+    wi_1: jax.Array | None = None,
+    wo: jax.Array | None = None,
+    *,
+    capacity: int | None = None,
+    scale: str = "pow2",
+) -> jax.Array:
+    """Sends each token through its experts, in FP8 forward and backward.
+
+    y[t] = Σ_j weights[t, j] · (silu(x[t] · wi_0[i]) * (x[t] · wi_1[i])) · wo[i], i = experts[t, j]
+
+    Args:
+      x: bf16, f16 or f32 [t, h].
+      experts: int [t, top_k], on the device. One expert twice in a token is legal; a number outside
+        0..e-1 is no expert and adds nothing.
+      weights: f32 [t, top_k].
+      wi_0, wi_1, wo: bf16, f16 or f32 [e, h, f], [e, h, f], [e, f, h]; or PreparedExperts alone.
+      capacity: rows that an expert takes at most; later tokens' rows beyond it add nothing, and
+        have no gradient. The forward products are then `masked`, else `ragged`.
+      scale: "pow2" or "float32", see `quantize`; that of PreparedExperts is its own.
+
+    Returns:
+      [t, h], of x's dtype; products are bf16, sums over top_k float32. Gradients have the dtypes of
+      x, weights, wi_0, wi_1 and wo; those of an expert without tokens are zero.
+
+    Raises:
+      ValueError: shapes that do not fit. TypeError: dtypes. NotImplementedError: a second
+      derivative.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
+
+    Example:
+      y = expert_ffn(x, routing.experts, routing.weights, wi_0, wi_1, wo)
+    """
+    prepared = prepared_of("expert_ffn", wi_0, wi_1, wo, scale)
+    check_tokens("expert_ffn", x, experts, weights, prepared)
+    if capacity is not None and capacity < 1:
+        expected, mend = "capacity ≥ 1, or None", "leave capacity out to keep every row"
+        fail("expert_ffn", "no capacity.", f"capacity {capacity}", expected, mend)
+    return run_experts(x, experts, weights, prepared, Block(scale, capacity))
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What of an expert block is known when it is traced; as the arguments of expert_ffn."""
+
+    scale: str = "pow2"
+    capacity: int | None = None
+    exchange: Exchange | None = None
+
+
+def run_experts(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    prepared: PreparedExperts,
+    block: Block,
+    slots: Slots | None = None,
+) -> jax.Array:
+    """As expert_ffn, checked. With an exchange x and the result are this device's tokens [t, h],
+    experts and weights those of all rows that it receives, experts numbered from its first."""
+    if 0 in x.shape or 0 in experts.shape:
+        return jnp.zeros_like(x)
+    weights = weights.astype(jnp.float32)
+    return _experts(*vary_alike(x, experts, weights, prepared, slots), block)
+
+
+def prepared_of(op: str, wi_0, wi_1, wo, scale: str) -> PreparedExperts:
+    if isinstance(wi_0, PreparedExperts):
+        if wi_1 is not None or wo is not None:
+            got, mend = "PreparedExperts and wi_1 or wo", "leave wi_1 and wo out"
+            fail(op, "weights were given twice.", got, "PreparedExperts alone", mend)
+        return wi_0
+    if wi_1 is None or wo is None:
+        expected = "wi_0, wi_1 and wo, or PreparedExperts"
+        fail(op, "wi_1 or wo is missing.", "wi_0 alone", expected, "pass all three")
+    return prepare_experts(wi_0, wi_1, wo, scale=scale)
+
+
+def _check_weights(op: str, wi_0, wi_1, wo) -> None:
+    named = (("wi_0", wi_0), ("wi_1", wi_1), ("wo", wo))
+    for name, w in named:
+        check_float(op, name, w)
+    got = ", ".join(describe(name, w) for name, w in named)
+    if any(w.ndim != 3 for _, w in named):
+        expected = "wi_0, wi_1 [e, h, f], wo [e, f, h]"
+        fail(op, "weights have the wrong rank.", got, expected, "stack the experts along dim 0")
+    e, h, f = wi_0.shape
+    if wi_1.shape != (e, h, f) or wo.shape != (e, f, h):
+        expected, mend = f"wi_1 [{e}, {h}, {f}], wo [{e}, {f}, {h}]", "swap the dims of one of them"
+        fail(op, "the weights do not fit each other.", got, expected, mend)
+    if wi_0.dtype != wi_1.dtype:
+        fail(op, "wi_0 and wi_1 differ in dtype.", got, "one dtype", "cast one", TypeError)
+
+
+def check_tokens(op: str, x, experts, weights, prepared: PreparedExperts) -> None:
+    check_float(op, "x", x)
+    named = (("x", x), ("experts", experts), ("weights", weights), ("wi_0", prepared.wi_0))
+    got = ", ".join(describe(name, value) for name, value in named)
+    if (x.ndim, experts.ndim) != (2, 2) or experts.shape[0] != x.shape[0]:
+        expected = "x [t, h], experts [t, top_k]"
+        fail(op, "x and experts do not fit.", got, expected, "reshape them to one row per token")
+    if weights.shape != experts.shape:
+        expected, mend = f"weights {list(experts.shape)}", "pass one weight for each choice"
+        fail(op, "experts and weights differ in shape.", got, expected, mend)
+    if x.shape[1] != prepared.wi_0.shape[1]:
+        expected, mend = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
+        fail(op, "dim h differs between x and wi_0.", got, expected, mend)
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        fail(op, "experts are no integers.", got, "int [t, top_k]", "cast them", TypeError)
+
+
+# ---- the custom_vjp -----------------------------------------------------------------------------
+
+
+def _save(q: QArray, name: str) -> Bits:
+    bits, scale = to_bits(q)
+    return checkpoint_name(bits, name), checkpoint_name(scale, name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _experts(x, experts, weights, prepared, slots, block: Block):
+    return _forward(x, experts, weights, prepared, slots, block)[0]
+
+
+def _forward(x, experts, weights, prepared, slots, block: Block):
+    """Residuals: x's FP8 rows for each token, SwiGLU's input in FP8, who goes where, weights."""
+    top_k, e = experts.shape[1], prepared.wi_0.shape[0]
+    xq = _received(_pad_h(x), slots, block)
+    permutation = permutation_of(experts, e)
+    if block.capacity is not None:
+        permutation = cut(permutation, block.capacity)
+    token, row_weight = permutation.order // top_k, weights.reshape(-1)[permutation.order]
+    up, down = from_bits(prepared.copies["up"]), from_bits(prepared.copies["down"])
+    products = _ragged_products if block.capacity is None else _masked_products
+    y, hq = products(xq, token, row_weight, permutation.group_sizes, (up, down), block)
+    # Between devices results travel as bf16.
+    dtype = x.dtype if block.exchange is None else jnp.bfloat16
+    y = collect(sum_rows(y, permutation, top_k, dtype), block.exchange, slots)
+    saved = _save(xq, "moe_x"), _save(hq, "moe_h")
+    like = jnp.zeros(0, x.dtype)
+    residuals = *saved, permutation, weights, prepared, slots, like
+    return y[:, : x.shape[1]].astype(x.dtype), residuals
+
+
+def _backward(block: Block, residuals, dy):
+    saved_x, saved_h, permutation, weights, prepared, slots, like = residuals
+    sizes, top_k, scale = permutation.group_sizes, weights.shape[1], block.scale
+    token, row_weight = permutation.order // top_k, weights.reshape(-1)[permutation.order]
+    by_groups = {"scale": scale, "group_sizes": sizes, "index": token}
+    if block.exchange is not None and block.exchange.wire == "fp8":
+        received = _received(_pad_h(dy), slots, block)
+        dyq, dyt = _take(received, token), requantize(received, **by_groups)
+    else:
+        dyq, dyt = quantize_both(_sent(_pad_h(dy), slots, block), **by_groups)
+    down_back, up_back = (from_bits(prepared.copies[name]) for name in ("down_back", "up_back"))
+    da = _ragged(dyq, down_back, sizes)
+    dh, dht, at, d_row_weight = swiglu_backward(
+        from_bits(saved_h), da, row_weight, sizes, scale=scale
+    )
+    dx = sum_rows(_ragged(dh, up_back, sizes), permutation, top_k, jnp.bfloat16)
+    dx = collect(dx, block.exchange, slots)[:, : prepared.wi_0.shape[1]].astype(like.dtype)
+    d_wi = _contracting(requantize(from_bits(saved_x), **by_groups), dht, sizes)
+    d_wo = _contracting(at, dyt, sizes)
+    d_weights = rows_or_zero(d_row_weight, permutation.inverse()).reshape(weights.shape)
+    return dx, None, d_weights, _weight_gradients(d_wi, d_wo, prepared), None
+
+
+_experts.defvjp(_forward, _backward)
+
+
+def _weight_gradients(d_wi, d_wo, prepared: PreparedExperts) -> PreparedExperts:
+    """Splits gate from up and takes the filling off; in the dtypes of the weights."""
+    _, h, f = prepared.wi_0.shape
+    d_gate, d_up = (half[:, :h, :f] for half in jnp.split(d_wi, 2, axis=2))
+    return PreparedExperts(
+        d_gate.astype(prepared.wi_0.dtype),
+        d_up.astype(prepared.wi_1.dtype),
+        d_wo[:, :f, :h].astype(prepared.wo.dtype),
+        None,
+    )
+
+
+# ---- the products -------------------------------------------------------------------------------
+
+
+def _ragged(lhs: QArray, rhs: QArray, sizes: jax.Array) -> jax.Array:
+    return gemm(lhs, rhs, sizes, variant="ragged")
+
+
+def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array) -> jax.Array:
+    return gemm(lhs, rhs, sizes, variant="ragged_contracting", out_dtype=jnp.float32)
+
+
+def _ragged_products(xq, token, row_weight, sizes, matrices, block: Block):
+    """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
+    up, down = matrices
+    h = _ragged(_take(xq, token), up, sizes)
+    a = swiglu_quantize(h, row_weight, group_sizes=sizes, scale=block.scale)
+    return _ragged(a, down, sizes), quantize_rows(h, scale=block.scale, group_sizes=sizes)
+
+
+def _masked_products(xq, token, row_weight, sizes, matrices, block: Block):
+    """The same by way of slots [e, capacity], of which each expert's first ones are computed.
+
+    The others hold anything, NaN too, but no row of the results takes from them, and a row's
+    scales are its own.
+    """
+    up, down = matrices
+    rows, e = token.shape[0], up.shape[0]
+    capacity = min(block.capacity, rows)
+    starts = jnp.cumsum(sizes) - sizes
+    row = (starts[:, None] + jnp.arange(capacity)).reshape(-1)
+    row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
+
+    def masked(lhs, rhs):
+        lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)
+        return gemm(lhs, rhs, sizes, variant="masked").reshape(e * capacity, -1)
+
+    h = masked(_take(xq, token[row]), up)
+    y = masked(swiglu_quantize(h, row_weight[row], scale=block.scale), down)
+    group = group_of_row(sizes, rows)
+    offset = jnp.arange(rows) - starts[jnp.minimum(group, e - 1)]
+    slot = jnp.where(group < e, group * capacity + offset, e * capacity)
+    return rows_or_zero(y, slot), map_rows(
+        lambda x: rows_or_zero(x, slot), quantize(h, scale=block.scale)
+    )
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def _take(q: QArray, index: jax.Array) -> QArray:
+    return map_rows(lambda x: x[index], q)
+
+
+def _pad_h(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % K_MULTIPLE)])
+
+
+def _sent(x: jax.Array, slots: Slots | None, block: Block) -> jax.Array:
+    if block.exchange is None:
+        return x
+    return send(x.astype(jnp.bfloat16), block.exchange, slots)
+
+
+def _received(x: jax.Array, slots: Slots | None, block: Block) -> QArray:
+    """What the experts' device has of everybody's x, scaled by 1x128."""
+    if block.exchange is not None and block.exchange.wire == "fp8":
+        return send_quantized(quantize(x, scale=block.scale), block.exchange, slots)
+    return quantize(_sent(x, slots, block), scale=block.scale)
