@@ -2,7 +2,11 @@
 
 from jax_fp8gemm import _native
 from jax_fp8gemm.config import GemmConfig as GemmConfig
+from jax_fp8gemm.experts import PreparedExperts as PreparedExperts
+from jax_fp8gemm.experts import expert_ffn as expert_ffn
+from jax_fp8gemm.experts import prepare_experts as prepare_experts
 from jax_fp8gemm.kernel_level import gemm as gemm
+from jax_fp8gemm.moe import moe as moe
 from jax_fp8gemm.ops import fp8_matmul as fp8_matmul
 from jax_fp8gemm.ops import fp8_ragged_dot as fp8_ragged_dot
 from jax_fp8gemm.prepared import PreparedWeight as PreparedWeight
@@ -18,5 +22,10 @@ from jax_fp8gemm.quantizing import requantize as requantize
 from jax_fp8gemm.quantizing import swiglu_backward as swiglu_backward
 from jax_fp8gemm.quantizing import swiglu_quantize as swiglu_quantize
 from jax_fp8gemm.quantizing import swiglu_quantize_both as swiglu_quantize_both
+from jax_fp8gemm.routing import Permutation as Permutation
+from jax_fp8gemm.routing import Routing as Routing
+from jax_fp8gemm.routing import permute as permute
+from jax_fp8gemm.routing import route as route
+from jax_fp8gemm.routing import unpermute as unpermute
 
 _native.register()

@@ -108,8 +108,8 @@ def _exchanged(tokens, routing, prepared, via, devices: int, capacity_factor: fl
     (t, top_k), own = routing.experts.shape, prepared.wi_0.shape[0]
     experts, weights, slots, capacity = routing.experts, routing.weights, None, None
     if via is not None and via.kind == "all_to_all":
-        share = math.inf if capacity_factor is None else capacity_factor * t * top_k / devices
-        slots = make_slots(experts, own, devices, max(1, min(t, math.ceil(share))))
+        room = t if capacity_factor is None else math.ceil(capacity_factor * t * top_k / devices)
+        slots = make_slots(experts, own, devices, min(t, max(1, room)))
     elif capacity_factor is not None:
         capacity = max(1, math.ceil(capacity_factor * t * top_k / own))
     if via is not None:

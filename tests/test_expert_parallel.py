@@ -1,0 +1,211 @@
+"""moe over the devices of a mesh axis: equal to moe on one device, with all gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_moe import FORWARD, dense_ffn, make_weights
+from jax.sharding import Mesh, PartitionSpec
+from numerics import calc_diff
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm.expert_parallel import make_slots
+
+P = PartitionSpec
+T, H, F, E, TOP_K = 32, 128, 128, 8, 3
+SPLIT = {"x": P("x"), "gate_kernel": P(), "wi_0": P("x"), "wi_1": P("x"), "wo": P("x")}
+
+
+def mesh_of(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("x",))
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (T, H), jnp.bfloat16)
+    gate_kernel = jax.random.normal(keys[1], (H, E)) * 2 / H**0.5
+    wi_0, wi_1, wo = make_weights(keys[2], E, H, F)
+    shared = tuple(w[0].astype(jnp.bfloat16) for w in make_weights(keys[3], 1, H, F))
+    return {"x": x, "gate_kernel": gate_kernel, "wi_0": wi_0, "wi_1": wi_1, "wo": wo}, shared
+
+
+def layer(parameters, shared=None, **options):
+    y, routing = fp8.moe(**parameters, shared=shared, top_k=TOP_K, **options)
+    return y, routing.aux_loss + routing.z_loss
+
+
+def spread(devices: int, check_vma: bool = True, **options):
+    """Returns `layer` over as many devices."""
+    return jax.shard_map(
+        functools.partial(layer, expert_axis="x", **options),
+        mesh=mesh_of(devices),
+        in_specs=(SPLIT, P()),
+        out_specs=(P("x"), P()),
+        check_vma=check_vma,
+    )
+
+
+def with_gradients(function):
+    towards = jax.random.normal(jax.random.key(9), (T, H))
+
+    def loss(parameters, shared):
+        y, extra = function(parameters, shared)
+        return (y * towards).sum() + 3 * extra, (y, extra)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def alone(parameters):
+    """y, the losses and the gradients on one device."""
+    (_, results), gradients = with_gradients(layer)(*parameters)
+    return results, gradients
+
+
+@pytest.mark.parametrize(
+    "exchange, wire, check_vma",
+    [
+        ("all_gather", "fp8", False),
+        ("all_gather", "bf16", True),
+        ("all_to_all", "fp8", True),
+        ("all_to_all", "bf16", False),
+    ],
+)
+def test_equals_one_device_with_all_gradients(parameters, alone, exchange, wire, check_vma):
+    """Tokens are rounded to FP8 once, before or after the wire; results travel as bf16, which
+    costs a calc_diff of 2⁻¹⁸ at most for each of their roundings; gradients of weights take no
+    such way, and their FP8 numbers are the same."""
+    options = {"exchange": exchange, "wire": wire, "check_vma": check_vma}
+    (_, (y, extra)), (gradients, shared) = with_gradients(spread(4, **options))(*parameters)
+    (expected_y, expected_extra), (expected, expected_shared) = alone
+    np.testing.assert_allclose(extra, expected_extra, rtol=1e-5)
+    assert y.dtype == jnp.bfloat16 and calc_diff(y, expected_y) < 1e-5
+    assert calc_diff(gradients["x"], expected["x"]) < 2e-5
+    assert calc_diff(gradients["gate_kernel"], expected["gate_kernel"]) < 1e-10
+    for name in ("wi_0", "wi_1", "wo"):
+        assert calc_diff(gradients[name], expected[name]) < 1e-10, name
+    for a, b in zip(shared, expected_shared, strict=True):
+        assert calc_diff(a, b) < 1e-5  # added up in bf16, the kernels' dtype
+
+
+def test_one_expert_on_each_of_eight_devices(parameters, alone):
+    y, _ = jax.jit(spread(8, exchange="all_to_all"))(*parameters)
+    assert calc_diff(y, alone[0][0]) < 1e-5
+
+
+def test_beside_an_axis_of_data(parameters, alone):
+    """Weights are the same on both halves of "data": their gradients are summed over it."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "x"))
+    body = functools.partial(layer, expert_axis="x")
+
+    def mean_of_losses(*args):
+        y, extra = body(*args)
+        return y, jax.lax.pmean(extra, "data")
+
+    inputs = {**SPLIT, "x": P(("data", "x"))}
+    split = jax.shard_map(
+        mean_of_losses, mesh=mesh, in_specs=(inputs, P()), out_specs=(P(("data", "x")), P())
+    )
+    (_, (y, _)), (gradients, _) = with_gradients(split)(*parameters)
+    (expected_y, _), (expected, _) = alone
+    assert calc_diff(y, expected_y) < 1e-5
+    for name in ("wi_0", "wi_1", "wo"):
+        assert calc_diff(gradients[name], expected[name]) < 1e-10, name
+
+
+def on_the_wire(text: str) -> list[str]:
+    """Returns the collectives of a StableHLO text that move rows of H, with what they are given."""
+    pattern = r'stablehlo\.(all_gather|all_to_all|reduce_scatter)"[\s\S]*?: \(tensor<([^>]+)>'
+    return sorted(f"{name} {kind}" for name, kind in re.findall(pattern, text) if f"x{H}x" in kind)
+
+
+@pytest.mark.parametrize("wire, kind", [("fp8", "ui8"), ("bf16", "bf16")])
+def test_what_is_on_the_wire(parameters, wire, kind):
+    """Forward x and back y; backward dy and back dx. A device has T / 4 tokens."""
+    trace = lambda **options: with_gradients(spread(4, wire=wire, **options)).lower(*parameters)  # noqa: E731
+    gathered = [f"all_gather {T // 4}x{H}x{kind}", f"reduce_scatter {T}x{H}xbf16"]
+    assert on_the_wire(trace().as_text()) == sorted(2 * gathered)
+    swapped = [f"all_to_all {T}x{H}x{kind}", f"all_to_all {T}x{H}xbf16"]
+    assert on_the_wire(trace(exchange="all_to_all").as_text()) == sorted(2 * swapped)
+
+
+def test_capacity_with_all_gather_drops_the_same_rows(parameters):
+    y, _ = jax.jit(functools.partial(layer, capacity_factor=0.7))(*parameters)
+    split, _ = jax.jit(spread(4, capacity_factor=0.7))(*parameters)
+    dropless, _ = jax.jit(layer)(*parameters)
+    assert calc_diff(split, y) < 1e-5 and calc_diff(y, dropless) > 1e-2
+
+
+def test_capacity_with_all_to_all_drops_tokens_of_a_full_device(parameters):
+    """A device takes 5 of another's 8 tokens: 0.7 · 8 · 3 / 4, rounded up."""
+    named, _ = parameters
+    capacity = 5
+    split, _ = jax.jit(spread(4, exchange="all_to_all", capacity_factor=0.7))(named, None)
+    routing = fp8.moe(**named, top_k=TOP_K)[1]
+    kept = np.asarray(routing.experts).copy()
+    for source in range(4):
+        own = slice(source * T // 4, (source + 1) * T // 4)
+        for device in range(4):
+            here = kept[own] // (E // 4) == device
+            late = np.cumsum(here.any(1)) > capacity
+            kept[own][here & late[:, None]] = E
+    assert (kept == E).any()
+    expected = dense_ffn(named["x"], kept, routing.weights, *(named[n] for n in list(SPLIT)[2:]))
+    assert calc_diff(split, expected) < FORWARD
+
+
+def test_slots_against_a_loop(key):
+    experts = np.asarray(jax.random.randint(key, (19, 4), -1, 10))
+    devices, capacity, own = 3, 6, 3  # the numbers -1 and 9 are no experts
+    slots = make_slots(jnp.array(experts), own, devices, capacity)
+    token = np.full(devices * capacity, 19)
+    slot = np.full((19, 4), devices * capacity)
+    for device in range(devices):
+        taken = 0
+        for t, row in enumerate(experts):
+            mine = [j for j, i in enumerate(row) if device * own <= i < (device + 1) * own]
+            if mine and taken < capacity:
+                token[device * capacity + taken] = t
+                slot[t, mine[0]] = device * capacity + taken
+                taken += 1
+    np.testing.assert_array_equal(slots.token, token)
+    np.testing.assert_array_equal(slots.slot, slot)
+    assert (token < 19).all()  # every device was full
+
+
+def test_experts_that_do_not_split(parameters):
+    named, _ = parameters
+    six = {**named, "gate_kernel": named["gate_kernel"][:, :6]}
+    whole = {**SPLIT, "wi_0": P(), "wi_1": P(), "wo": P()}
+    run = jax.shard_map(
+        lambda p: layer(p, expert_axis="x")[0],
+        mesh=mesh_of(4),
+        in_specs=(whole,),
+        out_specs=P("x"),
+    )
+    with pytest.raises(ValueError) as info:
+        run(six)
+    assert str(info.value) == (
+        "moe: 6 experts do not split over 4 devices.\n"
+        "  got       6 experts, mesh axis 'x' of 4 devices\n"
+        "  expected  num_experts % 4 == 0\n"
+        "  mend      use a multiple of 4 experts, or fewer devices for them"
+    )
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"expert_axis": "x"}, "no mesh axis 'x' here."),
+        ({"exchange": "ring"}, "unknown exchange."),
+        ({"wire": "int8"}, "unknown wire."),
+    ],
+)
+def test_errors(parameters, options, text):
+    with pytest.raises(ValueError, match=text) as info:
+        fp8.moe(**parameters[0], top_k=TOP_K, **options)
+    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  mend "))
