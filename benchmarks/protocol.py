@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import time
@@ -74,10 +75,13 @@ def progress(text: str) -> None:
 
 
 def facts() -> dict:
-    device = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit",
-         "--format=csv,noheader"], capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
+    """Returns the commit, the date, and the device with its driver, clock and power limit."""
+    device = jax.devices()[0].device_kind
+    if shutil.which("nvidia-smi"):
+        device = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit",
+             "--format=csv,noheader"], capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
     commit = os.environ.get("JAX_FP8GEMM_COMMIT", "")
     return {"commit": commit, "date": str(datetime.date.today()), "device": device}
 

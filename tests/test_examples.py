@@ -3,7 +3,15 @@
 import importlib.util
 import pathlib
 
+import pytest
+
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """Some examples share a file."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def load(name: str):
@@ -29,3 +37,14 @@ def test_examples_are_short():
 
 def test_ragged():
     assert load("03_ragged").main(rows=64, k=128, n=32, g=4) < 0.05
+
+
+def test_train_moe_learns():
+    losses = load("07_train_moe").main(steps=6)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_demo_learns_as_its_twin_does():
+    losses = load("demo").train(steps=8)
+    assert losses["fp8"][-1] < 0.95 * losses["fp8"][0]
+    assert abs(losses["fp8"][-1] / losses["bf16"][-1] - 1) < 0.02

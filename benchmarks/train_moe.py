@@ -1,0 +1,215 @@
+"""Does training in FP8 end where bf16 does? Pairs of runs from the same seeds and batches.
+
+python benchmarks/train_moe.py --runs bf16:0 fp8:0 control:0   # each run is stored when it ends
+python benchmarks/train_moe.py --report                        # table and picture of what is stored
+
+Arms: "fp8", everything but embedding, head, router, norms and attention in FP8; "bf16", on the
+best grouped product that JAX has; "control", bf16 again, its initial weights changed by 1e-5 of
+their size: how far two equal recipes drift apart by chance.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from protocol import facts
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+import moe_lm
+from pallas_peer import tuned
+
+LARGE = moe_lm.Size(width=1024, layers=8, heads=8, experts=16, hidden=1024, context=1024)
+TINY = moe_lm.Size(width=64, layers=2, heads=2, experts=4, hidden=128, context=32)
+RESULTS = pathlib.Path(__file__).parent / "results/train_moe.json"
+HELD_OUT = 1 << 20  # bytes at the end of the text
+NOISE = 1e-5
+EVERY = 10  # steps between stored losses
+
+
+def arm_of(name: str, size: moe_lm.Size, sequences: int) -> moe_lm.Arm:
+    if name == "fp8":
+        return moe_lm.FP8
+    rows = sequences * size.context * size.top_k
+    on_gpu = jax.devices()[0].platform == "gpu"
+    pallas = tuned(rows, size.width, size.hidden, size.experts) if on_gpu else None
+    experts = moe_lm.plain_experts(pallas or jax.lax.ragged_dot)
+    return moe_lm.Arm("bf16", moe_lm.BF16.dot, experts)
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 10 + 1), steps, 2e-4)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95))
+
+
+def initial(seed: int, size: moe_lm.Size, noise: float) -> dict:
+    params = moe_lm.init(jax.random.key(seed), size)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1000 + seed), len(leaves))
+    moved = [
+        x * (1 + noise * jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -> dict:
+    """Returns the losses of one run and what it cost."""
+    text, digest = moe_lm.corpus()
+    train_text, held_out = text[:-HELD_OUT], text[-HELD_OUT:]
+    arm, rule = arm_of(name, size, sequences), optimizer(steps)
+    params = initial(seed, size, NOISE if name == "control" else 0.0)
+    state = rule.init(params)
+    objective = functools.partial(moe_lm.loss, size=size, arm=arm)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, tokens):
+        (_, entropy), gradients = jax.value_and_grad(objective, has_aux=True)(params, tokens)
+        updates, state = rule.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, entropy
+
+    draw = np.random.default_rng(seed)
+    tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
+    compiled = step.lower(params, state, tokens).compile()
+    memory, losses, times = compiled.memory_analysis(), [], []
+    for index in range(steps):
+        start = time.perf_counter()
+        params, state, entropy = compiled(params, state, tokens)
+        tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
+        losses.append(float(entropy))
+        times.append(time.perf_counter() - start)
+        if (index + 1) % EVERY == 0:
+            print(f"\r{name}:{seed} {index + 1}/{steps} loss {losses[-1]:.4f} "
+                  f"{1e3 * np.median(times):.1f} ms a step", end="", flush=True)  # fmt: skip
+    print()
+    return {
+        "arm": name, "seed": seed, "steps": steps, "tokens_a_step": sequences * size.context,
+        "losses": [round(float(np.mean(losses[i : i + EVERY])), 5)
+                   for i in range(0, steps, EVERY)],
+        "held_out": round(evaluate(params, held_out, size, arm, sequences), 5),
+        "cosine": cosine(params, tokens[:2], size, arm),
+        "ms_a_step": round(1e3 * float(np.median(times)), 2),
+        "tokens_per_s": round(sequences * size.context / float(np.median(times))),
+        "bytes_temporary": memory.temp_size_in_bytes, "corpus_sha256": digest,
+        "corpus_bytes": len(text), **facts(),
+    }  # fmt: skip
+
+
+def evaluate(params, text, size: moe_lm.Size, arm: moe_lm.Arm, sequences: int) -> float:
+    """Returns the mean loss of text that was never trained on."""
+    loss = jax.jit(lambda p, t: moe_lm.loss(p, t, size, arm)[1])
+    draw, count = np.random.default_rng(12345), 8
+    batches = [jnp.asarray(moe_lm.batch(text, draw, sequences, size.context)) for _ in range(count)]
+    return float(np.mean([float(loss(params, tokens)) for tokens in batches]))
+
+
+def cosine(params, tokens, size: moe_lm.Size, arm: moe_lm.Arm) -> dict[str, float]:
+    """Returns how alike the arm's gradients are to float32's, per parameter and over all."""
+
+    def gradient(arm):
+        return jax.jit(jax.grad(lambda p: moe_lm.loss(p, tokens, size, arm)[0]))(params)
+
+    with jax.default_matmul_precision("highest"):
+        exact = gradient(moe_lm.F32)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(gradient(arm)), jax.tree.leaves(exact), strict=True
+    )
+    found, sums = {}, np.zeros(3)
+    for (path, got), right in pairs:
+        a, b = (np.asarray(x, np.float64).ravel() for x in (got, right))
+        products = np.array([a @ b, a @ a, b @ b])
+        sums += products
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found[name] = round(float(products[0] / np.sqrt(products[1] * products[2])), 6)
+    return {"all": round(float(sums[0] / np.sqrt(sums[1] * sums[2])), 6), **found}
+
+
+# ---- What is stored -----------------------------------------------------------------------------
+
+
+def store(run: dict, path: pathlib.Path) -> None:
+    runs = json.loads(path.read_text()) if path.exists() else []
+    kept = [r for r in runs if (r["arm"], r["seed"]) != (run["arm"], run["seed"])]
+    lines = (json.dumps(r) for r in [*kept, run])
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def report(path: pathlib.Path) -> None:
+    """Prints the table of gaps and saves the curves beside the results."""
+    by_arm: dict[str, dict[int, dict]] = {}
+    for run in json.loads(path.read_text()):
+        by_arm.setdefault(run["arm"], {})[run["seed"]] = run
+    print("| arm | seed | last training loss | held-out loss | gap to bf16 | ms a step | cosine |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for arm, seed in itertools.product(by_arm, range(10)):
+        run = by_arm[arm].get(seed)
+        if run:
+            print(f"| {arm} | {seed} | {last(run):.4f} | {run['held_out']:.4f} | "
+                  f"{gap(run, by_arm.get('bf16', {}).get(seed))} | {run['ms_a_step']} | "
+                  f"{run['cosine']['all']:.4f} |")  # fmt: skip
+    plot(by_arm, path.with_suffix(".png"))
+
+
+def last(run: dict) -> float:
+    """The mean of the last tenth of the run."""
+    return float(np.mean(run["losses"][-max(1, len(run["losses"]) // 10) :]))
+
+
+def gap(run: dict, bf16: dict | None) -> str:
+    return "" if bf16 is None else f"{100 * (last(run) / last(bf16) - 1):+.3f} %"
+
+
+def smooth(run: dict) -> np.ndarray:
+    window = min(5, len(run["losses"]))
+    return np.convolve(run["losses"], np.ones(window) / window, "valid")
+
+
+def plot(by_arm: dict, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for arm, color in (("bf16", "tab:blue"), ("fp8", "tab:orange"), ("control", "tab:gray")):
+        for index, (seed, run) in enumerate(by_arm.get(arm, {}).items()):
+            x = EVERY * np.arange(1, len(run["losses"]) + 1)
+            left.plot(x, run["losses"], color=color, lw=0.8, label=None if index else arm)
+            bf16 = by_arm.get("bf16", {}).get(seed)
+            if bf16 and arm != "bf16":
+                ratio = 100 * (smooth(run) / smooth(bf16) - 1)
+                right.plot(x[-len(ratio) :], ratio, color=color, lw=0.8)
+    left.set(xlabel="step", ylabel="loss, nats per byte", yscale="log")
+    right.set(xlabel="step", ylabel="gap to bf16 of the same seed, %", ylim=(-2, 2))
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"curves: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", nargs="*", default=[], help="arm:seed")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--tiny", action="store_true", help="a model that trains on a CPU")
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    size = TINY if options.tiny else LARGE
+    for run in options.runs:
+        name, seed = run.split(":")
+        store(train(name, int(seed), size, options.steps, options.sequences), options.out)
+    if options.report:
+        report(options.out)
+
+
+if __name__ == "__main__":
+    main()

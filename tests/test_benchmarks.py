@@ -1,0 +1,70 @@
+"""The benchmark scripts run: on a CPU, small, with a device clock that stands still."""
+
+import importlib
+import json
+import math
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from jax_fp8gemm import tuning
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Returns a function that imports a script; times are 1 µs of casts and 2 µs of products."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def standing_clock(contenders, reps, **how):
+        for run in contenders.values():
+            jax.block_until_ready(run())
+        return {name: [[("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]] * reps for name in contenders}
+
+    monkeypatch.setattr(tuning, "device_kernels", standing_clock)
+    yield importlib.import_module
+    for name in ("quantize", "moe_layer", "train_moe", "protocol", "pallas_peer", "moe_lm"):
+        sys.modules.pop(name, None)
+
+
+def test_casts_and_products_with_casts(load, monkeypatch):
+    script = load("quantize")
+    monkeypatch.setattr(script, "TOKENS", 256)
+    monkeypatch.setattr(script, "WIDTH", 512)
+    rows = [row for part in script.parts("") for row in part]
+    ops = [row["op"] for row in rows]
+    assert len(set(ops)) == len(ops) > 12
+    by_op = {row["op"]: row for row in rows}
+    # bf16 in, FP8 out, a float32 scale for 128 numbers.
+    assert by_op["quantize: 1x128 rows"]["bytes"] == 256 * 512 * (2 + 1 + 4 / 128)
+    assert by_op["forward + backward: bf16 jnp.dot"]["peer"] == "fp8_matmul"
+
+
+def test_a_layer_beside_its_peers(load, tmp_path):
+    script = load("moe_layer")
+    rows = script.layer(8, 64, 128, 128)
+    assert [row["op"].split(": ")[1] for row in rows] == ["fp8 expert_ffn", "jax.lax.ragged_dot"]
+    path = tmp_path / "rows.json"
+    script.save(rows, str(path))
+    script.save(rows, str(path))  # in place of the stored ones
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_training_runs_are_stored_one_by_one_and_reported(load, tmp_path, monkeypatch, capsys):
+    script = load("train_moe")
+    path = tmp_path / "runs.json"
+    text = script.moe_lm.corpus(2 << 20)
+    monkeypatch.setattr(script.moe_lm, "corpus", lambda: text)
+    for runs in (["fp8:0"], ["control:0", "--report"]):
+        sizes = ["--tiny", "--steps", "4", "--sequences", "2", "--out", str(path)]
+        monkeypatch.setattr(sys, "argv", ["train_moe.py", *sizes, "--runs", *runs])
+        script.main()
+    stored = json.loads(path.read_text())
+    assert [run["arm"] for run in stored] == ["fp8", "control"]
+    assert all(math.isfinite(run["held_out"]) for run in stored)
+    assert all(run["cosine"]["all"] > 0.99 for run in stored)
+    table = capsys.readouterr().out
+    assert "| fp8 | 0 |" in table and path.with_suffix(".png").exists()
