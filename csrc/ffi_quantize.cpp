@@ -11,7 +11,7 @@ const ffi::TypeInfo kQuantizeStateInfo = ffi::MakeTypeInfo<QuantizeState>();
 
 ffi::ErrorOr<std::unique_ptr<QuantizeState>> instantiate(ffi::Dictionary dictionary) {
   auto spec = parse_quantize_spec(
-      read_attributes(dictionary, {"pow2", "rows", "transposed", "grouped", "gather"},
+      read_attributes(dictionary, {"pow2", "rows", "transposed", "grouped", "gather", "pair", "aligned"},
                       {"source", "type", "tile"}));
   if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
   auto made = program(program_text(*spec));
@@ -73,7 +73,7 @@ class Buffers {
 };
 
 ffi::DataType element_type(const QuantizeSpec& spec) {
-  if (spec.source == Source::kFp8) return ffi::F8E4M3FN;
+  if (spec.source == Source::kFp8 || spec.source == Source::kSwigluBackward) return ffi::F8E4M3FN;
   return spec.type == Float::kBf16 ? ffi::BF16 : spec.type == Float::kF16 ? ffi::F16 : ffi::F32;
 }
 
@@ -87,27 +87,44 @@ struct Call {
   int64_t batch = 1, tiles = 0;  // of rows
 };
 
-// Operands: x [batch, rows, columns], then what the spec asks for: scales of x, row weights, group
-// sizes, index. Results: the rows and their scales, the transposed copy and its scales.
-Status read_call(const QuantizeSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets results,
-                 Call& call) {
-  Buffers buffers(args, results);
+// Shapes of scales, as the copies of ScaleTile lie.
+struct ScaleShape {
+  int64_t lines, columns;
+};
+ScaleShape scale_shape(bool blocks, int64_t rows, int64_t columns) {
+  if (blocks) return {ceil_div(rows, 128), round_up(ceil_div(columns, 128), 4)};
+  return {ceil_div(columns, 128), round_up(rows, 4)};
+}
+
+// In the order of quantize_primitive.py.
+void read_operands(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
   QuantizeParams& p = call.params;
+  const bool backward = spec.source == Source::kSwigluBackward;
   auto x = buffers.operand("x", element_type(spec), {-1, -1, -1});
-  if (!x) return buffers.status();
+  if (!x) return;
   const int64_t batch = x->dimensions()[0], x_rows = x->dimensions()[1], width = x->dimensions()[2];
-  const int64_t k = spec.source == Source::kSwiglu ? width / 2 : width;
-  int64_t m = x_rows;
+  int64_t m = x_rows, k = width;
+  if (spec.source == Source::kSwiglu || backward) k = width / 2;
   p.x = pointer<void>(x);
-  if (spec.source == Source::kFp8) {
-    auto scale = buffers.operand("the scales of x", ffi::F32, {batch, ceil_div(k, 128), round_up(m, 4)});
+  if (spec.pair) {
+    k = 2 * width;
+    auto beside = buffers.operand("the array beside x", element_type(spec), {batch, x_rows, width});
+    if (beside) p.beside = pointer<void>(beside);
+  }
+  if (spec.source == Source::kFp8 || backward) {
+    const ScaleShape shape = scale_shape(false, x_rows, width);
+    auto scale = buffers.operand("the scales of x", ffi::F32, {batch, shape.lines, shape.columns});
     if (scale) p.x_scale = pointer<float>(scale);
   }
   if (spec.gather) {
     auto index = buffers.operand("index", ffi::S32, {-1});
     if (index) p.index = pointer<int32_t>(index), m = index->dimensions()[0];
   }
-  if (spec.source == Source::kSwiglu) {
+  if (backward) {
+    auto gradient = buffers.operand("gradient", ffi::BF16, {batch, m, k});
+    if (gradient) p.gradient = pointer<uint16_t>(gradient);
+  }
+  if (spec.source == Source::kSwiglu || backward) {
     auto weight = buffers.operand("row weights", ffi::F32, {m});
     if (weight) p.row_weight = pointer<float>(weight);
   }
@@ -115,37 +132,51 @@ Status read_call(const QuantizeSpec& spec, ffi::RemainingArgs args, ffi::Remaini
     auto sizes = buffers.operand("group sizes", ffi::S32, {-1});
     if (sizes) p.group_data = pointer<int32_t>(sizes), p.groups = int32_t(sizes->dimensions()[0]);
   }
+  p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows);
+  call.batch = batch;
+}
+
+void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
+  QuantizeParams& p = call.params;
+  const bool backward = spec.source == Source::kSwigluBackward;
   const bool blocks = spec.tile == ScaleTile::k128x128;
+  const int64_t batch = call.batch, m = p.m, k = backward ? 2 * int64_t{p.k} : p.k;
   if (spec.rows) {
+    const ScaleShape shape = scale_shape(blocks, m, k);
     auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, k});
-    auto scale = blocks ? buffers.result("scales of rows", ffi::F32,
-                                         {batch, ceil_div(m, 128), round_up(ceil_div(k, 128), 4)})
-                        : buffers.result("scales of rows", ffi::F32,
-                                         {batch, ceil_div(k, 128), round_up(m, 4)});
+    auto scale = buffers.result("scales of rows", ffi::F32, {batch, shape.lines, shape.columns});
     if (rows && scale) p.rows = pointer<uint8_t>(rows), p.rows_scale = pointer<float>(scale);
   }
-  int64_t pitch = m;
+  p.pitch = p.m;
   if (spec.transposed) {
     auto copy = buffers.result("the transposed copy", ffi::F8E4M3FN, {batch, k, -1});
-    if (copy) pitch = copy->dimensions()[2], p.transposed = pointer<uint8_t>(copy);
-    auto scale = blocks ? buffers.result("scales of the transposed copy", ffi::F32,
-                                         {batch, ceil_div(k, 128), round_up(ceil_div(m, 128), 4)})
-                        : buffers.result("scales of the transposed copy", ffi::F32,
-                                         {batch, ceil_div(pitch, 128), round_up(k, 4)});
+    if (!copy) return;
+    p.pitch = int32_t(copy->dimensions()[2]), p.transposed = pointer<uint8_t>(copy);
+    const ScaleShape shape = scale_shape(blocks, k, p.pitch);
+    auto scale = buffers.result("scales of the transposed copy", ffi::F32,
+                                {batch, shape.lines, shape.columns});
     if (scale) p.transposed_scale = pointer<float>(scale);
   }
-  if (!buffers.status().ok()) return buffers.status();
-  p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows), p.pitch = int32_t(pitch);
-  call.batch = batch;
-  call.tiles = ceil_div(spec.grouped ? pitch : m, 128);
-  return {};
+  if (backward) {
+    const ScaleShape shape = scale_shape(false, p.k, p.pitch);
+    auto copy = buffers.result("the activation", ffi::F8E4M3FN, {batch, p.k, p.pitch});
+    auto scale = buffers.result("scales of the activation", ffi::F32,
+                                {batch, shape.lines, shape.columns});
+    auto weights = buffers.result("the gradient to row weights", ffi::F32, {p.k / 128, m});
+    if (!copy || !scale || !weights) return;
+    p.activation = pointer<uint8_t>(copy), p.activation_scale = pointer<float>(scale);
+    p.row_weight_gradient = pointer<float>(weights);
+  }
+  call.tiles = ceil_div(spec.grouped ? p.pitch : m, 128);
 }
 
 ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets results, ffi::Dictionary) {
   Call call;
-  Status status = read_call(state->spec, args, results, call);
-  if (!status.ok()) return to_error(status);
+  Buffers buffers(args, results);
+  read_operands(state->spec, buffers, call);
+  if (buffers.status().ok()) read_results(state->spec, buffers, call);
+  if (!buffers.status().ok()) return to_error(buffers.status());
   const int64_t columns = ceil_div(call.params.k, 128);
   if (call.batch == 0 || call.tiles == 0 || columns == 0) return ffi::Error::Success();
   if (call.tiles > 65535 || call.batch > 65535) {
@@ -157,7 +188,8 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   if (!kernel.ok()) return to_error(kernel.status());
   const Driver& driver = **fp8gemm::driver();
   CUlaunchConfig config = {unsigned(columns), unsigned(call.tiles), unsigned(call.batch),
-                           unsigned(kQuantizeThreads), 1, 1, 0, stream, nullptr, 0};
+                           unsigned(kQuantizeThreads), 1, 1,
+                           unsigned(state->program->source.shared_bytes), stream, nullptr, 0};
   void* arguments[] = {&call.params};
   return to_error(check(driver, driver.launch(&config, kernel->function, arguments, nullptr),
                         "cuLaunchKernelEx"));

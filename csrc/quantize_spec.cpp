@@ -8,7 +8,10 @@ namespace {
 constexpr const char* kEntryPoint = "fp8_quantize";
 
 const Names kSources = {
-    {"float", "Source::kFloat"}, {"fp8", "Source::kFp8"}, {"swiglu", "Source::kSwiglu"}};
+    {"float", "Source::kFloat"},
+    {"fp8", "Source::kFp8"},
+    {"swiglu", "Source::kSwiglu"},
+    {"swiglu_backward", "Source::kSwigluBackward"}};
 const Names kFloats = {{"bf16", "Float::kBf16"}, {"f16", "Float::kF16"}, {"f32", "Float::kF32"}};
 const Names kTiles = {{"1x128", "ScaleTile::k1x128"}, {"128x128", "ScaleTile::k128x128"}};
 
@@ -16,7 +19,8 @@ std::string spec_text(const QuantizeSpec& s) {
   return "constexpr QuantizeSpec kSpec = {\n" + field("source", kSources[int(s.source)].code) +
          field("type", kFloats[int(s.type)].code) + field("tile", kTiles[int(s.tile)].code) +
          field("pow2", s.pow2) + field("rows", s.rows) + field("transposed", s.transposed) +
-         field("grouped", s.grouped) + field("gather", s.gather) + "};\n";
+         field("grouped", s.grouped) + field("gather", s.gather) + field("pair", s.pair) +
+         field("aligned", s.aligned) + "};\n";
 }
 
 }  // namespace
@@ -32,17 +36,20 @@ Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes) {
   spec.transposed = read.integer("transposed") != 0;
   spec.grouped = read.integer("grouped") != 0;
   spec.gather = read.integer("gather") != 0;
+  spec.pair = read.integer("pair") != 0;
+  spec.aligned = read.integer("aligned") != 0;
   if (!read.status().ok()) return read.status();
   return spec;
 }
 
 ProgramText program_text(const QuantizeSpec& spec) {
   char name[128];
-  std::snprintf(name, sizeof name, "quantize_%s_%s_%s%s%s%s%s%s", kSources[int(spec.source)].attribute,
+  std::snprintf(name, sizeof name, "quantize_%s_%s_%s%s%s%s%s%s%s%s", kSources[int(spec.source)].attribute,
                 kFloats[int(spec.type)].attribute, kTiles[int(spec.tile)].attribute,
                 spec.pow2 ? "_pow2" : "", spec.rows ? "_rows" : "",
                 spec.transposed ? "_transposed" : "", spec.grouped ? "_grouped" : "",
-                spec.gather ? "_gather" : "");
+                spec.gather ? "_gather" : "", spec.pair ? "_pair" : "",
+                spec.aligned ? "" : "_unaligned");
   // 16-bit floats stay packed, so that a third CTA finds room.
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
                       spec.tile == ScaleTile::k1x128;
@@ -53,7 +60,8 @@ ProgramText program_text(const QuantizeSpec& spec) {
       std::to_string(kQuantizeThreads) + ", " + (packed ? "3" : "2") + ") " + kEntryPoint +
       "(const __grid_constant__ fp8gemm::QuantizeParams params) {\n"
       "  fp8gemm::quantize_kernel<fp8gemm::kSpec>(params);\n}\n";
-  return {name, text, kEntryPoint, 0};
+  const bool backward = spec.source == Source::kSwigluBackward;
+  return {name, text, kEntryPoint, backward ? int(sizeof(BackwardOperands)) : 0};
 }
 
 }  // namespace fp8gemm

@@ -152,21 +152,27 @@ ad.primitive_jvps[quantize_p] = no_derivative("quantize")
 mlir.register_lowering(quantize_p, mlir.lower_fun(_reference, multiple_results=True))
 
 
-def attributes(static: QuantizeStatic, dtype: jnp.dtype) -> dict[str, np.int64 | str]:
+def attributes(
+    static: QuantizeStatic, dtype: jnp.dtype, m: int, k: int
+) -> dict[str, np.int64 | str]:
     """Returns the attributes of the custom call for x of `dtype`: the kernel's specification."""
+    # Whether threads may read eight columns at once, and write them, or sixteen of a transpose.
+    aligned = k % 8 == 0 and (static.tile != BLOCKS or not static.transposed or m % 16 == 0)
     flags = ("rows", "transposed", "grouped", "gather", "pair")
     return {
         "source": static.source,
         "type": FLOAT_NAMES.get(jnp.dtype(dtype).name, "bf16"),
         "tile": TILE_NAMES[static.tile],
         "pow2": np.int64(static.scale == "pow2"),
+        "aligned": np.int64(aligned),
         **{flag: np.int64(getattr(static, flag)) for flag in flags},
     }
 
 
 def _lower_cuda(ctx, *operands, static: QuantizeStatic):
     rule = jax.ffi.ffi_lowering(QUANTIZE_TARGET)
-    return rule(ctx, *operands, **attributes(static, ctx.avals_in[0].dtype))
+    _, m, k, _ = static.sizes(ctx.avals_in)
+    return rule(ctx, *operands, **attributes(static, ctx.avals_in[0].dtype, m, k))
 
 
 mlir.register_lowering(quantize_p, _lower_cuda, platform="cuda")

@@ -104,6 +104,16 @@ enum class Source : int {
   kFloat,   // x [batch, m, k]
   kFp8,     // the same in FP8, with scales 1x128
   kSwiglu,  // x [m, 2k], gate beside up: silu(gate) · up · row weight
+  // x [m, 2k] in FP8 as above: what follows from the gradient [m, k] to the same product.
+  kSwigluBackward,
+};
+
+// The results of a call, one after the other: what of kSwigluBackward is quantised.
+enum class Part : int {
+  kWhole,       // of the other sources
+  kGate,        // the gradient to gate: columns 0 to k of [m, 2k]
+  kUp,          // the gradient to up: columns k to 2k
+  kActivation,  // the product itself, which is recomputed, transposed only
 };
 
 enum class Float : int { kBf16, kF16, kF32 };
@@ -117,12 +127,16 @@ struct QuantizeSpec {
   bool transposed; // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
   bool grouped;    // rows lie in groups; in the transposed copy each begins at a multiple of 128
   bool gather;     // row i is row index[i] of x
+  bool pair;       // kFloat: the right half of the columns lies in a second array
+  bool aligned;    // k is a multiple of 8, and so is m, of 16, where it is a row of k128x128 tiles
 };
 
 // ↑: rounded up to a multiple. Scales as ScaleTile says.
 struct QuantizeParams {
   const void* x;
-  const float* x_scale;       // Source::kFp8: [k/128, m↑4]
+  const void* beside;         // QuantizeSpec::pair: columns k/2 to k
+  const float* x_scale;       // Source::kFp8: [k/128, m↑4]; kSwigluBackward: [2k/128, m↑4]
+  const uint16_t* gradient;   // kSwigluBackward: bf16 [m, k]
   const float* row_weight;    // Source::kSwiglu: [m]
   const int32_t* group_data;  // sizes [groups]
   const int32_t* index;       // [m]
@@ -130,11 +144,25 @@ struct QuantizeParams {
   float* rows_scale;
   uint8_t* transposed;
   float* transposed_scale;
+  uint8_t* activation;         // kSwigluBackward: [k, m], as the transposed copy
+  float* activation_scale;
+  float* row_weight_gradient;  // kSwigluBackward: [k/128, m], in parts to be added up
   int32_t m;
   int32_t k;
   int32_t x_rows;  // of x: m, but where rows are gathered
   int32_t pitch;   // columns of the transposed copy
   int32_t groups;
+};
+
+// What a CTA of kSwigluBackward keeps in dynamic shared memory: a tile of its operands, which are
+// read three times.
+struct BackwardOperands {
+  uint8_t gate[128][128];
+  uint8_t up[128][128];
+  uint16_t gradient[128][128];
+  float gate_scale[128];
+  float up_scale[128];
+  float row_weight[128];
 };
 
 }  // namespace fp8gemm

@@ -187,6 +187,11 @@ FP8GEMM_DEVICE void fence_registers(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// Leaves a value as it is, but unknown to the compiler. zero: 0, in a way the compiler cannot see.
+FP8GEMM_DEVICE void forget(uint32_t& value, uint32_t zero) {
+  asm volatile("xor.b32 %0, %0, %1;" : "+r"(value) : "r"(zero));
+}
+
 // Matrix descriptor (section "Matrix descriptor format"): k-major, 128-byte swizzle.
 // low: address >> 4 in bits 0-13, leading offset 1 at bit 16.
 // high: constant: stride of eight rows, 1024 >> 4, and swizzle mode 1.
@@ -291,12 +296,34 @@ FP8GEMM_DEVICE Words4 ld_global_stream_v4(const void* address) {
   return v;
 }
 
+// Data movement: cp.async. 16 bytes to shared memory, zeros where they do not exist.
+FP8GEMM_DEVICE void cp_async(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+FP8GEMM_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- Arithmetic (max, abs, fma, div) ------------------------------------------------------------
 
 // NaN wins over every number.
 FP8GEMM_DEVICE float max_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+// Of either half. NaN wins here too.
+FP8GEMM_DEVICE uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+FP8GEMM_DEVICE uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   return larger;
 }
 
@@ -322,6 +349,13 @@ FP8GEMM_DEVICE float div_rn(float a, float b) {
 FP8GEMM_DEVICE float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Floating point: rcp.approx, 1 unit in the last place.
+FP8GEMM_DEVICE float rcp_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

@@ -26,16 +26,22 @@ struct Scale {
 
   // As reference.scale_of: 1 for zeros, NaN where there is a NaN or an infinity.
   FP8GEMM_DEVICE static Scale of(float largest) {
-    const uint32_t kInfinity = 0x7f800000u, kMantissa = 0x007fffffu;
-    float scale = div_rn(largest, kLargest);
+    const uint32_t kInfinity = 0x7f800000u, bits = float_to_bits(largest);
+    Scale scale;
     if constexpr (kPow2) {
-      const uint32_t bits = float_to_bits(scale);
-      scale = bits_to_float((bits & kInfinity) + ((bits & kMantissa) ? 1u << 23 : 0));
+      // largest / 448 is 2^-8 · (mantissa / 1.75) · 2^exponent: one binade up where the mantissa is
+      // above 1.75, and no rounding of the quotient changes that.
+      const int above = static_cast<int>((bits + 0x001fffffu) & kInfinity) - (8 << 23);
+      const int smallest = 1 << 23;  // exponent of the smallest normal number
+      const uint32_t power = static_cast<uint32_t>(max(above, smallest));
+      scale = {bits_to_float(power), bits_to_float((254u << 23) - power)};
+    } else {
+      const float value = max(div_rn(largest, kLargest), kSmallestNormal);
+      scale = {value, div_rn(1.0f, value)};
     }
-    scale = scale < kSmallestNormal ? kSmallestNormal : scale;
-    scale = largest == 0 ? 1.0f : scale;
-    if (float_to_bits(largest) >= kInfinity) scale = bits_to_float(0x7fc00000u);
-    return {scale, div_rn(1.0f, scale)};
+    if (largest == 0) scale = {1.0f, 1.0f};
+    if (bits >= kInfinity) scale = {bits_to_float(0x7fc00000u), bits_to_float(0x7fc00000u)};
+    return scale;
   }
 
   // x / value, rounded correctly: twice the remainder is added (Markstein, "Computation of
@@ -91,40 +97,74 @@ struct QuantizeShared {
   alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
 };
 
-template <QuantizeSpec spec>
+// Where results of a part lie.
+struct Target {
+  uint8_t* rows;
+  float* rows_scale;
+  uint8_t* transposed;
+  float* transposed_scale;
+  int k;       // columns of rows
+  int column;  // the tile's first, among them
+};
+
+template <Part part>
+FP8GEMM_DEVICE Target target_of(const QuantizeParams& p, int column) {
+  if constexpr (part == Part::kActivation) {
+    return {nullptr, nullptr, p.activation, p.activation_scale, p.k, column};
+  }
+  const int sides = part == Part::kWhole ? 1 : 2;
+  return {p.rows,         p.rows_scale, p.transposed, p.transposed_scale,
+          sides * p.k, part == Part::kUp ? p.k + column : column};
+}
+
+template <QuantizeSpec spec, Part part>
 struct Quantizer {
   using Shared = QuantizeShared<spec>;
   using ScaleOf = Scale<spec.pow2>;
   static constexpr bool kBlocks = spec.tile == ScaleTile::k128x128;
+  static constexpr bool kRows = spec.rows && part != Part::kActivation;
 
   const QuantizeParams& params;
   Shared& shared;
   TokenTile tokens;
-  int batch, column_tile;
+  Target target;
+  int batch;
   int slot, column;  // this thread's first row / 8 and first column, in the tile
-  Values<spec> values;
+  Values<spec, part> values;
 
   FP8GEMM_DEVICE Quantizer(const QuantizeParams& p, Shared& s, const TokenTile& t)
       : params(p),
         shared(s),
         tokens(t),
+        target(target_of<part>(p, blockIdx.x * 128)),
         batch(blockIdx.z),
-        column_tile(blockIdx.x),
         slot(threadIdx.x / 16),
         column(threadIdx.x % 16 * 8) {}
 
   FP8GEMM_DEVICE void run() {
     values.load(params, batch, tokens.first + slot * 8, tokens.first + tokens.count,
-                column_tile * 128 + column);
+                blockIdx.x * 128 + column);
+    quantize();
+  }
+
+  FP8GEMM_DEVICE void run(const BackwardOperands& operands) {
+    values.load(operands, slot * 8, column);
+    if constexpr (part == Part::kActivation) store_row_sums();
+    quantize();
+  }
+
+ private:
+  FP8GEMM_DEVICE void quantize() {
     if constexpr (kBlocks) {
       const ScaleOf scale = ScaleOf::of(largest_of_tile());
       if (threadIdx.x == 0) store_block_scale(scale.value);
-      if constexpr (spec.rows) store_rows([&](int) { return scale; });
+      if constexpr (kRows) store_rows(scale);
       if constexpr (spec.transposed) store_transposed([&](int) { return scale; });
     } else {
       if constexpr (spec.transposed) share_largest_of_columns();
-      if constexpr (spec.rows) quantize_rows();
+      if constexpr (kRows) quantize_rows();
       if constexpr (spec.transposed) {
+          values.unpack_again(tokens.position % 128);
         __syncthreads();
         if (threadIdx.x < 128) make_column_scale(threadIdx.x);
         __syncthreads();
@@ -133,17 +173,16 @@ struct Quantizer {
     }
   }
 
- private:
   FP8GEMM_DEVICE int row(int i) const { return tokens.first + slot * 8 + i; }
   FP8GEMM_DEVICE bool has_row(int i) const { return slot * 8 + i < tokens.count; }
-  FP8GEMM_DEVICE int first_column() const { return column_tile * 128 + column; }
+  FP8GEMM_DEVICE int first_column() const { return target.column + column; }
 
   // ---- Scales ----
 
   FP8GEMM_DEVICE float largest_of_tile() {
     float largest = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max_nan(largest, largest_of_row(i));
+    for (int i = 0; i < 8; ++i) largest = max_nan(largest, values.largest_of_row(i));
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
@@ -155,22 +194,13 @@ struct Quantizer {
     return largest;
   }
 
-  // In this thread's columns.
-  FP8GEMM_DEVICE float largest_of_row(int i) const {
-    float largest = magnitude(values.get(i, 0));
-#pragma unroll
-    for (int j = 1; j < 8; ++j) largest = max_nan(largest, magnitude(values.get(i, j)));
-    return largest;
-  }
-
   FP8GEMM_DEVICE void share_largest_of_columns() {
+    float largest[8];
+    values.largest_of_columns(largest);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float largest = magnitude(values.get(0, j));
-#pragma unroll
-      for (int i = 1; i < 8; ++i) largest = max_nan(largest, magnitude(values.get(i, j)));
-      largest = max_nan(largest, __shfl_xor_sync(~0u, largest, 16));
-      if (threadIdx.x % 32 < 16) shared.largest[threadIdx.x / 32][column + j] = largest;
+      const float of_warp = max_nan(largest[j], __shfl_xor_sync(~0u, largest[j], 16));
+      if (threadIdx.x % 32 < 16) shared.largest[threadIdx.x / 32][column + j] = of_warp;
     }
   }
 
@@ -180,59 +210,76 @@ struct Quantizer {
     for (int warp = 1; warp < 8; ++warp) largest = max_nan(largest, shared.largest[warp][at]);
     const ScaleOf scale = ScaleOf::of(largest);
     shared.column[at] = scale;
-    const int steps = params.pitch / 128, all = round_up4(params.k);
+    const int steps = params.pitch / 128, all = round_up4(target.k);
     const int64_t line = int64_t{batch} * steps + tokens.position / 128;
-    if (column_tile * 128 + at < params.k) {
-      params.transposed_scale[line * all + column_tile * 128 + at] = scale.value;
+    if (target.column + at < target.k) {
+      target.transposed_scale[line * all + target.column + at] = scale.value;
     }
   }
 
   FP8GEMM_DEVICE void store_block_scale(float scale) {
-    const int row_tile = tokens.first / 128;
-    const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
-    if constexpr (spec.rows) {
+    const int row_tile = tokens.first / 128, column_tile = target.column / 128;
+    const int row_tiles = (params.m + 127) / 128, column_tiles = (target.k + 127) / 128;
+    if constexpr (kRows) {
       const int64_t line = int64_t{batch} * row_tiles + row_tile;
-      params.rows_scale[line * round_up4(column_tiles) + column_tile] = scale;
+      target.rows_scale[line * round_up4(column_tiles) + column_tile] = scale;
     }
     if constexpr (spec.transposed) {
       const int64_t line = int64_t{batch} * column_tiles + column_tile;
-      params.transposed_scale[line * round_up4(row_tiles) + row_tile] = scale;
+      target.transposed_scale[line * round_up4(row_tiles) + row_tile] = scale;
     }
   }
 
   FP8GEMM_DEVICE static int round_up4(int x) { return (x + 3) / 4 * 4; }
 
+  // The part of the gradient to row weights that these 128 columns give.
+  FP8GEMM_DEVICE void store_row_sums() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float sum = values.row_sum[i];
+#pragma unroll
+      for (int distance = 8; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(~0u, sum, distance);
+      }
+      if (column == 0 && has_row(i)) {
+        params.row_weight_gradient[int64_t{blockIdx.x} * params.m + row(i)] = sum;
+      }
+    }
+  }
+
   // ---- The copy as it lies ----
 
   FP8GEMM_DEVICE void quantize_rows() {
-    const int steps = (params.k + 127) / 128;
-    float* scales = params.rows_scale +
-                    (int64_t{batch} * steps + column_tile) * round_up4(params.m) + tokens.first;
+    const int64_t line = int64_t{batch} * ((target.k + 127) / 128) + target.column / 128;
+    float* scales = target.rows_scale + line * round_up4(params.m) + tokens.first;
+    uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float largest = largest_of_row(i);
+    for (int i = 0; i < 8; ++i, to += target.k) {
+      float largest = values.largest_of_row(i);
 #pragma unroll
       for (int distance = 8; distance > 0; distance /= 2) {
         largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
       }
       const ScaleOf scale = ScaleOf::of(largest);
       if (column == 0 && has_row(i)) scales[slot * 8 + i] = scale.value;
-      store_row(i, scale);
+      store_row(to, i, scale);
     }
   }
 
-  template <class ScaleOfRow>
-  FP8GEMM_DEVICE void store_rows(ScaleOfRow scale) {
+  FP8GEMM_DEVICE void store_rows(ScaleOf scale) {
+    uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) store_row(i, scale(i));
+    for (int i = 0; i < 8; ++i, to += target.k) store_row(to, i, scale);
   }
 
-  FP8GEMM_DEVICE void store_row(int i, ScaleOf scale) {
+  FP8GEMM_DEVICE uint8_t* first_row() const {
+    return target.rows + (int64_t{batch} * params.m + row(0)) * target.k + first_column();
+  }
+
+  FP8GEMM_DEVICE void store_row(uint8_t* to, int i, ScaleOf scale) {
     const Words2 bytes =
         pack8([&](int j) { return values.get(i, j); }, [&](int) { return scale; });
-    if (!has_row(i)) return;
-    store8(params.rows + (int64_t{batch} * params.m + row(i)) * params.k + first_column(), bytes,
-           params.k - first_column(), params.k % 8 == 0);
+    if (has_row(i)) store8(to, bytes, target.k - first_column());
   }
 
   // ---- The transposed copy ----
@@ -250,19 +297,19 @@ struct Quantizer {
     }
     __syncthreads();
     const int rows = params.pitch - tokens.position;  // of the transposed copy's columns, here on
-    uint8_t* out = params.transposed + int64_t{batch} * params.k * params.pitch + tokens.position;
+    uint8_t* out = target.transposed + int64_t{batch} * target.k * params.pitch + tokens.position;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = threadIdx.x / 8 + 32 * i, chunk = threadIdx.x % 8;
-      const int line = column_tile * 128 + at;
-      if (line >= params.k) continue;
+      const int line = target.column + at;
+      if (line >= target.k) continue;
       const Words2 low = shared.tile[place(at, chunk, 0)], high = shared.tile[place(at, chunk, 1)];
       uint8_t* to = out + int64_t{line} * params.pitch + chunk * 16;
-      if (params.pitch % 16 == 0) {
+      if constexpr (spec.aligned || !kBlocks) {
         if (chunk * 16 < rows) *reinterpret_cast<Words4*>(to) = {low.x, low.y, high.x, high.y};
       } else {
-        store8(to, low, rows - chunk * 16, false);
-        store8(to + 8, high, rows - chunk * 16 - 8, false);
+        store8(to, low, rows - chunk * 16);
+        store8(to + 8, high, rows - chunk * 16 - 8);
       }
     }
   }
@@ -272,15 +319,15 @@ struct Quantizer {
   }
 
   // Writes eight bytes, as many as there is room for.
-  FP8GEMM_DEVICE static void store8(uint8_t* to, Words2 bytes, int room, bool aligned) {
-    if (aligned) {
+  FP8GEMM_DEVICE static void store8(uint8_t* to, Words2 bytes, int room) {
+    if constexpr (spec.aligned) {
       if (room > 0) *reinterpret_cast<Words2*>(to) = bytes;
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t word = i < 4 ? bytes.x : bytes.y;
-      if (i < room) to[i] = static_cast<uint8_t>(word >> 8 * (i % 4));
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t word = i < 4 ? bytes.x : bytes.y;
+        if (i < room) to[i] = static_cast<uint8_t>(word >> 8 * (i % 4));
+      }
     }
   }
 };
@@ -290,7 +337,20 @@ FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
   __shared__ QuantizeShared<spec> shared;
   TokenTile tile;
   if (!find_tile<spec>(params, blockIdx.y, tile)) return;
-  Quantizer<spec>(params, shared, tile).run();
+  if constexpr (spec.source == Source::kSwigluBackward) {
+    extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+    BackwardOperands& operands = *reinterpret_cast<BackwardOperands*>(dynamic_shared);
+    copy_operands(params, operands, tile.first, tile.count, blockIdx.x * 128);
+    cp_async_wait_all();
+    __syncthreads();
+    Quantizer<spec, Part::kGate>(params, shared, tile).run(operands);
+    __syncthreads();  // shared memory is used again
+    Quantizer<spec, Part::kUp>(params, shared, tile).run(operands);
+    __syncthreads();
+    Quantizer<spec, Part::kActivation>(params, shared, tile).run(operands);
+  } else {
+    Quantizer<spec, Part::kWhole>(params, shared, tile).run();
+  }
 }
 
 }  // namespace fp8gemm

@@ -1,4 +1,7 @@
 // What quantize.cuh quantises: eight rows × eight columns of a thread, loaded all at once.
+//
+// Values<spec, part>: load() takes rows from `row` and columns from `column` on, of which rows from
+// `end` on are zeros; the rest is that of a PackedTile or FloatTile.
 #pragma once
 
 #include "params.cuh"
@@ -23,96 +26,191 @@ FP8GEMM_DEVICE float unpack(uint32_t two, bool high) {
   }
 }
 
-// Eight 16-bit floats from `from` on, of which `count` exist.
-FP8GEMM_DEVICE void load8(uint32_t (&to)[4], const uint16_t* from, int count, bool aligned) {
-  if (aligned && count > 0) {
-    const Words4 v = ld_global_stream_v4(from);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    return;
-  }
+template <Float type>
+FP8GEMM_DEVICE uint32_t larger_of_two(uint32_t a, uint32_t b) {
+  return type == Float::kBf16 ? max_nan_bf16x2(a, b) : max_nan_f16x2(a, b);
+}
+
+// 64 numbers of a thread, and the largest magnitudes in a row or a column of them. Two forms: 16-bit
+// floats stay packed, which halves their registers and the instructions that compare them.
+template <Float type>
+struct PackedTile {
+  uint32_t two[8][4];
+
+  FP8GEMM_DEVICE float get(int i, int j) const { return unpack<type>(two[i][j / 2], j % 2); }
+
+  FP8GEMM_DEVICE float largest_of_row(int i) const {
+    uint32_t largest = magnitudes(two[i][0]);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint32_t low = 2 * j < count ? from[2 * j] : 0;
-    const uint32_t high = 2 * j + 1 < count ? from[2 * j + 1] : 0;
-    to[j] = low | high << 16;
+    for (int j = 1; j < 4; ++j) largest = larger_of_two<type>(largest, magnitudes(two[i][j]));
+    return max_nan(unpack<type>(largest, false), unpack<type>(largest, true));
+  }
+
+  FP8GEMM_DEVICE void largest_of_columns(float (&largest)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint32_t both = magnitudes(two[0][j]);
+#pragma unroll
+      for (int i = 1; i < 8; ++i) both = larger_of_two<type>(both, magnitudes(two[i][j]));
+      largest[2 * j] = unpack<type>(both, false), largest[2 * j + 1] = unpack<type>(both, true);
+    }
+  }
+
+  // NOTE: otherwise the 64 floats of one use are kept for the next, in registers that a third CTA
+  // needs.
+  FP8GEMM_DEVICE void unpack_again(uint32_t zero) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) forget(two[i][j], zero);
+    }
+  }
+
+ private:
+  FP8GEMM_DEVICE static uint32_t magnitudes(uint32_t both) { return both & 0x7fff7fffu; }
+};
+
+struct FloatTile {
+  float one[8][8];
+
+  FP8GEMM_DEVICE float get(int i, int j) const { return one[i][j]; }
+
+  FP8GEMM_DEVICE float largest_of_row(int i) const {
+    float largest = magnitude(one[i][0]);
+#pragma unroll
+    for (int j = 1; j < 8; ++j) largest = max_nan(largest, magnitude(one[i][j]));
+    return largest;
+  }
+
+  FP8GEMM_DEVICE void largest_of_columns(float (&largest)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      largest[j] = magnitude(one[0][j]);
+#pragma unroll
+      for (int i = 1; i < 8; ++i) largest[j] = max_nan(largest[j], magnitude(one[i][j]));
+    }
+  }
+
+  FP8GEMM_DEVICE void unpack_again(uint32_t) {}
+};
+
+// Eight 16-bit floats from `from` on, of which `count` exist. Aligned: a multiple of eight.
+template <bool kAligned>
+FP8GEMM_DEVICE void load8(uint32_t (&to)[4], const uint16_t* from, int count) {
+  if constexpr (kAligned) {
+    const Words4 v = count > 0 ? ld_global_stream_v4(from) : Words4{};
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = 2 * j < count ? from[2 * j] : 0;
+      const uint32_t high = 2 * j + 1 < count ? from[2 * j + 1] : 0;
+      to[j] = low | high << 16;
+    }
   }
 }
 
-FP8GEMM_DEVICE void load8(float (&to)[8], const float* from, int count, bool aligned) {
-  if (aligned && count > 0) {
+template <bool kAligned>
+FP8GEMM_DEVICE void load8(float (&to)[8], const float* from, int count) {
+  if constexpr (kAligned) {
 #pragma unroll
     for (int j = 0; j < 8; j += 4) {
-      const Words4 v = ld_global_stream_v4(from + j);
+      const Words4 v = count > 0 ? ld_global_stream_v4(from + j) : Words4{};
       to[j] = bits_to_float(v.x), to[j + 1] = bits_to_float(v.y);
       to[j + 2] = bits_to_float(v.z), to[j + 3] = bits_to_float(v.w);
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) to[j] = j < count ? from[j] : 0.0f;
+    for (int j = 0; j < 8; ++j) to[j] = j < count ? from[j] : 0.0f;
+  }
 }
 
-FP8GEMM_DEVICE void load8(uint32_t (&to)[2], const uint8_t* from, int count, bool aligned) {
-  if (aligned && count > 0) {
-    const Words2 v = ld_global_stream_v2(from);
-    to[0] = v.x, to[1] = v.y;
-    return;
-  }
+template <bool kAligned>
+FP8GEMM_DEVICE void load8(uint32_t (&to)[2], const uint8_t* from, int count) {
   to[0] = to[1] = 0;
+  if constexpr (kAligned) {
+    const Words2 v = count > 0 ? ld_global_stream_v2(from) : Words2{};
+    to[0] = v.x, to[1] = v.y;
+  } else {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    if (j < count) to[j / 4] |= uint32_t{from[j]} << 8 * (j % 4);
+    for (int j = 0; j < 8; ++j) {
+      if (j < count) to[j / 4] |= uint32_t{from[j]} << 8 * (j % 4);
+    }
   }
 }
 
-// Values<spec>: load() them from `row` and `column` on, rows from `end` on being zeros; get(i, j).
-template <QuantizeSpec spec>
+// The numbers of one array that a thread's columns lie in.
+template <class T>
+struct Columns {
+  const T* first;  // of row 0
+  int pitch;       // from one row to the next
+  int count;       // columns from `first` to the end of a row
+};
+
+template <QuantizeSpec spec, class T>
+FP8GEMM_DEVICE Columns<T> columns_of(const QuantizeParams& params, int column) {
+  const T* x = static_cast<const T*>(params.x);
+  if constexpr (spec.pair) {  // both halves are whole tiles
+    const int half = params.k / 2;
+    if (column >= half) x = static_cast<const T*>(params.beside), column -= half;
+    return {x + column, half, half - column};
+  }
+  return {x + column, params.k, params.k - column};
+}
+
+template <QuantizeSpec spec, Part part = Part::kWhole>
 struct Values;
 
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type != Float::kF32)
-struct Values<spec> {
-  uint32_t two[8][4];
-
+struct Values<spec> : PackedTile<spec.type> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
+    const auto x = columns_of<spec, uint16_t>(params, column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool exists = row + i < end;
-      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * params.k : 0;
-      load8(two[i], static_cast<const uint16_t*>(params.x) + at + column,
-            exists ? params.k - column : 0, params.k % 8 == 0);
+      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * x.pitch : 0;
+      load8<spec.aligned>(this->two[i], x.first + at, exists ? x.count : 0);
     }
   }
-  FP8GEMM_DEVICE float get(int i, int j) const { return unpack<spec.type>(two[i][j / 2], j % 2); }
 };
 
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type == Float::kF32)
-struct Values<spec> {
-  float one[8][8];
-
+struct Values<spec> : FloatTile {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
+    const auto x = columns_of<spec, float>(params, column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool exists = row + i < end;
-      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * params.k : 0;
-      load8(one[i], static_cast<const float*>(params.x) + at + column,
-            exists ? params.k - column : 0, params.k % 8 == 0);
+      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * x.pitch : 0;
+      load8<spec.aligned>(one[i], x.first + at, exists ? x.count : 0);
     }
   }
-  FP8GEMM_DEVICE float get(int i, int j) const { return one[i][j]; }
 };
+
+// Eight FP8 numbers, not yet scaled, as floats.
+FP8GEMM_DEVICE void unpack_fp8(float (&to)[8], Words2 eight) {
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    const uint32_t halves = cvt_f16x2_e4m3x2((j < 4 ? eight.x : eight.y) >> 8 * (j % 4));
+    to[j] = cvt_f32_f16(halves & 0xffffu);
+    to[j + 1] = cvt_f32_f16(halves >> 16);
+  }
+}
+
+// The scales [rows↑4] of FP8 rows' step of 128 that `column` lies in.
+FP8GEMM_DEVICE const float* scales_of(const QuantizeParams& params, int batch, int k, int column) {
+  const int steps = (k + 127) / 128, rows = (params.x_rows + 3) / 4 * 4;
+  return params.x_scale + (int64_t{batch} * steps + min(column / 128, steps - 1)) * rows;
+}
 
 // FP8 rows with one scale for each 128 columns.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFp8)
-struct Values<spec> {
-  float one[8][8];
-
+struct Values<spec> : FloatTile {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
-    const int steps = (params.k + 127) / 128, scale_rows = (params.x_rows + 3) / 4 * 4;
-    const float* scales =
-        params.x_scale + (int64_t{batch} * steps + min(column / 128, steps - 1)) * scale_rows;
+    const float* scales = scales_of(params, batch, params.k, column);
     uint32_t four[8][2];
     float scale[8];
 #pragma unroll
@@ -120,28 +218,28 @@ struct Values<spec> {
       const bool exists = row + i < end && column < params.k;
       const int64_t at = exists ? source_row<spec>(params, batch, row + i) : 0;
       scale[i] = exists ? scales[at - int64_t{batch} * params.x_rows] : 0.0f;
-      load8(four[i], static_cast<const uint8_t*>(params.x) + at * params.k + column,
-            exists ? params.k - column : 0, params.k % 8 == 0);
+      const uint8_t* from = static_cast<const uint8_t*>(params.x) + at * params.k + column;
+      load8<spec.aligned>(four[i], from, exists ? params.k - column : 0);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+      unpack_fp8(one[i], {four[i][0], four[i][1]});
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        const uint32_t halves = cvt_f16x2_e4m3x2(four[i][j / 4] >> 8 * (j % 4));
-        one[i][j] = cvt_f32_f16(halves & 0xffffu) * scale[i];
-        one[i][j + 1] = cvt_f32_f16(halves >> 16) * scale[i];
-      }
+      for (int j = 0; j < 8; ++j) one[i][j] *= scale[i];
     }
   }
-  FP8GEMM_DEVICE float get(int i, int j) const { return one[i][j]; }
 };
+
+FP8GEMM_DEVICE float sigmoid(float x) {
+  const float kLog2E = 1.4426950408889634f;
+  return rcp_approx(1.0f + exp2_approx(-x * kLog2E));
+}
 
 // silu(gate) · up · row weight, in fp32. x: [rows, 2k], gate beside up.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kSwiglu)
-struct Values<spec> {
+struct Values<spec> : FloatTile {
   static_assert(spec.type != Float::kF32, "SwiGLU takes 16-bit floats");
-  float one[8][8];
 
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     uint32_t gate[8][4], up[8][4];
@@ -152,8 +250,8 @@ struct Values<spec> {
       const int64_t at = exists ? source_row<spec>(params, batch, row + i) * 2 * params.k : 0;
       const uint16_t* x = static_cast<const uint16_t*>(params.x) + at + column;
       const int count = exists ? params.k - column : 0;
-      load8(gate[i], x, count, params.k % 8 == 0);
-      load8(up[i], x + params.k, count, params.k % 8 == 0);
+      load8<spec.aligned>(gate[i], x, count);
+      load8<spec.aligned>(up[i], x + params.k, count);
       weight[i] = exists ? params.row_weight[row + i] : 0.0f;
     }
 #pragma unroll
@@ -165,12 +263,82 @@ struct Values<spec> {
       }
     }
   }
-  FP8GEMM_DEVICE float get(int i, int j) const { return one[i][j]; }
+};
+
+// Starts copying the operands of kSwigluBackward's tile; rows from `count` on become zeros.
+FP8GEMM_DEVICE void copy_operands(const QuantizeParams& params, BackwardOperands& to, int row,
+                                  int count, int column) {
+  const int64_t k = params.k;
+  const uint8_t* x = static_cast<const uint8_t*>(params.x) + column;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // 256 threads: eight for a row of 128 bytes
+    const int at = threadIdx.x / 8 + 32 * i, chunk = threadIdx.x % 8;
+    const bool exists = at < count;
+    const int64_t from = exists ? row + at : 0;
+    cp_async(shared_address(&to.gate[at][16 * chunk]), x + from * 2 * k + 16 * chunk, exists);
+    cp_async(shared_address(&to.up[at][16 * chunk]), x + from * 2 * k + k + 16 * chunk, exists);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int at = threadIdx.x / 16 + 16 * i, chunk = threadIdx.x % 16;
+    const bool exists = at < count;
+    const uint16_t* from = params.gradient + (exists ? row + at : 0) * k + column;
+    cp_async(shared_address(&to.gradient[at][8 * chunk]), from + 8 * chunk, exists);
+  }
+  const int at = threadIdx.x;
+  if (at < 128) {
+    const bool exists = at < count;
+    to.gate_scale[at] = exists ? scales_of(params, 0, 2 * k, column)[row + at] : 0.0f;
+    to.up_scale[at] = exists ? scales_of(params, 0, 2 * k, column + k)[row + at] : 0.0f;
+    to.row_weight[at] = exists ? params.row_weight[row + at] : 0.0f;
+  }
+}
+
+// With s = sigmoid(gate), and y = row weight · gate · s · up:
+//   kGate        dy · row weight · up · (s + gate · s · (1 − s))
+//   kUp          dy · row weight · gate · s
+//   kActivation  y; and for each row dy · gate · s · up, summed over the tile's columns
+template <QuantizeSpec spec, Part part>
+  requires(spec.source == Source::kSwigluBackward)
+struct Values<spec, part> : FloatTile {
+  float row_sum[8];  // kActivation: of this thread's columns
+
+  FP8GEMM_DEVICE void load(const BackwardOperands& from, int row, int column) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = row + i;
+      float gate[8], up[8];
+      unpack_fp8(gate, *reinterpret_cast<const Words2*>(&from.gate[at][column]));
+      unpack_fp8(up, *reinterpret_cast<const Words2*>(&from.up[at][column]));
+      const Words4 dy = *reinterpret_cast<const Words4*>(&from.gradient[at][column]);
+      const uint32_t two[4] = {dy.x, dy.y, dy.z, dy.w};
+      const float gate_scale = from.gate_scale[at], up_scale = from.up_scale[at];
+      row_sum[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float gradient = unpack<Float::kBf16>(two[j / 2], j % 2);
+        one[i][j] = value(gate[j], gate_scale, up[j], gradient, row_sum[i]);
+      }
+      const float factor = from.row_weight[at] * (part == Part::kUp     ? gate_scale
+                                                  : part == Part::kGate ? up_scale
+                                                                        : gate_scale * up_scale);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) one[i][j] *= factor;
+      row_sum[i] *= gate_scale * up_scale;
+    }
+  }
 
  private:
-  FP8GEMM_DEVICE static float sigmoid(float x) {
-    const float kLog2E = 1.4426950408889634f;
-    return div_rn(1.0f, 1.0f + exp2_approx(-x * kLog2E));
+  // But for the row's factor: gate and up are not yet scaled.
+  FP8GEMM_DEVICE static float value(float gate, float scale, float up, float dy, float& sum) {
+    const float s = sigmoid(gate * scale);
+    if constexpr (part == Part::kGate) {
+      return dy * up * (s * fma_rn(gate * scale, 1.0f - s, 1.0f));
+    }
+    if constexpr (part == Part::kUp) return dy * (gate * s);
+    const float product = gate * s * up;
+    sum = fma_rn(dy, product, sum);
+    return product;
   }
 };
 
