@@ -2,9 +2,9 @@
 
 from jax_fp8gemm import _native
 from jax_fp8gemm.config import GemmConfig as GemmConfig
-from jax_fp8gemm.experts import PreparedExperts as PreparedExperts
+from jax_fp8gemm.expert_weights import PreparedExperts as PreparedExperts
+from jax_fp8gemm.expert_weights import prepare_experts as prepare_experts
 from jax_fp8gemm.experts import expert_ffn as expert_ffn
-from jax_fp8gemm.experts import prepare_experts as prepare_experts
 from jax_fp8gemm.kernel_level import gemm as gemm
 from jax_fp8gemm.moe import moe as moe
 from jax_fp8gemm.ops import fp8_matmul as fp8_matmul

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.expert_parallel import (
@@ -20,9 +19,10 @@ from jax_fp8gemm.expert_parallel import (
     send_quantized,
     vary_alike,
 )
+from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of, save
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm
-from jax_fp8gemm.prepared import Bits, from_bits, to_bits
-from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray
+from jax_fp8gemm.prepared import from_bits
+from jax_fp8gemm.qarray import QArray
 from jax_fp8gemm.quantizing import (
     check_float,
     quantize,
@@ -34,56 +34,6 @@ from jax_fp8gemm.quantizing import (
 )
 from jax_fp8gemm.reference import group_of_row
 from jax_fp8gemm.routing import cut, permutation_of, rows_or_zero, sum_rows
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PreparedExperts:
-    """Weights of experts with their FP8 copies, quantised once for many calls.
-
-    Attributes:
-      wi_0, wi_1, wo: as given; gradients flow to them.
-      copies: for each product the matrices with what it contracts over last, as (uint8, f32):
-        "up" [e, 2f, h], "down" [e, h, f], and for the gradients "up_back" [e, h, 2f], "down_back"
-        [e, f, h]. h is filled with zeros to a multiple of 16, f to a multiple of 128.
-    """
-
-    wi_0: jax.Array
-    wi_1: jax.Array
-    wo: jax.Array
-    copies: dict[str, Bits]
-
-
-def prepare_experts(
-    wi_0: jax.Array, wi_1: jax.Array, wo: jax.Array, *, scale: str = "pow2"
-) -> PreparedExperts:
-    """Quantises weights of experts by 128x128, both ways: for as many calls as they stay the same.
-
-    Args:
-      wi_0, wi_1: bf16, f16 or f32 [e, h, f], gate and up. wo: [e, f, h], down.
-      scale: "pow2" or "float32", see `quantize`.
-
-    Returns:
-      PreparedExperts, which expert_ffn and moe take in place of wi_0, without wi_1 and wo.
-
-    Raises:
-      ValueError: shapes that do not fit. TypeError: dtypes.
-
-    Example:
-      prepared = prepare_experts(wi_0, wi_1, wo)
-      y = expert_ffn(x, experts, weights, prepared)
-    """
-    _check_weights("prepare_experts", wi_0, wi_1, wo)
-    pad_h, pad_f = -wi_0.shape[1] % K_MULTIPLE, -wi_0.shape[2] % BLOCK
-    values = jax.lax.stop_gradient((wi_0, wi_1, wo))
-    gate, up = (jnp.pad(w, [(0, 0), (0, pad_h), (0, pad_f)]) for w in values[:2])
-    down = jnp.pad(values[2], [(0, 0), (0, pad_f), (0, pad_h)])
-    up_back, up = quantize_both((gate, up), BLOCKS, scale=scale)
-    down_back, down = quantize_both(down, BLOCKS, scale=scale)
-    copies = {"up": up, "down": down, "up_back": up_back, "down_back": down_back}
-    return PreparedExperts(
-        wi_0, wi_1, wo, {name: _save(q, "moe_weights") for name, q in copies.items()}
-    )
 
 
 def expert_ffn(
@@ -157,34 +107,6 @@ def run_experts(
     return _experts(*vary_alike(x, experts, weights, prepared, slots), block)
 
 
-def prepared_of(op: str, wi_0, wi_1, wo, scale: str) -> PreparedExperts:
-    if isinstance(wi_0, PreparedExperts):
-        if wi_1 is not None or wo is not None:
-            got, mend = "PreparedExperts and wi_1 or wo", "leave wi_1 and wo out"
-            fail(op, "weights were given twice.", got, "PreparedExperts alone", mend)
-        return wi_0
-    if wi_1 is None or wo is None:
-        expected = "wi_0, wi_1 and wo, or PreparedExperts"
-        fail(op, "wi_1 or wo is missing.", "wi_0 alone", expected, "pass all three")
-    return prepare_experts(wi_0, wi_1, wo, scale=scale)
-
-
-def _check_weights(op: str, wi_0, wi_1, wo) -> None:
-    named = (("wi_0", wi_0), ("wi_1", wi_1), ("wo", wo))
-    for name, w in named:
-        check_float(op, name, w)
-    got = ", ".join(describe(name, w) for name, w in named)
-    if any(w.ndim != 3 for _, w in named):
-        expected = "wi_0, wi_1 [e, h, f], wo [e, f, h]"
-        fail(op, "weights have the wrong rank.", got, expected, "stack the experts along dim 0")
-    e, h, f = wi_0.shape
-    if wi_1.shape != (e, h, f) or wo.shape != (e, f, h):
-        expected, mend = f"wi_1 [{e}, {h}, {f}], wo [{e}, {f}, {h}]", "swap the dims of one of them"
-        fail(op, "the weights do not fit each other.", got, expected, mend)
-    if wi_0.dtype != wi_1.dtype:
-        fail(op, "wi_0 and wi_1 differ in dtype.", got, "one dtype", "cast one", TypeError)
-
-
 def check_tokens(op: str, x, experts, weights, prepared: PreparedExperts) -> None:
     check_float(op, "x", x)
     named = (("x", x), ("experts", experts), ("weights", weights), ("wi_0", prepared.wi_0))
@@ -205,18 +127,14 @@ def check_tokens(op: str, x, experts, weights, prepared: PreparedExperts) -> Non
 # ---- the custom_vjp -----------------------------------------------------------------------------
 
 
-def _save(q: QArray, name: str) -> Bits:
-    bits, scale = to_bits(q)
-    return checkpoint_name(bits, name), checkpoint_name(scale, name)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _experts(x, experts, weights, prepared, slots, block: Block):
     return _forward(x, experts, weights, prepared, slots, block)[0]
 
 
 def _forward(x, experts, weights, prepared, slots, block: Block):
-    """Residuals: x's FP8 rows for each token, SwiGLU's input in FP8, who goes where, weights."""
+    """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; two copies of the weights;
+    who goes where."""
     top_k, e = experts.shape[1], prepared.wi_0.shape[0]
     xq = _received(_pad_h(x), slots, block)
     permutation = permutation_of(experts, e)
@@ -226,17 +144,16 @@ def _forward(x, experts, weights, prepared, slots, block: Block):
     up, down = from_bits(prepared.copies["up"]), from_bits(prepared.copies["down"])
     products = _ragged_products if block.capacity is None else _masked_products
     y, hq = products(xq, token, row_weight, permutation.group_sizes, (up, down), block)
-    # Between devices results travel as bf16.
-    dtype = x.dtype if block.exchange is None else jnp.bfloat16
-    y = collect(sum_rows(y, permutation, top_k, dtype), block.exchange, slots)
-    saved = _save(xq, "moe_x"), _save(hq, "moe_h")
-    like = jnp.zeros(0, x.dtype)
-    residuals = *saved, permutation, weights, prepared, slots, like
-    return y[:, : x.shape[1]].astype(x.dtype), residuals
+    y = _collected(y, permutation, top_k, slots, x, block)
+    saved = save(xq, "moe_x"), save(hq, "moe_h")
+    copies = prepared.copies["down_back"], prepared.copies["up_back"]
+    # Empty arrays that remember dtypes and shapes.
+    like = [a[:0] for a in (x, prepared.wi_0, prepared.wi_1, prepared.wo)]
+    return y, (*saved, copies, permutation, weights, slots, like)
 
 
 def _backward(block: Block, residuals, dy):
-    saved_x, saved_h, permutation, weights, prepared, slots, like = residuals
+    saved_x, saved_h, copies, permutation, weights, slots, like = residuals
     sizes, top_k, scale = permutation.group_sizes, weights.shape[1], block.scale
     token, row_weight = permutation.order // top_k, weights.reshape(-1)[permutation.order]
     by_groups = {"scale": scale, "group_sizes": sizes, "index": token}
@@ -245,32 +162,30 @@ def _backward(block: Block, residuals, dy):
         dyq, dyt = _take(received, token), requantize(received, **by_groups)
     else:
         dyq, dyt = quantize_both(_sent(_pad_h(dy), slots, block), **by_groups)
-    down_back, up_back = (from_bits(prepared.copies[name]) for name in ("down_back", "up_back"))
+    down_back, up_back = map(from_bits, copies)
     da = _ragged(dyq, down_back, sizes)
     dh, dht, at, d_row_weight = swiglu_backward(
         from_bits(saved_h), da, row_weight, sizes, scale=scale
     )
-    dx = sum_rows(_ragged(dh, up_back, sizes), permutation, top_k, jnp.bfloat16)
-    dx = collect(dx, block.exchange, slots)[:, : prepared.wi_0.shape[1]].astype(like.dtype)
-    d_wi = _contracting(requantize(from_bits(saved_x), **by_groups), dht, sizes)
-    d_wo = _contracting(at, dyt, sizes)
+    dx = _collected(_ragged(dh, up_back, sizes), permutation, top_k, slots, like[0], block)
+    xt = requantize(from_bits(saved_x), **by_groups)
+    d_wi = _contracting(xt, dht, sizes, like[1].dtype)
+    d_wo = _contracting(at, dyt, sizes, like[3].dtype)
     d_weights = rows_or_zero(d_row_weight, permutation.inverse()).reshape(weights.shape)
-    return dx, None, d_weights, _weight_gradients(d_wi, d_wo, prepared), None
+    return dx, None, d_weights, _weight_gradients(d_wi, d_wo, like[1:]), None
 
 
 _experts.defvjp(_forward, _backward)
 
 
-def _weight_gradients(d_wi, d_wo, prepared: PreparedExperts) -> PreparedExperts:
+def _weight_gradients(d_wi, d_wo, like) -> PreparedExperts:
     """Splits gate from up and takes the filling off; in the dtypes of the weights."""
-    _, h, f = prepared.wi_0.shape
-    d_gate, d_up = (half[:, :h, :f] for half in jnp.split(d_wi, 2, axis=2))
-    return PreparedExperts(
-        d_gate.astype(prepared.wi_0.dtype),
-        d_up.astype(prepared.wi_1.dtype),
-        d_wo[:, :f, :h].astype(prepared.wo.dtype),
-        None,
-    )
+    d_gate, d_up = jnp.split(d_wi, 2, axis=2)
+    gradients = [
+        gradient[:, : a.shape[1], : a.shape[2]].astype(a.dtype)
+        for gradient, a in zip((d_gate, d_up, d_wo), like, strict=True)
+    ]
+    return PreparedExperts(*gradients, None)
 
 
 # ---- the products -------------------------------------------------------------------------------
@@ -280,8 +195,10 @@ def _ragged(lhs: QArray, rhs: QArray, sizes: jax.Array) -> jax.Array:
     return gemm(lhs, rhs, sizes, variant="ragged")
 
 
-def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array) -> jax.Array:
-    return gemm(lhs, rhs, sizes, variant="ragged_contracting", out_dtype=jnp.float32)
+def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Gradients of weights; float32 but for weights that are themselves bfloat16."""
+    out_dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
+    return gemm(lhs, rhs, sizes, variant="ragged_contracting", out_dtype=out_dtype)
 
 
 def _ragged_products(xq, token, row_weight, sizes, matrices, block: Block):
@@ -324,6 +241,13 @@ def _masked_products(xq, token, row_weight, sizes, matrices, block: Block):
 
 def _take(q: QArray, index: jax.Array) -> QArray:
     return map_rows(lambda x: x[index], q)
+
+
+def _collected(rows, permutation, top_k: int, slots, like: jax.Array, block: Block) -> jax.Array:
+    """Returns the sum of each own token's rows, as wide as `like` and of its dtype."""
+    dtype = like.dtype if block.exchange is None else jnp.bfloat16  # what travels is bf16
+    sums = collect(sum_rows(rows, permutation, top_k, dtype), block.exchange, slots)
+    return sums[:, : like.shape[1]].astype(like.dtype)
 
 
 def _pad_h(x: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ from jax_fp8gemm.expert_parallel import (
     send,
     vary_alike,
 )
-from jax_fp8gemm.experts import Block, PreparedExperts, check_tokens, prepared_of, run_experts
+from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of
+from jax_fp8gemm.experts import Block, check_tokens, run_experts
 from jax_fp8gemm.ops import fp8_matmul
 from jax_fp8gemm.routing import Routing, route
 

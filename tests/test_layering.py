@@ -23,6 +23,7 @@ PYTHON = [
     "ops",
     "routing",
     "expert_parallel",
+    "expert_weights",
     "experts",
     "moe",
 ]

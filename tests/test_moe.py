@@ -75,8 +75,8 @@ def test_against_float32_with_all_gradients(key, pattern):
 
 @pytest.mark.parametrize(
     "t, h, f, e, top_k",
-    [(1, 128, 128, 4, 2), (5, 72, 40, 3, 3), (33, 200, 130, 2, 1)],
-    ids=["one_token", "every_expert", "f_past_a_block"],
+    [(1, 72, 40, 3, 3), (33, 200, 130, 2, 1)],
+    ids=["one_token_every_expert", "f_past_a_block"],
 )
 def test_odd_sizes(key, t, h, f, e, top_k):
     experts, weights = choices(key, t, top_k, e)
@@ -279,10 +279,9 @@ def layer(key, e=4, dtype=jnp.float32):
     return x, dy, (gate_kernel, *make_weights(keys[1], e, H, F), shared)
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_whole_layer_against_float32(key, score):
+def test_whole_layer_against_float32(key):
     x, dy, parameters = layer(key)
-    options = {"top_k": 2, "score": score, "bias": jnp.array([0.3, 0, 0, -0.1]), "scale": 1.5}
+    options = {"top_k": 2, "score": "sigmoid", "bias": jnp.array([0.3, 0, 0, -0.1]), "scale": 1.5}
 
     def run(function):
         def loss(x, gate_kernel, wi_0, wi_1, wo, shared):
@@ -302,10 +301,13 @@ def test_whole_layer_against_float32(key, score):
         assert cosine(a, b) >= 0.995, a.shape
 
 
+jitted_moe = jax.jit(fp8.moe, static_argnames=("top_k", "capacity_factor"))
+
+
 def test_leading_dims_and_types_are_kept(key):
     x, _, parameters = layer(key, dtype=jnp.bfloat16)
-    y, routing = fp8.moe(x.reshape(2, T // 2, H), *parameters[:4], top_k=2)
-    flat, _ = fp8.moe(x, *parameters[:4], top_k=2)
+    y, routing = jitted_moe(x.reshape(2, T // 2, H), *parameters[:4], top_k=2)
+    flat, _ = jitted_moe(x, *parameters[:4], top_k=2)
     assert y.shape == (2, T // 2, H) and y.dtype == jnp.bfloat16
     assert routing.experts.shape == (T, 2)
     np.testing.assert_array_equal(y.reshape(T, H), flat)
@@ -313,11 +315,12 @@ def test_leading_dims_and_types_are_kept(key):
 
 def test_capacity_factor_is_a_share_of_the_rows(key):
     x, _, (gate_kernel, *kernels, _) = layer(key)
-    y, routing = fp8.moe(x, gate_kernel, *kernels, top_k=2, capacity_factor=0.5)
+    y, routing = jitted_moe(x, gate_kernel, *kernels, top_k=2, capacity_factor=0.5)
     # 40 tokens · 2 / 4 experts · 0.5
     chosen = routing.experts, routing.weights
-    np.testing.assert_array_equal(y, fp8.expert_ffn(x, *chosen, *kernels, capacity=10))
-    assert (y != fp8.expert_ffn(x, *chosen, *kernels)).any()
+    ffn = jax.jit(fp8.expert_ffn, static_argnames="capacity")
+    np.testing.assert_array_equal(y, ffn(x, *chosen, *kernels, capacity=10))
+    assert (y != ffn(x, *chosen, *kernels)).any()
 
 
 # ---- errors -------------------------------------------------------------------------------------
