@@ -1,0 +1,58 @@
+"""A mixture-of-experts layer over four devices, compiled for H200s on a machine without one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_h200_compile import TARGET, pytestmark
+
+__all__ = ["pytestmark"]  # skips where the plugin or NVRTC is not installed
+
+CODE = """
+import functools, re, sys, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+import jax_fp8gemm as fp8
+target = open(sys.argv[1]).read()
+topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x4")
+mesh = Mesh(np.array(topology.devices), ("x",))
+
+def shape(spec, *dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+split = P("x")
+layer = functools.partial(fp8.moe, top_k=4, expert_axis="x", exchange=sys.argv[2])
+run = jax.shard_map(
+    lambda *args: layer(*args)[0], mesh=mesh,
+    in_specs=(split, P(), split, split, split), out_specs=split,
+)
+made = jax.jit(run).lower(
+    shape(split, 4096, 1024), shape(P(), 1024, 16, dtype=jnp.float32),
+    shape(split, 16, 1024, 512), shape(split, 16, 1024, 512), shape(split, 16, 512, 1024),
+).compile()
+text = made.as_text()
+for target in ("gemm", "quantize"):
+    print(target, text.count(f'custom_call_target="jax_fp8gemm_{target}_v1"'))
+done = re.compile("(gather|to-all|scatter)-done[.0-9]* = ")
+travels = [line for line in text.splitlines() if done.search(line)]
+print("sent", any("u8[4096,1024]" in line for line in travels))
+print("back", any(" bf16[" in line for line in travels))
+"""
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": "",
+        "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", CODE, str(TARGET), exchange]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Gate and up, down; x, two weights, and SwiGLU's result (its input is for a backward pass).
+    assert done.stdout.split() == "gemm 2 quantize 4 sent True back True".split(), done.stdout
