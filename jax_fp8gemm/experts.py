@@ -228,12 +228,9 @@ def _masked_products(xq, token, row_weight, sizes, matrices, block: Block):
 
     h = masked(_take(xq, token[row]), up)
     y = masked(swiglu_quantize(h, row_weight[row], scale=block.scale), down)
-    group = group_of_row(sizes, rows)
-    offset = jnp.arange(rows) - starts[jnp.minimum(group, e - 1)]
-    slot = jnp.where(group < e, group * capacity + offset, e * capacity)
-    return rows_or_zero(y, slot), map_rows(
-        lambda x: rows_or_zero(x, slot), quantize(h, scale=block.scale)
-    )
+    group = jnp.minimum(group_of_row(sizes, rows), e - 1)
+    slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups
+    return y[slot], _take(quantize(h, scale=block.scale), slot)
 
 
 # ---- rows ---------------------------------------------------------------------------------------

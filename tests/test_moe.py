@@ -10,6 +10,7 @@ from dense_moe import FORWARD, GRADIENT, cosine, dense_ffn, dense_moe, make_weig
 from numerics import calc_diff
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm import reference
 
 T, H, F, E = 40, 128, 128, 5
 NAMES = ("y", "x", "weights", "wi_0", "wi_1", "wo")
@@ -172,6 +173,37 @@ def test_nan_in_a_token_reaches_its_own_results_alone(key):
         away = [i for i in range(E) if i not in np.asarray(experts[3]).tolist()]
         for a, b in zip(dirty[3:], clean[3:], strict=True):
             np.testing.assert_array_equal(a[jnp.array(away)], b[jnp.array(away)])
+
+
+@pytest.mark.parametrize("capacity", [None, 12])
+def test_what_kernels_leave_unwritten_reaches_nothing(key, monkeypatch, capacity):
+    """As on a GPU: NaN in what `masked` does not compute, and in quantised rows past the groups."""
+    t = 26  # as in no other test: their programs are not to be taken from a cache
+    plain, copies = reference.PRODUCTS["masked"], reference.copies
+
+    def masked(lhs, rhs, sizes):
+        rows = jnp.arange(lhs.shape[1])[:, None] < sizes[:, None, None]
+        return jnp.where(rows, plain(lhs, rhs, sizes), jnp.nan)
+
+    def grouped(x, *args, group_sizes, **kwargs):
+        found = copies(x, *args, group_sizes=group_sizes, **kwargs)
+        if group_sizes is not None and kwargs["rows"]:
+            rows = jnp.arange(found[1].shape[-1])
+            found[1] = jnp.where(rows < group_sizes.sum(), found[1], jnp.nan)
+        return found
+
+    monkeypatch.setitem(reference.PRODUCTS, "masked", masked)
+    monkeypatch.setattr(reference, "copies", grouped)
+    experts, weights = choices(key, t)
+    experts = PATTERNS["some_to_nobody"](experts)
+    assert np.bincount(experts.ravel(), minlength=E).max() <= 12 < experts.size
+    x, dy = tokens(key, t)
+    kernels = make_weights(key, E, H, F)
+    run = with_gradients(functools.partial(fp8.expert_ffn, capacity=capacity))
+    check(
+        run(x, experts, weights, kernels, dy),
+        dense_block(x, experts, weights, kernels, dy),
+    )
 
 
 # ---- types and transformations ------------------------------------------------------------------
