@@ -140,10 +140,10 @@ void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
   QuantizeParams& p = call.params;
   const bool backward = spec.source == Source::kSwigluBackward;
   const bool blocks = spec.tile == ScaleTile::k128x128;
-  const int64_t batch = call.batch, m = p.m, k = backward ? 2 * int64_t{p.k} : p.k;
+  const int64_t batch = call.batch, m = p.m, k = p.k, width = backward ? 2 * k : k;
   if (spec.rows) {
-    const ScaleShape shape = scale_shape(blocks, m, k);
-    auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, k});
+    const ScaleShape shape = scale_shape(blocks, m, width);
+    auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, width});
     auto scale = buffers.result("scales of rows", ffi::F32, {batch, shape.lines, shape.columns});
     if (rows && scale) p.rows = pointer<uint8_t>(rows), p.rows_scale = pointer<float>(scale);
   }
@@ -158,14 +158,16 @@ void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     if (scale) p.transposed_scale = pointer<float>(scale);
   }
   if (backward) {
-    const ScaleShape shape = scale_shape(false, p.k, p.pitch);
-    auto copy = buffers.result("the activation", ffi::F8E4M3FN, {batch, p.k, p.pitch});
-    auto scale = buffers.result("scales of the activation", ffi::F32,
-                                {batch, shape.lines, shape.columns});
-    auto weights = buffers.result("the gradient to row weights", ffi::F32, {p.k / 128, m});
-    if (!copy || !scale || !weights) return;
-    p.activation = pointer<uint8_t>(copy), p.activation_scale = pointer<float>(scale);
-    p.row_weight_gradient = pointer<float>(weights);
+    const ScaleShape shape = scale_shape(false, k, p.pitch);
+    auto copy = [&](const char* name, uint8_t*& values, float*& scale) {
+      auto q = buffers.result(name, ffi::F8E4M3FN, {batch, k, p.pitch});
+      auto s = buffers.result(name, ffi::F32, {batch, shape.lines, shape.columns});
+      if (q && s) values = pointer<uint8_t>(q), scale = pointer<float>(s);
+    };
+    copy("the transposed gradient to up, or its scales", p.up_transposed, p.up_transposed_scale);
+    copy("the transposed activation, or its scales", p.activation, p.activation_scale);
+    auto weights = buffers.result("the gradient to row weights", ffi::F32, {k / 128, m});
+    if (weights) p.row_weight_gradient = pointer<float>(weights);
   }
   call.tiles = ceil_div(spec.grouped ? p.pitch : m, 128);
 }

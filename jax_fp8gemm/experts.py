@@ -164,26 +164,27 @@ def _backward(block: Block, residuals, dy):
         dyq, dyt = quantize_both(_sent(_pad_h(dy), slots, block), **by_groups)
     down_back, up_back = map(from_bits, copies)
     da = _ragged(dyq, down_back, sizes)
-    dh, dht, at, d_row_weight = swiglu_backward(
+    dh, gate_t, up_t, at, d_row_weight = swiglu_backward(
         from_bits(saved_h), da, row_weight, sizes, scale=scale
     )
     dx = _collected(_ragged(dh, up_back, sizes), permutation, top_k, slots, like[0], block)
     xt = requantize(from_bits(saved_x), **by_groups)
-    d_wi = _contracting(xt, dht, sizes, like[1].dtype)
-    d_wo = _contracting(at, dyt, sizes, like[3].dtype)
+    pairs = (xt, gate_t), (xt, up_t), (at, dyt)
+    d_kernels = [
+        _contracting(*pair, sizes, w.dtype) for pair, w in zip(pairs, like[1:], strict=True)
+    ]
     d_weights = rows_or_zero(d_row_weight, permutation.inverse()).reshape(weights.shape)
-    return dx, None, d_weights, _weight_gradients(d_wi, d_wo, like[1:]), None
+    return dx, None, d_weights, _weight_gradients(d_kernels, like[1:]), None
 
 
 _experts.defvjp(_forward, _backward)
 
 
-def _weight_gradients(d_wi, d_wo, like) -> PreparedExperts:
-    """Splits gate from up and takes the filling off; in the dtypes of the weights."""
-    d_gate, d_up = jnp.split(d_wi, 2, axis=2)
+def _weight_gradients(kernels, like) -> PreparedExperts:
+    """Takes the filling off; in the dtypes of the weights."""
     gradients = [
         gradient[:, : a.shape[1], : a.shape[2]].astype(a.dtype)
-        for gradient, a in zip((d_gate, d_up, d_wo), like, strict=True)
+        for gradient, a in zip(kernels, like, strict=True)
     ]
     return PreparedExperts(*gradients, None)
 

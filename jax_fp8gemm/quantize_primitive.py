@@ -3,12 +3,14 @@
 Operands, in order: x [b, m, k]; with `pair` a second one beside it; the scales of x where it is FP8
 (in the kernel's layout); the index of a gather; the gradient and the row weights of SwiGLU; group
 sizes. Results: qvalue and scale (in the kernel's layout) of x as it lies, then of its transposed
-copy; of SwiGLU's backward also those of the activation's transposed copy, and the gradient to the
-row weights in parts. What they mean: reference.copies, reference.swiglu_gradients.
+copy. Of SwiGLU's backward: of the gradient to gate and up as rows; of gate's, up's and the
+activation's transposed copies; and the gradient to the row weights in parts. What they mean:
+reference.copies, reference.swiglu_gradients.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +89,9 @@ class QuantizeStatic:
     def results(self, operands) -> list[tuple[tuple[int, ...], jnp.dtype]]:
         """Returns shape and dtype of every result."""
         b, m, k, tokens = self.sizes(operands)
-        shapes = [(b, m, k)] * self.rows + [(b, k, tokens)] * self.transposed
         backward = self.source == "swiglu_backward"
-        shapes += [(b, k // 2, tokens)] * backward
+        turned = [(b, k // 2, tokens)] * 3 if backward else [(b, k, tokens)] * self.transposed
+        shapes = [(b, m, k)] * self.rows + turned
         found = []
         for shape in shapes:
             lead, lines, columns = shape
@@ -129,23 +131,20 @@ def _reference(*operands, static: QuantizeStatic):
         x = reference.dequantize(x, scale, ROW_BLOCKS)
     if static.gather:
         x = x[:, jnp.clip(named["index"], 0, x.shape[1] - 1)]
-    last = []
+    made = functools.partial(
+        reference.copies, tile=static.tile, mode=static.scale, group_sizes=sizes
+    )
     if static.source == "swiglu":
         x = reference.swiglu(x)[3] * named["row_weight"][:, None]
-    if static.source == "swiglu_backward":
-        dh, activation, parts = reference.swiglu_gradients(
-            x[0], named["gradient"][0], named["row_weight"]
-        )
-        x = dh[None]
-        last = reference.copies(
-            activation[None], static.tile, static.scale,
-            rows=False, transposed=True, group_sizes=sizes,
-        )  # fmt: skip
-        last.append(parts)
-    return reference.copies(
-        x, static.tile, static.scale,
-        rows=static.rows, transposed=static.transposed, group_sizes=sizes,
-    ) + last  # fmt: skip
+    if static.source != "swiglu_backward":
+        return made(x, rows=static.rows, transposed=static.transposed)
+    dh, activation, parts = reference.swiglu_gradients(
+        x[0], named["gradient"][0], named["row_weight"]
+    )
+    turned = [*jnp.split(dh, 2, axis=1), activation]
+    copies = [made(dh[None], rows=True, transposed=False)]
+    copies += [made(y[None], rows=False, transposed=True) for y in turned]
+    return [*itertools.chain(*copies), parts]
 
 
 ad.primitive_jvps[quantize_p] = no_derivative("quantize")

@@ -222,7 +222,7 @@ def swiglu_backward(
     group_sizes: jax.Array | None = None,
     *,
     scale: str = "pow2",
-) -> tuple[QArray, QArray, QArray, jax.Array]:
+) -> tuple[QArray, QArray, QArray, QArray, jax.Array]:
     """The backward pass of row_weight · silu(gate) · up, quantised both ways in one pass.
 
     Args:
@@ -231,8 +231,9 @@ def swiglu_backward(
       group_sizes: int32 [g], as in `quantize_both`.
 
     Returns:
-      The gradient to h as rows [m, 2f] and transposed [2f, tokens]; the weighted product's
-      transposed copy [f, tokens]; the gradient to row_weight, f32 [m] (anything past the groups).
+      The gradient to h as rows [m, 2f]; transposed copies [f, tokens] of the gradient to gate, of
+      the gradient to up, and of the weighted product; the gradient to row_weight, f32 [m] (anything
+      past the groups).
 
     Raises:
       ValueError: shapes that do not fit, f not a multiple of 128.

@@ -28,8 +28,12 @@ run = jax.shard_map(
     lambda *args: layer(*args)[0], mesh=mesh,
     in_specs=(split, P(), split, split, split), out_specs=split,
 )
-made = jax.jit(run).lower(
-    shape(split, 4096, 1024), shape(P(), 1024, 16, dtype=jnp.float32),
+def step(dy, *args):
+    y, pull = jax.vjp(run, *args)
+    return y, pull(dy)
+
+made = jax.jit(step).lower(
+    shape(split, 4096, 1024), shape(split, 4096, 1024), shape(P(), 1024, 16, dtype=jnp.float32),
     shape(split, 16, 1024, 512), shape(split, 16, 1024, 512), shape(split, 16, 512, 1024),
 ).compile()
 text = made.as_text()
@@ -54,5 +58,6 @@ def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tmp_path):
     command = [sys.executable, "-c", CODE, str(TARGET), exchange]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Gate and up, down; x, two weights, and SwiGLU's result (its input is for a backward pass).
-    assert done.stdout.split() == "gemm 2 quantize 4 sent True back True".split(), done.stdout
+    # Two products and their five gradients. Quantised: x, gate and up, down, SwiGLU's input and its
+    # result; dy, and turned; x turned, SwiGLU's gradient.
+    assert done.stdout.split() == "gemm 7 quantize 9 sent True back True".split(), done.stdout

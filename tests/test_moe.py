@@ -302,14 +302,14 @@ def calls(jaxpr) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("policy, again", [("nothing", 1), ("x_and_h", 0), ("everything", 0)])
 def test_all_products_are_in_fp8_and_none_is_done_again(key, policy, again):
-    """Two forward, four backward; gate and up once more where SwiGLU's input was not kept."""
+    """Two forward, five backward; gate and up once more where SwiGLU's input was not kept."""
     experts, weights = choices(key)
     x, _ = tokens(key)
     remat = jax.checkpoint(fp8.expert_ffn, policy=POLICIES[policy])
     slope = jax.grad(lambda x, *ws: (remat(x, experts, weights, *ws) ** 2).sum(), (0, 1, 2, 3))
     found = calls(jax.jit(slope).trace(x, *make_weights(key, E, H, F)).jaxpr)
     assert found.count(("jax_fp8gemm_gemm", "ragged")) == 4 + again
-    assert found.count(("jax_fp8gemm_gemm", "ragged_contracting")) == 2
+    assert found.count(("jax_fp8gemm_gemm", "ragged_contracting")) == 3
     assert not any(name in ("dot_general", "ragged_dot_general") for name, _ in found)
 
 

@@ -144,7 +144,9 @@ struct QuantizeParams {
   float* rows_scale;
   uint8_t* transposed;
   float* transposed_scale;
-  uint8_t* activation;         // kSwigluBackward: [k, m], as the transposed copy
+  uint8_t* up_transposed;      // kSwigluBackward: [k, m], like `transposed`, which is gate's there
+  float* up_transposed_scale;
+  uint8_t* activation;         // kSwigluBackward: [k, m], likewise
   float* activation_scale;
   float* row_weight_gradient;  // kSwigluBackward: [k/128, m], in parts to be added up
   int32_t m;

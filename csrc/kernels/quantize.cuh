@@ -97,24 +97,27 @@ struct QuantizeShared {
   alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
 };
 
-// Where results of a part lie.
+// One of the two copies: where it lies, and which of its columns, before it was transposed, the tile
+// begins with.
 struct Target {
-  uint8_t* rows;
-  float* rows_scale;
-  uint8_t* transposed;
-  float* transposed_scale;
-  int k;       // columns of rows
-  int column;  // the tile's first, among them
+  uint8_t* values;
+  float* scale;
+  int k;       // columns
+  int column;  // the tile's first
 };
 
+// Gradients to gate and up lie beside each other as rows, but are transposed apart.
 template <Part part>
-FP8GEMM_DEVICE Target target_of(const QuantizeParams& p, int column) {
-  if constexpr (part == Part::kActivation) {
-    return {nullptr, nullptr, p.activation, p.activation_scale, p.k, column};
-  }
+FP8GEMM_DEVICE Target rows_target(const QuantizeParams& p, int column) {
   const int sides = part == Part::kWhole ? 1 : 2;
-  return {p.rows,         p.rows_scale, p.transposed, p.transposed_scale,
-          sides * p.k, part == Part::kUp ? p.k + column : column};
+  return {p.rows, p.rows_scale, sides * p.k, part == Part::kUp ? p.k + column : column};
+}
+
+template <Part part>
+FP8GEMM_DEVICE Target transposed_target(const QuantizeParams& p, int column) {
+  if constexpr (part == Part::kUp) return {p.up_transposed, p.up_transposed_scale, p.k, column};
+  if constexpr (part == Part::kActivation) return {p.activation, p.activation_scale, p.k, column};
+  return {p.transposed, p.transposed_scale, p.k, column};
 }
 
 template <QuantizeSpec spec, Part part>
@@ -127,7 +130,7 @@ struct Quantizer {
   const QuantizeParams& params;
   Shared& shared;
   TokenTile tokens;
-  Target target;
+  Target rows, transposed;
   int batch;
   int slot, column;  // this thread's first row / 8 and first column, in the tile
   Values<spec, part> values;
@@ -136,7 +139,8 @@ struct Quantizer {
       : params(p),
         shared(s),
         tokens(t),
-        target(target_of<part>(p, blockIdx.x * 128)),
+        rows(rows_target<part>(p, blockIdx.x * 128)),
+        transposed(transposed_target<part>(p, blockIdx.x * 128)),
         batch(blockIdx.z),
         slot(threadIdx.x / 16),
         column(threadIdx.x % 16 * 8) {}
@@ -175,7 +179,6 @@ struct Quantizer {
 
   FP8GEMM_DEVICE int row(int i) const { return tokens.first + slot * 8 + i; }
   FP8GEMM_DEVICE bool has_row(int i) const { return slot * 8 + i < tokens.count; }
-  FP8GEMM_DEVICE int first_column() const { return target.column + column; }
 
   // ---- Scales ----
 
@@ -210,23 +213,23 @@ struct Quantizer {
     for (int warp = 1; warp < 8; ++warp) largest = max_nan(largest, shared.largest[warp][at]);
     const ScaleOf scale = ScaleOf::of(largest);
     shared.column[at] = scale;
-    const int steps = params.pitch / 128, all = round_up4(target.k);
+    const int steps = params.pitch / 128, all = round_up4(transposed.k);
     const int64_t line = int64_t{batch} * steps + tokens.position / 128;
-    if (target.column + at < target.k) {
-      target.transposed_scale[line * all + target.column + at] = scale.value;
+    if (transposed.column + at < transposed.k) {
+      transposed.scale[line * all + transposed.column + at] = scale.value;
     }
   }
 
   FP8GEMM_DEVICE void store_block_scale(float scale) {
-    const int row_tile = tokens.first / 128, column_tile = target.column / 128;
-    const int row_tiles = (params.m + 127) / 128, column_tiles = (target.k + 127) / 128;
+    const int row_tile = tokens.first / 128, column_tile = blockIdx.x;
+    const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
     if constexpr (kRows) {
       const int64_t line = int64_t{batch} * row_tiles + row_tile;
-      target.rows_scale[line * round_up4(column_tiles) + column_tile] = scale;
+      rows.scale[line * round_up4(column_tiles) + column_tile] = scale;
     }
     if constexpr (spec.transposed) {
       const int64_t line = int64_t{batch} * column_tiles + column_tile;
-      target.transposed_scale[line * round_up4(row_tiles) + row_tile] = scale;
+      transposed.scale[line * round_up4(row_tiles) + row_tile] = scale;
     }
   }
 
@@ -250,11 +253,11 @@ struct Quantizer {
   // ---- The copy as it lies ----
 
   FP8GEMM_DEVICE void quantize_rows() {
-    const int64_t line = int64_t{batch} * ((target.k + 127) / 128) + target.column / 128;
-    float* scales = target.rows_scale + line * round_up4(params.m) + tokens.first;
+    const int64_t line = int64_t{batch} * ((rows.k + 127) / 128) + rows.column / 128;
+    float* scales = rows.scale + line * round_up4(params.m) + tokens.first;
     uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < 8; ++i, to += target.k) {
+    for (int i = 0; i < 8; ++i, to += rows.k) {
       float largest = values.largest_of_row(i);
 #pragma unroll
       for (int distance = 8; distance > 0; distance /= 2) {
@@ -269,17 +272,17 @@ struct Quantizer {
   FP8GEMM_DEVICE void store_rows(ScaleOf scale) {
     uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < 8; ++i, to += target.k) store_row(to, i, scale);
+    for (int i = 0; i < 8; ++i, to += rows.k) store_row(to, i, scale);
   }
 
   FP8GEMM_DEVICE uint8_t* first_row() const {
-    return target.rows + (int64_t{batch} * params.m + row(0)) * target.k + first_column();
+    return rows.values + (int64_t{batch} * params.m + row(0)) * rows.k + rows.column + column;
   }
 
   FP8GEMM_DEVICE void store_row(uint8_t* to, int i, ScaleOf scale) {
     const Words2 bytes =
         pack8([&](int j) { return values.get(i, j); }, [&](int) { return scale; });
-    if (has_row(i)) store8(to, bytes, target.k - first_column());
+    if (has_row(i)) store8(to, bytes, rows.k - rows.column - column);
   }
 
   // ---- The transposed copy ----
@@ -296,20 +299,21 @@ struct Quantizer {
           pack8([&](int i) { return values.get(i, j); }, [&](int) { return own; });
     }
     __syncthreads();
-    const int rows = params.pitch - tokens.position;  // of the transposed copy's columns, here on
-    uint8_t* out = target.transposed + int64_t{batch} * target.k * params.pitch + tokens.position;
+    const int room = params.pitch - tokens.position;  // columns of the transposed copy, here on
+    uint8_t* out =
+        transposed.values + int64_t{batch} * transposed.k * params.pitch + tokens.position;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = threadIdx.x / 8 + 32 * i, chunk = threadIdx.x % 8;
-      const int line = target.column + at;
-      if (line >= target.k) continue;
+      const int line = transposed.column + at;
+      if (line >= transposed.k) continue;
       const Words2 low = shared.tile[place(at, chunk, 0)], high = shared.tile[place(at, chunk, 1)];
       uint8_t* to = out + int64_t{line} * params.pitch + chunk * 16;
       if constexpr (spec.aligned || !kBlocks) {
-        if (chunk * 16 < rows) *reinterpret_cast<Words4*>(to) = {low.x, low.y, high.x, high.y};
+        if (chunk * 16 < room) *reinterpret_cast<Words4*>(to) = {low.x, low.y, high.x, high.y};
       } else {
-        store8(to, low, rows - chunk * 16);
-        store8(to + 8, high, rows - chunk * 16 - 8);
+        store8(to, low, room - chunk * 16);
+        store8(to + 8, high, room - chunk * 16 - 8);
       }
     }
   }
