@@ -3,25 +3,27 @@
 Operands, in order: lhs, rhs (e4m3), lhs scale, rhs scale (f32, in the kernel's layout, see
 reference.scale_to_kernel), the group operand (int32) of a grouped variant, and init (f32) when
 accumulating. The stack above it is
-custom_vjp (ops.py) > custom_vmap (here) > sharding (its place is between `product` and `_bind`).
+custom_vjp (ops.py) > custom_vmap (here) > custom_partitioning (sharding.py) > the primitive.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
-from jax.interpreters import ad, mlir
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm import config as configs
-from jax_fp8gemm import reference
+from jax_fp8gemm import reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET, TARGET
 from jax_fp8gemm.errors import message
-from jax_fp8gemm.qarray import BLOCK, BLOCKS, TENSOR, QArray
-from jax_fp8gemm.variants import SCALES, VARIANTS
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, TENSOR, QArray, Tile
+from jax_fp8gemm.sharding import Dim, Rule, Total
+from jax_fp8gemm.variants import SCALES, VARIANTS, Variant
 
 # For jax.export.export(..., disabled_checks=EXPORT_CHECKS): XLA promises nothing about the
 # stability of foreign custom calls; this library does, by the version in the target's name.
@@ -53,13 +55,17 @@ class Static:
         """Where init is, if there is one."""
         return 4 if self.groups_at is None else 5
 
+    def row(self, operands) -> Variant:
+        """The row of the table for these operands' ranks."""
+        return VARIANTS[self.variant].with_ranks(operands[0].ndim, operands[1].ndim)
+
 
 gemm_p = Primitive("jax_fp8gemm_gemm")
 
 
 def _out_shape(static: Static, operands) -> tuple[int, ...]:
     count = None if static.groups_at is None else operands[static.groups_at].shape[0]
-    return VARIANTS[static.variant].out_shape(operands[0].shape, operands[1].shape, count)
+    return static.row(operands).out_shape(operands[0].shape, operands[1].shape, count)
 
 
 def _abstract(*operands, static: Static):
@@ -81,24 +87,6 @@ def _reference(*operands, static: Static):
     )
 
 
-def no_derivative(op: str):
-    """Returns the rule for derivatives of a primitive on FP8 numbers: a clear error."""
-
-    def rule(primals, tangents, **params):
-        raise NotImplementedError(
-            message(
-                op,
-                "FP8 numbers have no derivative.",
-                got=f"jax.grad (or a second derivative) through {op}",
-                expected="first derivatives, through fp8_matmul or fp8_ragged_dot",
-                mend="differentiate these once; for second derivatives use jnp.dot",
-            )
-        )
-
-    return rule
-
-
-ad.primitive_jvps[gemm_p] = no_derivative("gemm")
 mlir.register_lowering(gemm_p, mlir.lower_fun(_reference, multiple_results=False))
 
 
@@ -144,9 +132,17 @@ mlir.register_lowering(gemm_p, _lower_cuda, platform="cuda")
 
 @functools.partial(jax.jit, static_argnames="static")
 def _bind(lhs, rhs, lhs_scale, rhs_scale, *rest, static: Static):
-    """One product on one device. Scales in their logical layout."""
+    """One product on one device. Scales in their logical layout; many dims become two."""
+    operands = (lhs, rhs, lhs_scale, rhs_scale, *rest)
+    shape, row = _out_shape(static, operands), static.row(operands)
+    if row.lhs != VARIANTS[static.variant].lhs:
+        m, n = math.prod(shape[:-1]), shape[-1]
+        rows = (m, n, m, n, *[m] * len(rest))
+        lhs, rhs, lhs_scale, rhs_scale, *rest = (
+            x.reshape(count, -1) for x, count in zip(operands, rows, strict=True)
+        )
     lhs_tile, rhs_tile = SCALES[static.scales]
-    return gemm_p.bind(
+    out = gemm_p.bind(
         lhs,
         rhs,
         reference.scale_to_kernel(lhs_scale, lhs_tile),
@@ -154,6 +150,65 @@ def _bind(lhs, rhs, lhs_scale, rhs_scale, *rest, static: Static):
         *rest,
         static=static,
     )
+    return out.reshape(shape)
+
+
+def _shard(*operands, static: Static, total: Total | None = None):
+    """One device's share of a product; where k is cut, float32 parts are summed by `total`."""
+    if total is None:
+        return _bind(*operands, static=static)
+    init = operands[static.init_at :]
+    part = _bind(*operands[: static.init_at], static=dataclasses.replace(static, out="f32"))
+    return sum(init, total(part)).astype(DTYPES[static.out])
+
+
+def _scale_dims(letters: str, tile: Tile) -> tuple[Dim, ...]:
+    *lead, rows, columns = letters
+    return (*map(Dim, lead), Dim(rows, tile[0]), Dim(columns, tile[1]))
+
+
+@functools.cache
+def sharding_rule(row: Variant, tiles: tuple[Tile, Tile], accumulate: bool) -> Rule:
+    """Returns how a product is cut up. Groups and what they cut up stay whole; blocks do."""
+    lhs, rhs, out = (tuple(map(Dim, letters)) for letters in (row.lhs, row.rhs, row.out))
+    operands = [lhs, rhs, _scale_dims(row.lhs, tiles[0]), _scale_dims(row.rhs, tiles[1])]
+    whole = {row.groups} - {None}
+    if row.group_operand:
+        operands.append((Dim(row.group_operand),))
+        whole |= set() if "g" in row.lhs else {"g"}  # masked: every group has its own rows
+    blocked = {row.lhs[-1]} | {
+        letters[-2]
+        for letters, tile in zip((row.lhs, row.rhs), tiles, strict=True)
+        if tile[0] == BLOCK
+    }
+    summed = set(row.lhs) & set(row.rhs) - set(row.out)
+    return Rule(
+        f"gemm {row.name}",
+        (*operands, *[out] * accumulate),
+        (out,),
+        deciding=(0, 1),
+        summed=frozenset(summed),
+        whole=frozenset(whole),
+        blocked=frozenset(blocked),
+        added=len(operands) if accumulate else None,
+    )
+
+
+def no_derivative(op: str):
+    """Returns the rule for derivatives of a primitive on FP8 numbers: a clear error."""
+
+    def rule(primals, tangents):
+        raise NotImplementedError(
+            message(
+                op,
+                "FP8 numbers have no derivative.",
+                got=f"jax.grad (or a second derivative) through {op}",
+                expected="first derivatives, through fp8_matmul or fp8_ragged_dot",
+                mend="differentiate these once; for second derivatives use jnp.dot",
+            )
+        )
+
+    return rule
 
 
 def product(
@@ -163,22 +218,50 @@ def product(
     groups: jax.Array | None = None,
     init: jax.Array | None = None,
 ) -> jax.Array:
-    """Binds one product, under every transformation. Shapes have been checked."""
+    """Binds one product, under every transformation. Shapes have been checked.
+
+    A dense product may have more than two dims: every dim of rhs but the first is contracted, and
+    lhs has any number of others before these. They stay apart until each device has its shard,
+    since a merged dim can be sharded by its first part alone.
+    """
     rest = [x for x in (groups, init) if x is not None]
     operands = (lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest)
     shape = _out_shape(static, operands)
     if 0 in (*shape, *lhs.shape, *rhs.shape):
         return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
-    return _batchable(static)(*operands)
+    rule = _rule(static, operands)
+    result = jax.ShapeDtypeStruct(shape, DTYPES[static.out])
+    call = sharding.explicit(rule, _batchable(static), operands, result)
+    return call(*sharding.vary_together(*operands))
+
+
+def _rule(static: Static, operands) -> Rule:
+    return sharding_rule(
+        static.row(operands), SCALES[static.scales], len(operands) > static.init_at
+    )
+
+
+@functools.cache
+def _placed(static: Static, rule: Rule):
+    """Returns the product with its rule for partitioning; jitted, since that is when it applies."""
+    return jax.jit(sharding.partitioned(functools.partial(_shard, static=static), rule))
 
 
 @functools.cache
 def _batchable(static: Static):
-    """Returns `_bind` for `static` with its rule for vmap."""
+    """Returns the product for `static` with its rule for vmap."""
+
+    @jax.custom_jvp
+    def on_devices(*operands):
+        if sharding.is_manual():
+            return _bind(*operands, static=static)
+        return _placed(static, _rule(static, operands))(*operands)
+
+    on_devices.defjvp(no_derivative("gemm"))
 
     @custom_vmap
     def call(*operands):
-        return _bind(*operands, static=static)
+        return on_devices(*operands)
 
     @call.def_vmap
     def rule(size, batched, *operands):
@@ -212,21 +295,21 @@ def _vmap_dense(static: Static, size: int, batched, operands, spread):
     """vmap of a dense product: more rows, more columns, or the batched variant."""
     lhs_tile, rhs_tile = SCALES[static.scales]
     lhs_batched, rhs_batched = batched[0] or batched[2], batched[1] or batched[3]
-    m, n = operands[0].shape[-2], operands[1].shape[-2]
-    if lhs_batched and not rhs_batched and lhs_tile != TENSOR:
-        lhs, lhs_scale, *init = (x.reshape(size * m, -1) for x in spread(0, 2, 4))
-        out = _batchable(static)(lhs, operands[1], lhs_scale, operands[3], *init)
-        return out.reshape(size, m, n)
+    if not rhs_batched and lhs_tile != TENSOR:  # one more leading dim
+        lhs, lhs_scale, *init = spread(0, 2, 4)
+        return _batchable(static)(lhs, operands[1], lhs_scale, operands[3], *init)
+    n = operands[1].shape[batched[1]]
     whole_blocks = rhs_tile != BLOCKS or n % BLOCK == 0
-    if (
-        rhs_batched
-        and not lhs_batched
-        and rhs_tile != TENSOR
-        and whole_blocks
-        and len(batched) == 4
-    ):
-        rhs, rhs_scale = (x.reshape(-1, x.shape[-1]) for x in spread(1, 3))
+    if not lhs_batched and rhs_tile != TENSOR and whole_blocks and len(batched) == 4:
+        rhs, rhs_scale = (x.reshape(-1, *x.shape[2:]) for x in spread(1, 3))
         out = _batchable(static)(operands[0], rhs, operands[2], rhs_scale)
-        return jnp.moveaxis(out.reshape(m, size, n), 1, 0)
+        return jnp.moveaxis(out.reshape(*out.shape[:-1], size, n), -2, 0)
+    lhs, rhs, lhs_scale, rhs_scale, *init = spread(0, 1, 2, 3, 4)
+    lead = lhs.shape[1 : lhs.ndim - rhs.ndim + 2]
+    if lhs.ndim > 3:
+        lhs, lhs_scale = (x.reshape(size, math.prod(lead), -1) for x in (lhs, lhs_scale))
+        init = [x.reshape(size, -1, n) for x in init]
+    rhs, rhs_scale = (x.reshape(*x.shape[:2], -1) for x in (rhs, rhs_scale))
     partner = dataclasses.replace(static, variant=VARIANTS[static.variant].vmap)
-    return _batchable(partner)(*spread(0, 1, 2, 3, 4))
+    out = _batchable(partner)(lhs, rhs, lhs_scale, rhs_scale, *init)
+    return out.reshape(size, *lead, n)

@@ -4,6 +4,7 @@ The C++ enum `Variant` (csrc/kernels/params.cuh) has the same names in the same 
 """
 
 import dataclasses
+import string
 
 from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile
 
@@ -26,6 +27,19 @@ class Variant:
     group_operand: str | None
     vmap: str | None
     known_as: str
+
+    def with_ranks(self, lhs: int, rhs: int) -> "Variant":
+        """Returns the row for operands of these ranks; only `dense` has others than its own.
+
+        Each dim of rhs but the first is contracted; lhs has these last, and any before them.
+        """
+        if self.name != "dense" or rhs < 2 or lhs < rhs or lhs + rhs > len(string.ascii_uppercase):
+            return self
+        names = iter(string.ascii_uppercase)
+        lead = "".join(next(names) for _ in range(lhs - rhs)) + "m"
+        contracted = "".join(next(names) for _ in range(rhs - 2)) + "k"
+        letters = {"lhs": lead + contracted, "rhs": "n" + contracted, "out": lead + "n"}
+        return dataclasses.replace(self, **letters)
 
     def sizes(self, lhs: tuple[int, ...], rhs: tuple[int, ...], group_count: int | None) -> dict:
         """Returns the size of every letter; group_count: the length of the group operand."""

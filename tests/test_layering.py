@@ -15,6 +15,7 @@ PYTHON = [
     "reference",
     "config",
     "_native",
+    "sharding",
     "primitives",
     "quantize_primitive",
     "kernel_level",

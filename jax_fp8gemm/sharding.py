@@ -1,0 +1,279 @@
+"""How an operation on blocks is cut up over the devices of a mesh.
+
+A `Rule` names every dim of every operand and result by a letter. From it follow the Shardy rule,
+which says how shardings travel through the operation, and the partition callback, which states
+the sharding that each operand must have: one letter for each mesh axis, whatever was offered. What
+is computed on each device is the operation itself, on shards, with a sum over the axes of a
+contracted letter behind it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_fp8gemm.errors import message
+from jax_fp8gemm.qarray import BLOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Dim:
+    """One dim of an array.
+
+    Attributes:
+      letter: what it counts.
+      per: how many of them one entry stands for: 1, BLOCK (a dim of scales), None for all (size 1).
+    """
+
+    letter: str
+    per: int | None = 1
+
+
+Dims = tuple[Dim, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """An operation's dims, and what may be cut.
+
+    Attributes:
+      op: its name, for warnings.
+      operands, results: the dims of each.
+      deciding: indices of the operands whose shardings decide; the others (scales) follow.
+      summed: letters that are contracted; where one is cut, results are summed over its axes.
+      whole: letters that are never cut.
+      blocked: letters that are cut into whole blocks of 128 only.
+      added: index of the operand that is added to the sum; it follows result 0.
+    """
+
+    op: str
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    deciding: tuple[int, ...]
+    summed: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
+    blocked: frozenset[str] = frozenset()
+    added: int | None = None
+
+    def letters(self) -> tuple[str, ...]:
+        """In order of appearance."""
+        dims = itertools.chain.from_iterable(self.operands + self.results)
+        return tuple(dict.fromkeys(dim.letter for dim in dims))
+
+    def sizes(self, shapes) -> dict[str, int]:
+        """Returns the size of every letter, from the operands' shapes, then the results'."""
+        arrays = zip(self.operands + self.results, shapes, strict=True)
+        pairs = ((dim, size) for dims, shape in arrays for dim, size in zip(dims, shape))  # noqa: B905
+        return {dim.letter: size for dim, size in pairs if dim.per == 1}
+
+
+def shardy_rule(rule: Rule, shapes) -> tuple[str, dict]:
+    """Returns the rule in Shardy's notation, and its keyword arguments.
+
+    A blocked letter k becomes kb blocks of ki = 128: qvalue (kb ki), scale kb. What is not cut gets
+    factors of its own in every array, through which no sharding travels.
+    """
+    sizes, numbers = rule.sizes(shapes), itertools.count()
+    compound = {letter for letter in rule.blocked - rule.whole if sizes[letter] % BLOCK == 0}
+    factors: dict[str, int | None] = {}  # in order of appearance, with the size of inner ones
+
+    def factor(dim: Dim) -> str:
+        letter = dim.letter
+        alone = letter in rule.whole or (letter in rule.blocked and letter not in compound)
+        if alone or dim.per is None:
+            return f"only{next(numbers)}"
+        if letter not in compound:
+            factors[letter] = None
+            return letter
+        if dim.per == BLOCK:
+            factors[f"{letter}b"] = None
+            return f"{letter}b"
+        factors.setdefault(f"{letter}b", sizes[letter] // BLOCK)
+        factors[f"{letter}i"] = BLOCK
+        return f"({letter}b {letter}i)"
+
+    def text(arrays) -> str:
+        return ", ".join(" ".join(factor(dim) for dim in dims) for dims in arrays)
+
+    notation = f"{text(rule.operands)} -> {text(rule.results)}"
+    summed = tuple(name for name in factors if name[:1] in rule.summed)
+    inner = {name: size for name, size in factors.items() if size is not None}
+    return notation, {"reduction_factors": summed, **inner}
+
+
+Axes = tuple[str, ...]
+
+
+def _axes(entry) -> Axes:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
+    """Returns the mesh axes over which each letter is cut: each axis cuts one letter.
+
+    Arrays vote with their shardings; of letters with as many votes the first to appear wins, so
+    rows of the activations stay where they are and weights are gathered.
+
+    Args:
+      offered: pairs (dims, PartitionSpec) of the arrays that vote.
+      mesh: with `shape`, the size of each axis.
+    """
+    votes: dict[str, dict[str, int]] = {}
+    for dims, spec in offered:
+        for dim, entry in zip(dims, spec):  # noqa: B905 (a spec may be shorter)
+            for axis in _axes(entry):
+                count = votes.setdefault(axis, {})
+                count[dim.letter] = count.get(dim.letter, 0) + (dim.letter not in rule.whole)
+    order = rule.letters()
+    plan: dict[str, Axes] = {}
+    for axis, count in votes.items():
+        letter = max(count, key=lambda letter: (count[letter], -order.index(letter)))
+        if count[letter]:
+            plan[letter] = (*plan.get(letter, ()), axis)
+    return {k: _fitting(rule, k, axes, sizes[k], mesh) for k, axes in plan.items()}
+
+
+def _fitting(rule: Rule, letter: str, axes: Axes, size: int, mesh) -> Axes:
+    """Returns as many of the axes as cut the letter into equal shards of whole blocks."""
+    step = BLOCK if letter in rule.blocked else 1
+    fitting = axes
+    while fitting and size % (step * math.prod(mesh.shape[axis] for axis in fitting)):
+        fitting = fitting[:-1]
+    if fitting != axes and step > 1:
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        _warn_once(rule.op, letter, size, ", ".join(axes), count)
+    return fitting
+
+
+@functools.cache
+def _warn_once(op: str, letter: str, size: int, axes: str, count: int) -> None:
+    text = message(
+        op,
+        "a mesh axis splits a block of scales; the dim is replicated along it.",
+        got=f"{letter}={size} over {axes} of {count} devices: shards of {size / count:g}",
+        expected=f"shards that are multiples of {BLOCK}",
+        mend=f"make {letter} a multiple of {BLOCK * count}, or shard another dim over {axes}",
+    )
+    warnings.warn(text, stacklevel=2)
+
+
+def _spec(dims: Dims, plan: dict[str, Axes]) -> PartitionSpec:
+    cut = [() if dim.per is None else plan.get(dim.letter, ()) for dim in dims]
+    return PartitionSpec(*(axes or None for axes in cut))
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """The sum over devices behind a contraction: scattered along dims where that is wanted.
+
+    Attributes:
+      scattered: pairs (mesh axis, dim of result 0).
+      axes: the other axes to sum over.
+    """
+
+    scattered: tuple[tuple[str, int], ...]
+    axes: Axes
+
+    def __call__(self, partial: jax.Array) -> jax.Array:
+        for axis, dim in self.scattered:
+            partial = jax.lax.psum_scatter(partial, axis, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(partial, self.axes) if self.axes else partial
+
+
+def _total(rule: Rule, plan, wanted: PartitionSpec, sizes, mesh) -> tuple[Total | None, dict]:
+    """Returns the sum over a contracted letter's axes and the plan of the summed result."""
+    axes = tuple(itertools.chain.from_iterable(plan.get(k, ()) for k in sorted(rule.summed)))
+    after = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
+    scattered = []
+    for place, (dim, entry) in enumerate(zip(rule.results[0], wanted)):  # noqa: B905
+        for axis in _axes(entry):
+            now = after.get(dim.letter, ())
+            cut = (*now, axis)
+            fits = sizes[dim.letter] % math.prod(mesh.shape[a] for a in cut) == 0
+            if axis in axes and cut == _axes(entry)[: len(cut)] and fits:
+                after[dim.letter] = cut
+                scattered.append((axis, place))
+    rest = tuple(axis for axis in axes if axis not in dict(scattered))
+    return (Total(tuple(scattered), rest) if axes else None), after
+
+
+def partitioned(local: Callable, rule: Rule) -> Callable:
+    """Returns `local` with its rule for partitioning, for meshes whose axes are Auto.
+
+    Args:
+      local: called as local(*operands) on whole arrays or shards; as local(*operands, total=f) on
+        shards of a contracted letter, where results are to be passed through f.
+    """
+    call = custom_partitioning(lambda *operands: local(*operands))
+
+    def notation(mesh, operand_types, result_types):
+        return shardy_rule(rule, [tuple(t.shape) for t in (*operand_types, *result_types)])
+
+    def partition(mesh, operands, results):
+        leaves, tree = jax.tree.flatten(results)
+        sizes = rule.sizes([x.shape for x in (*operands, *leaves)])
+        voters = [(rule.operands[i], operands[i].sharding.spec) for i in rule.deciding]
+        voters += [(dims, x.sharding.spec) for dims, x in zip(rule.results, leaves, strict=True)]
+        plan = assign(rule, voters, sizes, mesh)
+        total, after = _total(rule, plan, leaves[0].sharding.spec, sizes, mesh)
+        at = [
+            NamedSharding(mesh, _spec(dims, after if i == rule.added else plan))
+            for i, dims in enumerate(rule.operands)
+        ]
+        out = [NamedSharding(mesh, _spec(dims, after)) for dims in rule.results]
+        body = local if total is None else functools.partial(local, total=total)
+        return mesh, body, jax.tree.unflatten(tree, out), tuple(at)
+
+    call.def_partition(partition, sharding_rule=notation)
+    return call
+
+
+def is_manual() -> bool:
+    """Whether this is traced inside a shard_map, where an operation works on what it is given."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _varying(kind) -> frozenset[str]:
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return kind.vma  # what other releases of jax call it
+
+
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside a shard_map, types arrays as varying over all axes that any of them varies over.
+
+    Outside of one, does nothing. Its transpose sums gradients over the axes that an array gains.
+    """
+    own = [_varying(jax.typeof(x)) for x in arrays]
+    every = frozenset().union(*own)
+    gained = [tuple(sorted(every - axes)) for axes in own]
+    return tuple(
+        jax.lax.pcast(x, axes, to="varying") if axes else x
+        for x, axes in zip(arrays, gained, strict=True)
+    )
+
+
+def explicit(rule: Rule, function: Callable, operands, results) -> Callable:
+    """Returns `function` made callable on a mesh with Explicit axes; itself on any other.
+
+    Args:
+      results: the shapes of its results, as a pytree.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not axes:
+        return function
+    specs = [jax.typeof(x).sharding.spec for x in operands]
+    leaves, tree = jax.tree.flatten(results)
+    sizes = rule.sizes([x.shape for x in (*operands, *leaves)])
+    plan = assign(rule, [(rule.operands[i], specs[i]) for i in rule.deciding], sizes, mesh)
+    kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
+    out = jax.tree.unflatten(tree, [_spec(dims, kept) for dims in rule.results])
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
