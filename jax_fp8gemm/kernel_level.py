@@ -11,6 +11,7 @@ from jax_fp8gemm.qarray import (
     BLOCK,
     BLOCKS,
     FP8,
+    TENSOR,
     QArray,
     round_up,
     scale_shape,
@@ -36,7 +37,7 @@ def gemm(
 
     Sums of 128 of k are made by the tensor core and added up in float32. Variants:
 
-      dense               [m, k] · [n, k] -> [m, n]
+      dense               [..., m, k] · [n, k] -> [..., m, n]
       batched             [g, m, k] · [g, n, k] -> [g, m, n]
       ragged              [m, k] · [g, n, k] -> [m, n]: groups of rows, end to end, any sizes;
                           rows past the groups are zero, whatever lhs holds there
@@ -74,15 +75,39 @@ def gemm(
     _check_operands(lhs, rhs, variant)
     groups = _group_operand(lhs, rhs, group_sizes, variant)
     count = None if groups is None else groups.shape[0]
-    shape = VARIANTS[variant].out_shape(lhs.shape, rhs.shape, count)
+    row = VARIANTS[variant].with_ranks(lhs.ndim, rhs.ndim)
+    shape = row.out_shape(lhs.shape, rhs.shape, count)
     scales = _scales(lhs, rhs, variant)
     out = _out_name(out_dtype, init, shape)
     static = Static(variant, scales, out, num_sms or 0, config, expected_rows or 0)
     return product(lhs, rhs, static, groups, init)
 
 
+def contract_tokens(
+    lhs: QArray,
+    rhs: QArray,
+    dtype: jnp.dtype,
+    out_sharding: jax.sharding.PartitionSpec | None = None,
+) -> jax.Array:
+    """Multiplies transposed copies: out[m, n] = Σ_t lhs[m, t] · rhs[n, t], t any number of dims.
+
+    Args:
+      lhs: QArray [m, *tokens], rhs: QArray [n, *tokens], both scaled 1x128; the last dim of tokens
+        is a multiple of 128.
+      dtype: of the result; other than bf16 by way of f32.
+      out_sharding: of the result, where mesh axes are Explicit.
+
+    Returns:
+      dtype [m, n].
+    """
+    static = Static("dense", "1x128_1x128", "bf16" if dtype == jnp.bfloat16 else "f32")
+    return product(lhs, rhs, static, out_sharding=out_sharding).astype(dtype)
+
+
 def _check_operands(lhs: QArray, rhs: QArray, variant: str) -> None:
     row = VARIANTS[variant]
+    if isinstance(lhs, QArray) and isinstance(rhs, QArray) and rhs.ndim == 2:
+        row = row.with_ranks(lhs.ndim, rhs.ndim)
     for name, q, letters in (("lhs", lhs, row.lhs), ("rhs", rhs, row.rhs)):
         if not isinstance(q, QArray):
             fail(
@@ -163,6 +188,8 @@ def _check_contiguous(rows: np.ndarray) -> None:
 def _scales(lhs: QArray, rhs: QArray, variant: str) -> str:
     """Returns the name of the first pair of tiles that fits; small arrays fit several, alike."""
     for name, (lhs_tile, rhs_tile) in SCALES.items():
+        if variant == "dense" and lhs.ndim > 2 and lhs_tile == TENSOR:
+            continue  # a scale for each matrix
         if variant == "ragged_contracting" and rhs_tile == BLOCKS:
             continue  # a block of scales would belong to several groups
         if lhs.has_tile(lhs_tile) and rhs.has_tile(rhs_tile):

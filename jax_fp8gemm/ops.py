@@ -6,9 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.kernel_level import gemm
+from jax_fp8gemm.kernel_level import contract_tokens, gemm
 from jax_fp8gemm.prepared import (
     Bits,
     Weight,
@@ -21,7 +22,7 @@ from jax_fp8gemm.prepared import (
     split,
     to_bits,
 )
-from jax_fp8gemm.qarray import QArray
+from jax_fp8gemm.qarray import BLOCK, QArray
 from jax_fp8gemm.quantizing import (
     check_float,
     quantize,
@@ -31,6 +32,7 @@ from jax_fp8gemm.quantizing import (
     requantize,
 )
 from jax_fp8gemm.reference import group_ends
+from jax_fp8gemm.sharding import explicit_spec, vary_together
 
 RESIDUALS = ("fp8_t", "fp8", "input")
 
@@ -92,8 +94,8 @@ def fp8_matmul(
         fail(op, "dim k differs between x and w.", both, expected, mend)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(x.dtype, w.dtype))
     how = How(dtype, scale, residuals, op)
-    y = _matmul(x.reshape(-1, x.shape[-1]), *split(w), how)
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    y = _matmul(*vary_together(x if x.ndim > 1 else x[None], *split(w)), how)
+    return y if x.ndim > 1 else y[0]
 
 
 def _check_residuals(op: str, residuals: str) -> None:
@@ -120,21 +122,28 @@ def _matmul(x, w, copies, how: How):
 
 
 def _matmul_forward(x, w, copies, how: How):
-    """Residuals: x as `how` says, w's FP8 copy, and empty arrays that remember dtypes."""
+    """Residuals: x as `how` says, w's FP8 copy, and what the gradients are to be like."""
     nk, kn = both_copies(w, copies, how.scale)
-    rows, saved = _keep(x, how)
-    y = _product(rows, nk, how.dtype)
-    return y, (saved, _save(kn, f"{how.name}_w"), _like(x), _like(w))
+    rows, saved = _keep(_tokens(x), how)
+    y = _product(rows, nk, how.dtype).reshape(*x.shape[:-1], nk.shape[0])
+    return y, (saved, _save(kn, f"{how.name}_w"), Like.of(x), Like.of(w))
 
 
 def _matmul_backward(how: How, residuals, dy):
     saved, saved_w, like_x, like_w = residuals
-    rows, transposed = quantize_both(dy, scale=how.scale)
-    dx = _product(rows, from_bits(saved_w), like_x.dtype)
+    tokens = _tokens(dy)
+    rows, transposed = quantize_both(tokens, scale=how.scale, token_dims=tokens.ndim - 1)
+    kn = from_bits(saved_w)
+    dx = _product(rows, kn, like_x.dtype).reshape(*dy.shape[:-1], kn.shape[0])
     if like_w is None:
-        return dx, None, None
-    dw = _product(_transposed(saved, how), transposed, like_w.dtype)
-    return dx, dw, None
+        return like_x.match(dx), None, None
+    dw = contract_tokens(_transposed(saved, how), transposed, like_w.dtype, like_w.spec)
+    return like_x.match(dx), like_w.match(dw), None
+
+
+def _tokens(x: jax.Array) -> jax.Array:
+    """Merges dims of tokens, unless blocks of 128 lie inside the last: then all may be sharded."""
+    return x if x.shape[-2] % BLOCK == 0 else x.reshape(-1, x.shape[-1])
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -145,9 +154,9 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def _keep(x: jax.Array, how: How, group_sizes: jax.Array | None = None):
     """Returns x's FP8 rows, and what is kept for the backward pass."""
-    name = f"{how.name}_x"
+    name, tokens = f"{how.name}_x", {"group_sizes": group_sizes, "token_dims": x.ndim - 1}
     if how.residuals == "fp8_t":
-        rows, transposed = quantize_both(x, scale=how.scale, group_sizes=group_sizes)
+        rows, transposed = quantize_both(x, scale=how.scale, **tokens)
         return rows, _save(transposed, name)
     rows = quantize_rows(x, scale=how.scale, group_sizes=group_sizes)
     return rows, _save(rows, name) if how.residuals == "fp8" else checkpoint_name(x, name)
@@ -158,8 +167,11 @@ def _transposed(saved, how: How, group_sizes: jax.Array | None = None) -> QArray
     if how.residuals == "fp8_t":
         return from_bits(saved)
     if how.residuals == "fp8":
-        return requantize(from_bits(saved), scale=how.scale, group_sizes=group_sizes)
-    return quantize_transposed(saved, scale=how.scale, group_sizes=group_sizes)
+        rows = from_bits(saved)
+        tokens = {"group_sizes": group_sizes, "token_dims": rows.ndim - 1}
+        return requantize(rows, scale=how.scale, **tokens)
+    tokens = {"group_sizes": group_sizes, "token_dims": saved.ndim - 1}
+    return quantize_transposed(saved, scale=how.scale, **tokens)
 
 
 def _save(q: QArray, name: str) -> Bits:
@@ -167,8 +179,21 @@ def _save(q: QArray, name: str) -> Bits:
     return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
 
-def _like(x: jax.Array | None) -> jax.Array | None:
-    return None if x is None else jnp.zeros(0, x.dtype)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Like:
+    """What a gradient has in common with its argument: the dtype, and on Explicit axes the place."""
+
+    dtype: jnp.dtype
+    spec: PartitionSpec | None
+
+    @classmethod
+    def of(cls, x: jax.Array | None) -> "Like | None":
+        return None if x is None else cls(x.dtype, explicit_spec(x))
+
+    def match(self, gradient: jax.Array) -> jax.Array:
+        gradient = gradient.astype(self.dtype)
+        return gradient if self.spec is None else jax.sharding.reshard(gradient, self.spec)
 
 
 # ---- fp8_ragged_dot -----------------------------------------------------------------------------
@@ -216,7 +241,8 @@ def fp8_ragged_dot(
     group_sizes = jnp.asarray(group_sizes)
     _check_ragged(op, lhs, rhs, group_sizes)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype))
-    return _ragged_dot(lhs, *split(rhs), group_sizes, How(dtype, scale, residuals, op))
+    how = How(dtype, scale, residuals, op)
+    return _ragged_dot(*vary_together(lhs, *split(rhs), group_sizes), how)
 
 
 def _check_ragged(op: str, lhs, rhs: Weight, group_sizes) -> None:
@@ -243,11 +269,11 @@ def _ragged_dot(lhs, rhs, copies, group_sizes, how: How):
 
 
 def _ragged_forward(lhs, rhs, copies, group_sizes, how: How):
-    """Residuals: lhs as `how` says, rhs's FP8 copy, and empty arrays that remember dtypes."""
+    """Residuals: lhs as `how` says, rhs's FP8 copy, and what the gradients are to be like."""
     nk, kn = both_copies(rhs, copies, how.scale)
     rows, saved = _keep(lhs, how, group_sizes)
     y = _product(rows, nk, how.dtype, group_sizes, "ragged")
-    return y, (saved, _save(kn, f"{how.name}_w"), group_sizes, _like(lhs), _like(rhs))
+    return y, (saved, _save(kn, f"{how.name}_w"), group_sizes, Like.of(lhs), Like.of(rhs))
 
 
 def _ragged_backward(how: How, residuals, dy):
@@ -255,11 +281,11 @@ def _ragged_backward(how: How, residuals, dy):
     rows, transposed = quantize_both(dy, scale=how.scale, group_sizes=group_sizes)
     dlhs = _product(rows, from_bits(saved_rhs), like_lhs.dtype, group_sizes, "ragged")
     if like_rhs is None:
-        return dlhs, None, None, None
+        return like_lhs.match(dlhs), None, None, None
     own = jnp.diff(group_ends(group_sizes, dy.shape[0]), prepend=0)  # clamped, as rows were placed
     lhs = _transposed(saved, how, group_sizes)
     drhs = _product(lhs, transposed, like_rhs.dtype, own, "ragged_contracting")
-    return dlhs, drhs, None, None
+    return like_lhs.match(dlhs), like_rhs.match(drhs), None, None
 
 
 _ragged_dot.defvjp(_ragged_forward, _ragged_backward)

@@ -22,7 +22,7 @@ from jax_fp8gemm import reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET, TARGET
 from jax_fp8gemm.errors import message
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, TENSOR, QArray, Tile
-from jax_fp8gemm.sharding import Dim, Rule, Total
+from jax_fp8gemm.sharding import Dim, Rule, Total, blocked_letters, scale_dims
 from jax_fp8gemm.variants import SCALES, VARIANTS, Variant
 
 # For jax.export.export(..., disabled_checks=EXPORT_CHECKS): XLA promises nothing about the
@@ -133,14 +133,11 @@ mlir.register_lowering(gemm_p, _lower_cuda, platform="cuda")
 @functools.partial(jax.jit, static_argnames="static")
 def _bind(lhs, rhs, lhs_scale, rhs_scale, *rest, static: Static):
     """One product on one device. Scales in their logical layout; many dims become two."""
-    operands = (lhs, rhs, lhs_scale, rhs_scale, *rest)
-    shape, row = _out_shape(static, operands), static.row(operands)
-    if row.lhs != VARIANTS[static.variant].lhs:
+    shape = _out_shape(static, (lhs, rhs, lhs_scale, rhs_scale, *rest))
+    if static.variant == "dense":
         m, n = math.prod(shape[:-1]), shape[-1]
-        rows = (m, n, m, n, *[m] * len(rest))
-        lhs, rhs, lhs_scale, rhs_scale, *rest = (
-            x.reshape(count, -1) for x, count in zip(operands, rows, strict=True)
-        )
+        lhs, lhs_scale, *rest = (_matrix(x, m) for x in (lhs, lhs_scale, *rest))
+        rhs, rhs_scale = (_matrix(x, n) for x in (rhs, rhs_scale))
     lhs_tile, rhs_tile = SCALES[static.scales]
     out = gemm_p.bind(
         lhs,
@@ -153,6 +150,10 @@ def _bind(lhs, rhs, lhs_scale, rhs_scale, *rest, static: Static):
     return out.reshape(shape)
 
 
+def _matrix(x: jax.Array, rows: int) -> jax.Array:
+    return x.reshape(rows, -1) if x.ndim > 2 else x
+
+
 def _shard(*operands, static: Static, total: Total | None = None):
     """One device's share of a product; where k is cut, float32 parts are summed by `total`."""
     if total is None:
@@ -162,25 +163,15 @@ def _shard(*operands, static: Static, total: Total | None = None):
     return sum(init, total(part)).astype(DTYPES[static.out])
 
 
-def _scale_dims(letters: str, tile: Tile) -> tuple[Dim, ...]:
-    *lead, rows, columns = letters
-    return (*map(Dim, lead), Dim(rows, tile[0]), Dim(columns, tile[1]))
-
-
 @functools.cache
 def sharding_rule(row: Variant, tiles: tuple[Tile, Tile], accumulate: bool) -> Rule:
     """Returns how a product is cut up. Groups and what they cut up stay whole; blocks do."""
     lhs, rhs, out = (tuple(map(Dim, letters)) for letters in (row.lhs, row.rhs, row.out))
-    operands = [lhs, rhs, _scale_dims(row.lhs, tiles[0]), _scale_dims(row.rhs, tiles[1])]
+    operands = [lhs, rhs, scale_dims(row.lhs, tiles[0]), scale_dims(row.rhs, tiles[1])]
     whole = {row.groups} - {None}
     if row.group_operand:
         operands.append((Dim(row.group_operand),))
         whole |= set() if "g" in row.lhs else {"g"}  # masked: every group has its own rows
-    blocked = {row.lhs[-1]} | {
-        letters[-2]
-        for letters, tile in zip((row.lhs, row.rhs), tiles, strict=True)
-        if tile[0] == BLOCK
-    }
     summed = set(row.lhs) & set(row.rhs) - set(row.out)
     return Rule(
         f"gemm {row.name}",
@@ -189,7 +180,7 @@ def sharding_rule(row: Variant, tiles: tuple[Tile, Tile], accumulate: bool) -> R
         deciding=(0, 1),
         summed=frozenset(summed),
         whole=frozenset(whole),
-        blocked=frozenset(blocked),
+        blocked=blocked_letters(*operands) | {"k"},  # the kernel steps by 128 of k
         added=len(operands) if accumulate else None,
     )
 
@@ -217,6 +208,7 @@ def product(
     static: Static,
     groups: jax.Array | None = None,
     init: jax.Array | None = None,
+    out_sharding: PartitionSpec | None = None,
 ) -> jax.Array:
     """Binds one product, under every transformation. Shapes have been checked.
 
@@ -230,8 +222,7 @@ def product(
     if 0 in (*shape, *lhs.shape, *rhs.shape):
         return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
     rule = _rule(static, operands)
-    result = jax.ShapeDtypeStruct(shape, DTYPES[static.out])
-    call = sharding.explicit(rule, _batchable(static), operands, result)
+    call = sharding.explicit(rule, _batchable(static), operands, out_sharding)
     return call(*sharding.vary_together(*operands))
 
 

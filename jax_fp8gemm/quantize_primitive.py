@@ -6,21 +6,24 @@ sizes. Results: qvalue and scale (in the kernel's layout) of x as it lies, then 
 copy. Of SwiGLU's backward: of the gradient to gate and up as rows; of gate's, up's and the
 activation's transposed copies; and the gradient to the row weights in parts. What they mean:
 reference.copies, reference.swiglu_gradients.
+Above the primitive itself x has any leading dims, and scales are in their logical layout.
 """
 
 import dataclasses
 import functools
 import itertools
+import math
+import string
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
-from jax.interpreters import ad, mlir
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_fp8gemm import reference
+from jax_fp8gemm import reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET
 from jax_fp8gemm.config import TILE_NAMES
 from jax_fp8gemm.primitives import no_derivative
@@ -34,6 +37,7 @@ from jax_fp8gemm.qarray import (
     round_up,
     scale_shape,
 )
+from jax_fp8gemm.sharding import Dim, Rule, blocked_letters, scale_dims
 
 FLOAT_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -50,6 +54,8 @@ class QuantizeStatic:
       grouped: the transposed copy is placed by groups; rows past them are not read.
       gather: row i is row index[i] of x.
       pair: two operands lie side by side along k.
+      token_dims: how many dims of x before k count tokens, which a transposed copy has last. The
+        dims before them count matrices. Two or more need a last one that is a multiple of 128.
     """
 
     source: str = "float"
@@ -60,9 +66,11 @@ class QuantizeStatic:
     grouped: bool = False
     gather: bool = False
     pair: bool = False
+    token_dims: int = 1
 
-    def named(self, operands) -> dict[str, jax.Array]:
-        """Returns the operands by name."""
+    @property
+    def names(self) -> list[str]:
+        """The names of the operands."""
         backward = self.source == "swiglu_backward"
         present = {
             "x": True,
@@ -73,12 +81,22 @@ class QuantizeStatic:
             "row_weight": self.source == "swiglu" or backward,
             "group_sizes": self.grouped,
         }
-        return dict(zip([name for name, there in present.items() if there], operands, strict=True))
+        return [name for name, there in present.items() if there]
+
+    def named(self, operands) -> dict[str, jax.Array]:
+        """Returns the operands by name."""
+        return dict(zip(self.names, operands, strict=True))
+
+    def split(self, shape) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Returns the dims of x that count matrices, those that count tokens, and k."""
+        lead = len(shape) - 1 - self.token_dims
+        return tuple(shape[:lead]), tuple(shape[lead:-1]), shape[-1]
 
     def sizes(self, operands) -> tuple[int, int, int, int]:
         """Returns b, m, k and the tokens of a transposed copy; k is what is quantised."""
         named = self.named(operands)
-        b, m, k = named["x"].shape
+        lead, tokens, k = self.split(named["x"].shape)
+        b, m = math.prod(lead), math.prod(tokens)
         k = k * (2 if self.pair else 1) // (2 if self.source == "swiglu" else 1)
         m = named["index"].shape[0] if self.gather else m
         tokens = m if self.tile == BLOCKS else round_up(m, BLOCK)
@@ -147,7 +165,6 @@ def _reference(*operands, static: QuantizeStatic):
     return [*itertools.chain(*copies), parts]
 
 
-ad.primitive_jvps[quantize_p] = no_derivative("quantize")
 mlir.register_lowering(quantize_p, mlir.lower_fun(_reference, multiple_results=True))
 
 
@@ -177,28 +194,88 @@ def _lower_cuda(ctx, *operands, static: QuantizeStatic):
 mlir.register_lowering(quantize_p, _lower_cuda, platform="cuda")
 
 
+MATRICES = ("x", "beside", "x_scale", "gradient")  # operands with the leading dims of x
+
+
 @functools.partial(jax.jit, static_argnames="static")
 def _bind(*operands, static: QuantizeStatic):
-    """One call on one device. Scales in their logical layout."""
+    """One call on one device. Scales in their logical layout; leading dims become one."""
     named = static.named(operands)
+    lead, tokens, _ = static.split(named["x"].shape)
+    for name in MATRICES:
+        if name in named:
+            shape = (math.prod(lead), math.prod(tokens), named[name].shape[-1])
+            named[name] = named[name].reshape(shape)
     if "x_scale" in named:
         named["x_scale"] = reference.scale_to_kernel(named["x_scale"], ROW_BLOCKS)
-    results = quantize_p.bind(*named.values(), static=static)
+    flat = dataclasses.replace(static, token_dims=1)
+    results = quantize_p.bind(*named.values(), static=flat)
     pairs = len(results) // 2 * 2
     logical = []
     for qvalue, scale in zip(results[:pairs:2], results[1:pairs:2], strict=True):
         logical += [qvalue, reference.scale_from_kernel(scale, qvalue.shape, static.tile)]
-    return logical + list(results[pairs:])
+    return _unmerged(static, operands[0].shape, logical) + list(results[pairs:])
+
+
+def _unmerged(static: QuantizeStatic, shape, copies) -> list[jax.Array]:
+    """Gives copies and their scales, in turns, the leading dims of x."""
+    lead, tokens, _ = static.split(shape)
+    found = []
+    for i, x in enumerate(copies):
+        dims = x.shape[1:]
+        if static.token_dims > 1 and static.rows and i < 2:
+            dims = (*tokens, dims[1])
+        elif static.token_dims > 1:  # the last is a multiple of 128: blocks lie inside it
+            dims = (dims[0], *tokens[:-1], tokens[-1] // (BLOCK if i % 2 else 1))
+        found.append(x.reshape(*lead, *dims))
+    return found
+
+
+@functools.cache
+def sharding_rule(static: QuantizeStatic, rank: int, whole_tokens: bool) -> Rule:
+    """Returns how a call is cut up. Groups, gathered rows and columns that lie in pairs stay whole.
+
+    Args:
+      rank: of x. whole_tokens: whether x has a multiple of 128 tokens.
+    """
+    names = string.ascii_uppercase[: rank - 2]
+    lead, tokens = names[: rank - 1 - static.token_dims], names[rank - 1 - static.token_dims :]
+    paired = static.pair or static.source.startswith("swiglu")
+    rows, k = lead + tokens + "m", "h" if paired else "k"
+    padded = static.grouped or (static.tile == ROW_BLOCKS and not whole_tokens)
+    last = "t" if padded else tokens + "m"  # what a transposed copy has last
+    x = lead + "r" + k if static.gather else rows + k
+    letters = {"x": x, "beside": x, "x_scale": x, "index": "m", "gradient": rows + "f"}
+    letters |= {"row_weight": "m", "group_sizes": "g"}
+    operands = {name: tuple(map(Dim, letters[name])) for name in static.names}
+    if "x_scale" in operands:
+        operands["x_scale"] = scale_dims(x, ROW_BLOCKS)
+    backward = static.source == "swiglu_backward"
+    k = "h" if backward else "k"
+    turned = [lead + "f" + last] * 3 if backward else [lead + k + last] * static.transposed
+    copies = [rows + k] * static.rows + turned
+    results = [dims for c in copies for dims in (tuple(map(Dim, c)), scale_dims(c, static.tile))]
+    results += [(Dim("p"), Dim("m"))] * backward
+    return Rule(
+        "quantize",
+        tuple(operands.values()),
+        tuple(results),
+        deciding=(0,) * 10,  # x outvotes its copies: rather these travel, being smaller
+        whole=frozenset("rtgp" + "m" * (static.grouped or static.gather) + "hkf" * paired),
+        blocked=blocked_letters(*operands.values(), *results) | set("m" * static.transposed),
+    )
 
 
 def call(static: QuantizeStatic, *operands) -> list[jax.Array]:
     """Binds one quantising call, under every transformation. Shapes have been checked.
 
-    Returns qvalues and scales as `QuantizeStatic.results`, scales in their logical layout.
+    Returns qvalues and scales as `QuantizeStatic.results`, with the leading dims of x and scales in
+    their logical layout. Several dims of tokens stay apart: [..., k, *tokens].
     """
     if 0 in static.sizes(operands):
         return _empty(static, operands)
-    return _batchable(static)(*operands)
+    run = sharding.explicit(_rule(static, operands), _batchable(static), operands)
+    return run(*sharding.vary_together(*operands))
 
 
 def _empty(static: QuantizeStatic, operands) -> list[jax.Array]:
@@ -209,16 +286,36 @@ def _empty(static: QuantizeStatic, operands) -> list[jax.Array]:
         for shape in copies
         for part in (jnp.zeros(shape, FP8), jnp.ones(scale_shape(shape, static.tile)))
     ]
+    found = _unmerged(static, operands[0].shape, found)
     return found + [jnp.zeros(shape) for shape in shapes[2 * len(copies) :]]
+
+
+def _rule(static: QuantizeStatic, operands) -> Rule:
+    m = operands[static.names.index("index")].shape[0] if static.gather else operands[0].shape[-2]
+    return sharding_rule(static, operands[0].ndim, m % BLOCK == 0)
+
+
+@functools.cache
+def _placed(static: QuantizeStatic, rule: Rule):
+    """Returns the call with its rule for partitioning; jitted, since that is when it applies."""
+    return jax.jit(sharding.partitioned(functools.partial(_bind, static=static), rule))
 
 
 @functools.cache
 def _batchable(static: QuantizeStatic):
-    """Returns `_bind` for `static` with its rule for vmap: more matrices, or one by one."""
+    """Returns the call for `static` with its rule for vmap: more matrices, or one by one."""
+
+    @jax.custom_jvp
+    def on_devices(*operands):
+        if sharding.is_manual():
+            return _bind(*operands, static=static)
+        return _placed(static, _rule(static, operands))(*operands)
+
+    on_devices.defjvp(no_derivative("quantize"))
 
     @custom_vmap
     def many(*operands):
-        return _bind(*operands, static=static)
+        return on_devices(*operands)
 
     @many.def_vmap
     def rule(size, batched, *operands):
@@ -227,8 +324,7 @@ def _batchable(static: QuantizeStatic):
             for x, own in zip(operands, batched, strict=True)
         ]
         if static.source in ("float", "fp8") and not static.grouped and not static.gather:
-            merged = _batchable(static)(*[x.reshape(-1, *x.shape[2:]) for x in spread])
-            out = [x.reshape(size, -1, *x.shape[1:]) for x in merged]
+            out = _batchable(static)(*spread)
         else:
             out = jax.lax.map(lambda one: _batchable(static)(*one), spread)
         return out, [True] * len(out)

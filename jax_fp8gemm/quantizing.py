@@ -1,7 +1,5 @@
 """Floats to FP8 arrays and back: quantize and its fused relatives. Each is one kernel on a GPU."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +28,14 @@ def _check_matrix(op: str, x: jax.Array) -> None:
     check_float(op, "x", x)
     if x.ndim < 2:
         fail(op, "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
+
+
+def _check_token_dims(op: str, x: jax.Array, tile: Tile, token_dims: int) -> None:
+    fits = 1 <= token_dims < x.ndim
+    if not fits or (token_dims > 1 and (tile != ROW_BLOCKS or x.shape[-2] % BLOCK)):
+        got = f"{describe('x', x)}, tile {tile}, token_dims {token_dims}"
+        expected = "tile (1, 128) and x [..., m, k], m a multiple of 128, where token_dims > 1"
+        fail(op, "token_dims do not fit.", got, expected, "merge the dims of tokens with reshape")
 
 
 def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> QArray:
@@ -81,11 +87,16 @@ def quantize_transposed(
     *,
     scale: str = "pow2",
     group_sizes: jax.Array | None = None,
+    token_dims: int = 1,
 ) -> QArray:
     """Returns the second of `quantize_both`'s copies alone."""
-    _check_scale("quantize_transposed", scale)
-    _check_matrix("quantize_transposed", x)
-    static = QuantizeStatic("float", tile, scale, False, True, group_sizes is not None)
+    op = "quantize_transposed"
+    _check_scale(op, scale)
+    _check_matrix(op, x)
+    _check_token_dims(op, x, tile, token_dims)
+    static = QuantizeStatic(
+        "float", tile, scale, False, True, group_sizes is not None, token_dims=token_dims
+    )
     return _copies(static, x, *_present(group_sizes))[0]
 
 
@@ -96,6 +107,7 @@ def quantize_both(
     scale: str = "pow2",
     group_sizes: jax.Array | None = None,
     index: jax.Array | None = None,
+    token_dims: int = 1,
 ) -> tuple[QArray, QArray]:
     """Quantises x and its transposed copy in one pass: both are what products contract over.
 
@@ -110,6 +122,8 @@ def quantize_both(
         rows begins at a multiple of 128 tokens, zeros between. Rows past the groups are not read
         and hold anything in the first copy.
       index: int32 [m]: row i is x[index[i]]; indices are clamped. Only for x [rows, k].
+      token_dims: how many dims before k are tokens. With two, x [..., s, m, k] has the transposed
+        copy [..., k, s, m]; m is a multiple of 128 then, and the tile (1, 128).
 
     Returns:
       QArrays [..., m, k] and [..., k, tokens]: m with (128, 128), else m↑128, or with group_sizes
@@ -136,9 +150,11 @@ def quantize_both(
     if (group_sizes is not None or index is not None) and (operands[0].ndim != 2 or tile == BLOCKS):
         got, expected = f"{describe('x', operands[0])}, tile {tile}", "x [m, k], tile (1, 128)"
         fail(op, "group_sizes and index are for rows of tokens.", got, expected, "use jax.vmap")
+    _check_token_dims(op, operands[0], tile, token_dims)
     static = QuantizeStatic(
-        "float", tile, scale, True, True, pair=pair, **_tokens(group_sizes, index)
-    )
+        "float", tile, scale, True, True,
+        pair=pair, token_dims=token_dims, **_tokens(group_sizes, index),
+    )  # fmt: skip
     first, second = _copies(static, *operands, *_present(index, group_sizes))
     return first, second
 
@@ -149,13 +165,14 @@ def requantize(
     scale: str = "pow2",
     group_sizes: jax.Array | None = None,
     index: jax.Array | None = None,
+    token_dims: int = 1,
 ) -> QArray:
     """Returns the transposed copy of FP8 rows, scaled 1x128 along tokens.
 
     Exact where both scales are powers of two, but for what falls below the finer scale's numbers.
 
     Args:
-      q: QArray [..., m, k], scaled (1, 128). group_sizes, index: as in `quantize_both`.
+      q: QArray [..., m, k], scaled (1, 128). The others: as in `quantize_both`.
 
     Returns:
       QArray [..., k, tokens], as `quantize_both`'s.
@@ -168,7 +185,11 @@ def requantize(
         got = f"{describe('q', q.qvalue)}, {describe('scale', q.scale)}"
         mend = "quantize(x) with tile (1, 128)"
         fail("requantize", "q is not scaled by 1x128.", got, "scale [..., m, k/128]", mend)
-    static = QuantizeStatic("fp8", ROW_BLOCKS, scale, False, True, **_tokens(group_sizes, index))
+    _check_token_dims("requantize", q.qvalue, ROW_BLOCKS, token_dims)
+    static = QuantizeStatic(
+        "fp8", ROW_BLOCKS, scale, False, True,
+        token_dims=token_dims, **_tokens(group_sizes, index),
+    )  # fmt: skip
     return _copies(static, q.qvalue, q.scale, *_present(index, group_sizes))[0]
 
 
@@ -272,21 +293,14 @@ def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array) -> None:
 
 
 def _copies(static: QuantizeStatic, *operands: jax.Array) -> list:
-    """Calls with matrices of any leading dims; returns QArrays, then what else the call gives."""
-    lead = operands[0].shape[:-2]
+    """Returns QArrays, then what else the call gives."""
     named = static.named(operands)
-    for name in ("x", "beside", "x_scale", "gradient"):
-        if name in named:
-            named[name] = named[name].reshape(math.prod(lead), *named[name].shape[-2:])
     if "group_sizes" in named:
         named["group_sizes"] = named["group_sizes"].astype(jnp.int32)
     results = call(static, *named.values())
     pairs = len(results) // 2 * 2
-    arrays = [
-        QArray(q.reshape(*lead, *q.shape[1:]), s.reshape(*lead, *s.shape[1:]))
-        for q, s in zip(results[:pairs:2], results[1:pairs:2], strict=True)
-    ]
-    return arrays + list(results[pairs:])
+    arrays = map(QArray, results[:pairs:2], results[1:pairs:2])
+    return [*arrays, *results[pairs:]]
 
 
 def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_fp8gemm.errors import message
-from jax_fp8gemm.qarray import BLOCK
+from jax_fp8gemm.qarray import BLOCK, Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,17 @@ class Dim:
 Dims = tuple[Dim, ...]
 
 
+def scale_dims(letters: str, tile: Tile) -> Dims:
+    """Returns the dims of the scales of an array with these dims, tiled in its last two."""
+    *lead, rows, columns = letters
+    return (*map(Dim, lead), Dim(rows, tile[0]), Dim(columns, tile[1]))
+
+
+def blocked_letters(*arrays: Dims) -> frozenset[str]:
+    """Returns the letters that some array has a dim of scales for, one for 128."""
+    return frozenset(dim.letter for dims in arrays for dim in dims if dim.per == BLOCK)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """An operation's dims, and what may be cut.
@@ -45,7 +56,7 @@ class Rule:
     Attributes:
       op: its name, for warnings.
       operands, results: the dims of each.
-      deciding: indices of the operands whose shardings decide; the others (scales) follow.
+      deciding: indices of the operands whose shardings decide, a vote each; the others follow.
       summed: letters that are contracted; where one is cut, results are summed over its axes.
       whole: letters that are never cut.
       blocked: letters that are cut into whole blocks of 128 only.
@@ -67,8 +78,8 @@ class Rule:
         return tuple(dict.fromkeys(dim.letter for dim in dims))
 
     def sizes(self, shapes) -> dict[str, int]:
-        """Returns the size of every letter, from the operands' shapes, then the results'."""
-        arrays = zip(self.operands + self.results, shapes, strict=True)
+        """Returns the size of every letter, from the operands' shapes."""
+        arrays = zip(self.operands, shapes, strict=True)
         pairs = ((dim, size) for dims, shape in arrays for dim, size in zip(dims, shape))  # noqa: B905
         return {dim.letter: size for dim, size in pairs if dim.per == 1}
 
@@ -213,11 +224,11 @@ def partitioned(local: Callable, rule: Rule) -> Callable:
     call = custom_partitioning(lambda *operands: local(*operands))
 
     def notation(mesh, operand_types, result_types):
-        return shardy_rule(rule, [tuple(t.shape) for t in (*operand_types, *result_types)])
+        return shardy_rule(rule, [tuple(t.shape) for t in operand_types])
 
     def partition(mesh, operands, results):
         leaves, tree = jax.tree.flatten(results)
-        sizes = rule.sizes([x.shape for x in (*operands, *leaves)])
+        sizes = rule.sizes([x.shape for x in operands])
         voters = [(rule.operands[i], operands[i].sharding.spec) for i in rule.deciding]
         voters += [(dims, x.sharding.spec) for dims, x in zip(rule.results, leaves, strict=True)]
         plan = assign(rule, voters, sizes, mesh)
@@ -245,35 +256,47 @@ def _varying(kind) -> frozenset[str]:
     return kind.vma  # what other releases of jax call it
 
 
-def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def vary_together(*trees):
     """Inside a shard_map, types arrays as varying over all axes that any of them varies over.
 
-    Outside of one, does nothing. Its transpose sums gradients over the axes that an array gains.
+    Outside of one, does nothing. Its transpose sums gradients over the axes that an array gains, so
+    it belongs outside of a custom_vjp.
     """
+    arrays, tree = jax.tree.flatten(trees)
     own = [_varying(jax.typeof(x)) for x in arrays]
     every = frozenset().union(*own)
     gained = [tuple(sorted(every - axes)) for axes in own]
-    return tuple(
-        jax.lax.pcast(x, axes, to="varying") if axes else x
-        for x, axes in zip(arrays, gained, strict=True)
-    )
+    pairs = zip(arrays, gained, strict=True)
+    varied = [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in pairs]
+    return jax.tree.unflatten(tree, varied)
 
 
-def explicit(rule: Rule, function: Callable, operands, results) -> Callable:
-    """Returns `function` made callable on a mesh with Explicit axes; itself on any other.
-
-    Args:
-      results: the shapes of its results, as a pytree.
-    """
+def _explicit_axes() -> Axes:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def explicit_spec(x: jax.Array) -> PartitionSpec | None:
+    """Returns the part of x's type that says how it is sharded, None without Explicit axes."""
+    return jax.typeof(x).sharding.spec if _explicit_axes() else None
+
+
+def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Callable:
+    """Returns `function` made callable on a mesh with Explicit axes; itself on any other.
+
+    Its results are sharded as the operands say, unless out_sharding is given; rows of a product win
+    over its columns.
+    """
+    axes = _explicit_axes()
     if not axes:
         return function
-    specs = [jax.typeof(x).sharding.spec for x in operands]
-    leaves, tree = jax.tree.flatten(results)
-    sizes = rule.sizes([x.shape for x in (*operands, *leaves)])
-    plan = assign(rule, [(rule.operands[i], specs[i]) for i in rule.deciding], sizes, mesh)
-    kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
-    out = jax.tree.unflatten(tree, [_spec(dims, kept) for dims in rule.results])
-    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
+    if out_sharding is None:
+        specs = [jax.typeof(x).sharding.spec for x in operands]
+        offered = [(rule.operands[i], specs[i]) for i in rule.deciding]
+        sizes = rule.sizes([x.shape for x in operands])
+        plan = assign(rule, offered, sizes, jax.sharding.get_abstract_mesh())
+        kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
+        out = [_spec(dims, kept) for dims in rule.results]
+        out_sharding = out if len(out) > 1 else out[0]
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
