@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jax_fp8gemm.config import GemmConfig
 from jax_fp8gemm.errors import describe, fail
@@ -87,7 +88,7 @@ def contract_tokens(
     lhs: QArray,
     rhs: QArray,
     dtype: jnp.dtype,
-    out_sharding: jax.sharding.PartitionSpec | None = None,
+    out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """Multiplies transposed copies: out[m, n] = Σ_t lhs[m, t] · rhs[n, t], t any number of dims.
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import contract_tokens, gemm
@@ -32,7 +32,7 @@ from jax_fp8gemm.quantizing import (
     requantize,
 )
 from jax_fp8gemm.reference import group_ends
-from jax_fp8gemm.sharding import explicit_spec, vary_together
+from jax_fp8gemm.sharding import explicit_sharding, vary_together
 
 RESIDUALS = ("fp8_t", "fp8", "input")
 
@@ -137,7 +137,7 @@ def _matmul_backward(how: How, residuals, dy):
     dx = _product(rows, kn, like_x.dtype).reshape(*dy.shape[:-1], kn.shape[0])
     if like_w is None:
         return like_x.match(dx), None, None
-    dw = contract_tokens(_transposed(saved, how), transposed, like_w.dtype, like_w.spec)
+    dw = contract_tokens(_transposed(saved, how), transposed, like_w.dtype, like_w.sharding)
     return like_x.match(dx), like_w.match(dw), None
 
 
@@ -182,18 +182,18 @@ def _save(q: QArray, name: str) -> Bits:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Like:
-    """What a gradient has in common with its argument: the dtype, and on Explicit axes the place."""
+    """What a gradient shares with its argument: the dtype, and the sharding on Explicit axes."""
 
     dtype: jnp.dtype
-    spec: PartitionSpec | None
+    sharding: NamedSharding | None
 
     @classmethod
     def of(cls, x: jax.Array | None) -> "Like | None":
-        return None if x is None else cls(x.dtype, explicit_spec(x))
+        return None if x is None else cls(x.dtype, explicit_sharding(x))
 
     def match(self, gradient: jax.Array) -> jax.Array:
         gradient = gradient.astype(self.dtype)
-        return gradient if self.spec is None else jax.sharding.reshard(gradient, self.spec)
+        return gradient if self.sharding is None else jax.sharding.reshard(gradient, self.sharding)
 
 
 # ---- fp8_ragged_dot -----------------------------------------------------------------------------

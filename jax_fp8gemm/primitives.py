@@ -208,7 +208,7 @@ def product(
     static: Static,
     groups: jax.Array | None = None,
     init: jax.Array | None = None,
-    out_sharding: PartitionSpec | None = None,
+    out_sharding: NamedSharding | None = None,
 ) -> jax.Array:
     """Binds one product, under every transformation. Shapes have been checked.
 

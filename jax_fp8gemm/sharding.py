@@ -15,8 +15,9 @@ import warnings
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_fp8gemm.errors import message
 from jax_fp8gemm.qarray import BLOCK, Tile
@@ -87,11 +88,15 @@ class Rule:
 def shardy_rule(rule: Rule, shapes) -> tuple[str, dict]:
     """Returns the rule in Shardy's notation, and its keyword arguments.
 
-    A blocked letter k becomes kb blocks of ki = 128: qvalue (kb ki), scale kb. What is not cut gets
-    factors of its own in every array, through which no sharding travels.
+    A blocked letter k becomes kb blocks of ki = 128: qvalue (kb ki), scale kb. What cannot be cut,
+    one block included, gets a factor of its own in every array: no sharding travels through it.
     """
     sizes, numbers = rule.sizes(shapes), itertools.count()
-    compound = {letter for letter in rule.blocked - rule.whole if sizes[letter] % BLOCK == 0}
+    compound = {
+        letter
+        for letter in rule.blocked - rule.whole
+        if sizes[letter] % BLOCK == 0 and sizes[letter] > BLOCK
+    }
     factors: dict[str, int | None] = {}  # in order of appearance, with the size of inner ones
 
     def factor(dim: Dim) -> str:
@@ -228,11 +233,16 @@ def partitioned(local: Callable, rule: Rule) -> Callable:
 
     def partition(mesh, operands, results):
         leaves, tree = jax.tree.flatten(results)
+        offered = [PartitionSpec()] * (len(operands) + len(leaves))
+        if mesh.empty:  # no operand of the program is on a mesh: there is nothing to cut
+            mesh = Mesh(np.array(list(operands[0].sharding.device_set)), ("devices",))
+        else:
+            offered = [x.sharding.spec for x in (*operands, *leaves)]
+        wanted = offered[len(operands) :]
         sizes = rule.sizes([x.shape for x in operands])
-        voters = [(rule.operands[i], operands[i].sharding.spec) for i in rule.deciding]
-        voters += [(dims, x.sharding.spec) for dims, x in zip(rule.results, leaves, strict=True)]
-        plan = assign(rule, voters, sizes, mesh)
-        total, after = _total(rule, plan, leaves[0].sharding.spec, sizes, mesh)
+        voters = [(rule.operands[i], offered[i]) for i in rule.deciding]
+        plan = assign(rule, [*voters, *zip(rule.results, wanted, strict=True)], sizes, mesh)
+        total, after = _total(rule, plan, wanted[0], sizes, mesh)
         at = [
             NamedSharding(mesh, _spec(dims, after if i == rule.added else plan))
             for i, dims in enumerate(rule.operands)
@@ -271,15 +281,20 @@ def vary_together(*trees):
     return jax.tree.unflatten(tree, varied)
 
 
-def _explicit_axes() -> Axes:
-    mesh = jax.sharding.get_abstract_mesh()
+def _mesh_of(*arrays: jax.Array):
+    """Returns the mesh in whose context this is traced, else that of the arrays' types."""
+    meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def _explicit_axes(mesh) -> Axes:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
-def explicit_spec(x: jax.Array) -> PartitionSpec | None:
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """Returns the part of x's type that says how it is sharded, None without Explicit axes."""
-    return jax.typeof(x).sharding.spec if _explicit_axes() else None
+    return jax.typeof(x).sharding if _explicit_axes(_mesh_of(x)) else None
 
 
 def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Callable:
@@ -288,15 +303,21 @@ def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Cal
     Its results are sharded as the operands say, unless out_sharding is given; rows of a product win
     over its columns.
     """
-    axes = _explicit_axes()
+    mesh = _mesh_of(*operands)
+    axes = _explicit_axes(mesh)
     if not axes:
         return function
     if out_sharding is None:
         specs = [jax.typeof(x).sharding.spec for x in operands]
         offered = [(rule.operands[i], specs[i]) for i in rule.deciding]
-        sizes = rule.sizes([x.shape for x in operands])
-        plan = assign(rule, offered, sizes, jax.sharding.get_abstract_mesh())
+        plan = assign(rule, offered, rule.sizes([x.shape for x in operands]), mesh)
         kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
         out = [_spec(dims, kept) for dims in rule.results]
         out_sharding = out if len(out) > 1 else out[0]
-    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
+    automatic = jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
+
+    def call(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return automatic(*arrays)
+
+    return call
