@@ -10,14 +10,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
-def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Returns kind and shape of the result of every collective in an HLO text."""
-    found = re.findall(rf"= \(?\w+\[([\d,]*)\][^ ]* ({KINDS})(?:-start)?\(", text)
-    return [(kind, tuple(map(int, shape.split(","))) if shape else ()) for shape, kind in found]
+def collectives(text: str) -> list[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+    """Returns of every collective in an HLO text its kind, and dtype and shape of its results."""
+    found = []
+    for result, kind, start in re.findall(rf"= (.*?) ({KINDS})(-start)?\(", text):
+        arrays = [
+            (dtype, tuple(map(int, shape.split(","))) if shape else ())
+            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        ]
+        both = start and result.startswith("((")  # an asynchronous one also carries its operands
+        found.append((kind, arrays[len(arrays) // 2 :] if both else arrays))
+    return found
 
 
 def count(text: str) -> dict[str, int]:
     return dict(collections.Counter(kind for kind, _ in collectives(text)))
+
+
+def gathered(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns dtype and shape of all arrays that are gathered or exchanged."""
+    kinds = ("all-gather", "all-to-all", "collective-permute")
+    return [array for kind, arrays in collectives(text) if kind in kinds for array in arrays]
 
 
 def place(mesh, tree, *specs):

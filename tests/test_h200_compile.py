@@ -48,7 +48,33 @@ print("gathers", text.count("all-gather"))
 """
 
 
-def test_a_training_step_compiles_for_an_h200(tmp_path):
+SHARDED = """
+import sys, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+from collectives import count, gathered
+from test_examples import load
+target = open(sys.argv[1]).read()
+topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x8")
+mesh = Mesh(np.array(topology.devices).reshape(4, 2), ("data", "model"))
+
+def shape(dims, *spec, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+params = {"up": shape((1024, 2048), "data", "model"), "down": shape((2048, 1024), "model", "data")}
+tokens = shape((3072, 1024), "data")
+text = load("06_sharded").step.lower(params, tokens, tokens).compile().as_text()
+print("gemms", text.count('custom_call_target="jax_fp8gemm_gemm_v1"'))
+print("quantisers", text.count('custom_call_target="jax_fp8gemm_quantize_v1"'))
+print("kinds", *sorted(count(text)))
+print("gathered", *sorted({f"{dtype}:{np.prod(dims)}" for dtype, dims in gathered(text)}))
+"""
+
+
+def compiled(code: str, tmp_path) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines that the program prints, by their first word, and its log of kernels."""
+    here = pathlib.Path(__file__).parent
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -56,11 +82,28 @@ def test_a_training_step_compiles_for_an_h200(tmp_path):
         "XLA_FLAGS": "",
         "JAX_FP8GEMM_VERBOSE": "1",
         "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(TARGET)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, str(TARGET)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {line[0]: line[1:] for line in lines}, done.stderr
+
+
+def test_a_training_step_compiles_for_an_h200(tmp_path):
+    printed, log = compiled(CODE, tmp_path)
     # fp8_matmul: y and dw (x has no gradient); fp8_ragged_dot: both gradients (a sum needs no y).
-    assert "calls 4" in done.stdout and "gathers 0" in done.stdout, done.stdout
-    assert "from nvrtc" in done.stderr and len(list(tmp_path.glob("*.kernel"))) >= 3
+    assert (printed["calls"], printed["gathers"]) == (["4"], ["0"])
+    assert "from nvrtc" in log and len(list(tmp_path.glob("*.kernel"))) >= 3
+
+
+def test_a_sharded_step_compiles_for_eight_h200s(tmp_path):
+    printed, log = compiled(SHARDED, tmp_path)
+    # Two forward, two for gradients to weights, one to h.
+    assert (printed["gemms"], printed["quantisers"]) == (["5"], ["6"])
+    assert printed["kinds"] == ["all-gather", "all-reduce", "reduce-scatter"]
+    # FP8 copies of weights, 1024x1024 for each of two columns of devices, and their 8x8 scales.
+    assert printed["gathered"] == ["f32:64", "f8e4m3fn:1048576"]
+    assert "from nvrtc" in log
