@@ -125,21 +125,3 @@ def check_exchange(op: str, exchange: str, wire: str) -> None:
         if value not in legal:
             expected = " or ".join(repr(one) for one in legal)
             fail(op, f"unknown {name}.", f"{name} {value!r}", expected, "choose one")
-
-
-def vary_alike(*trees):
-    """Types arrays as varying over the union of their manual mesh axes.
-
-    Said outside a custom_vjp, whose cotangents JAX then sums over the axes that an array lacked.
-    """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(trees)))
-
-    def one(x):
-        missing = tuple(sorted(axes - _varying(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, trees)
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying

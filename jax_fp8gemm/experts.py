@@ -17,7 +17,6 @@ from jax_fp8gemm.expert_parallel import (
     map_rows,
     send,
     send_quantized,
-    vary_alike,
 )
 from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of, save
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm
@@ -34,6 +33,7 @@ from jax_fp8gemm.quantizing import (
 )
 from jax_fp8gemm.reference import group_of_row
 from jax_fp8gemm.routing import cut, permutation_of, rows_or_zero, sum_rows
+from jax_fp8gemm.sharding import vary_alike
 
 
 def expert_ffn(

@@ -32,7 +32,7 @@ from jax_fp8gemm.quantizing import (
     requantize,
 )
 from jax_fp8gemm.reference import group_ends
-from jax_fp8gemm.sharding import explicit_sharding, vary_together
+from jax_fp8gemm.sharding import explicit_sharding, vary_alike
 
 RESIDUALS = ("fp8_t", "fp8", "input")
 
@@ -94,7 +94,7 @@ def fp8_matmul(
         fail(op, "dim k differs between x and w.", both, expected, mend)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(x.dtype, w.dtype))
     how = How(dtype, scale, residuals, op)
-    y = _matmul(*vary_together(x if x.ndim > 1 else x[None], *split(w)), how)
+    y = _matmul(*vary_alike(x if x.ndim > 1 else x[None], *split(w)), how)
     return y if x.ndim > 1 else y[0]
 
 
@@ -242,7 +242,7 @@ def fp8_ragged_dot(
     _check_ragged(op, lhs, rhs, group_sizes)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype))
     how = How(dtype, scale, residuals, op)
-    return _ragged_dot(*vary_together(lhs, *split(rhs), group_sizes), how)
+    return _ragged_dot(*vary_alike(lhs, *split(rhs), group_sizes), how)
 
 
 def _check_ragged(op: str, lhs, rhs: Weight, group_sizes) -> None:

@@ -223,7 +223,7 @@ def product(
         return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
     rule = _rule(static, operands)
     call = sharding.explicit(rule, _batchable(static), operands, out_sharding)
-    return call(*sharding.vary_together(*operands))
+    return call(*sharding.vary_alike(*operands))
 
 
 def _rule(static: Static, operands) -> Rule:

@@ -275,7 +275,7 @@ def call(static: QuantizeStatic, *operands) -> list[jax.Array]:
     if 0 in static.sizes(operands):
         return _empty(static, operands)
     run = sharding.explicit(_rule(static, operands), _batchable(static), operands)
-    return run(*sharding.vary_together(*operands))
+    return run(*sharding.vary_alike(*operands))
 
 
 def _empty(static: QuantizeStatic, operands) -> list[jax.Array]:

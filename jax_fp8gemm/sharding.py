@@ -266,7 +266,7 @@ def _varying(kind) -> frozenset[str]:
     return kind.vma  # what other releases of jax call it
 
 
-def vary_together(*trees):
+def vary_alike(*trees):
     """Inside a shard_map, types arrays as varying over all axes that any of them varies over.
 
     Outside of one, does nothing. Its transpose sums gradients over the axes that an array gains, so
