@@ -20,6 +20,7 @@ from jax_fp8gemm.expert_parallel import (
 )
 from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of, save
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm
+from jax_fp8gemm.meshes import vary_alike
 from jax_fp8gemm.prepared import from_bits
 from jax_fp8gemm.qarray import QArray
 from jax_fp8gemm.quantizing import (
@@ -33,7 +34,6 @@ from jax_fp8gemm.quantizing import (
 )
 from jax_fp8gemm.reference import group_of_row
 from jax_fp8gemm.routing import cut, permutation_of, rows_or_zero, sum_rows
-from jax_fp8gemm.sharding import vary_alike
 
 
 def expert_ffn(

@@ -15,9 +15,9 @@ from jax_fp8gemm.expert_parallel import (
 )
 from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of
 from jax_fp8gemm.experts import Block, check_tokens, run_experts
+from jax_fp8gemm.meshes import vary_alike
 from jax_fp8gemm.ops import fp8_matmul
 from jax_fp8gemm.routing import Routing, route
-from jax_fp8gemm.sharding import vary_alike
 
 
 def moe(

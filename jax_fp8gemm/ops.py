@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import contract_tokens, gemm
+from jax_fp8gemm.meshes import explicit_sharding, vary_alike
 from jax_fp8gemm.prepared import (
     Bits,
     Weight,
@@ -32,7 +33,6 @@ from jax_fp8gemm.quantizing import (
     requantize,
 )
 from jax_fp8gemm.reference import group_ends
-from jax_fp8gemm.sharding import explicit_sharding, vary_alike
 
 RESIDUALS = ("fp8_t", "fp8", "input")
 

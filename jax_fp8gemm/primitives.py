@@ -18,7 +18,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm import config as configs
-from jax_fp8gemm import reference, sharding
+from jax_fp8gemm import meshes, reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET, TARGET
 from jax_fp8gemm.errors import message
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, TENSOR, QArray, Tile
@@ -222,8 +222,8 @@ def product(
     if 0 in (*shape, *lhs.shape, *rhs.shape):
         return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
     rule = _rule(static, operands)
-    call = sharding.explicit(rule, _batchable(static), operands, out_sharding)
-    return call(*sharding.vary_alike(*operands))
+    call = meshes.explicit(rule, _batchable(static), operands, out_sharding)
+    return call(*meshes.vary_alike(*operands))
 
 
 def _rule(static: Static, operands) -> Rule:
@@ -244,7 +244,7 @@ def _batchable(static: Static):
 
     @jax.custom_jvp
     def on_devices(*operands):
-        if sharding.is_manual():
+        if meshes.is_manual():
             return _bind(*operands, static=static)
         return _placed(static, _rule(static, operands))(*operands)
 

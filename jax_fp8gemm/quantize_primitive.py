@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_fp8gemm import reference, sharding
+from jax_fp8gemm import meshes, reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET
 from jax_fp8gemm.config import TILE_NAMES
 from jax_fp8gemm.primitives import no_derivative
@@ -274,8 +274,8 @@ def call(static: QuantizeStatic, *operands) -> list[jax.Array]:
     """
     if 0 in static.sizes(operands):
         return _empty(static, operands)
-    run = sharding.explicit(_rule(static, operands), _batchable(static), operands)
-    return run(*sharding.vary_alike(*operands))
+    run = meshes.explicit(_rule(static, operands), _batchable(static), operands)
+    return run(*meshes.vary_alike(*operands))
 
 
 def _empty(static: QuantizeStatic, operands) -> list[jax.Array]:
@@ -307,7 +307,7 @@ def _batchable(static: QuantizeStatic):
 
     @jax.custom_jvp
     def on_devices(*operands):
-        if sharding.is_manual():
+        if meshes.is_manual():
             return _bind(*operands, static=static)
         return _placed(static, _rule(static, operands))(*operands)
 

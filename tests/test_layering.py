@@ -16,6 +16,7 @@ PYTHON = [
     "config",
     "_native",
     "sharding",
+    "meshes",
     "primitives",
     "quantize_primitive",
     "kernel_level",

@@ -1,0 +1,76 @@
+"""In which context an operation is traced: inside a shard_map, on Explicit axes, or neither."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+from jax_fp8gemm.sharding import Axes, Rule, assign, spec_of
+
+
+def is_manual() -> bool:
+    """Whether this is traced inside a shard_map, where an operation works on what it is given."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _varying(kind) -> frozenset[str]:
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return kind.vma  # what other releases of jax call it
+
+
+def vary_alike(*trees):
+    """Inside a shard_map, types arrays as varying over all axes that any of them varies over.
+
+    Outside of one, does nothing. Its transpose sums gradients over the axes that an array gains, so
+    it belongs outside of a custom_vjp.
+    """
+    arrays, tree = jax.tree.flatten(trees)
+    own = [_varying(jax.typeof(x)) for x in arrays]
+    every = frozenset().union(*own)
+    gained = [tuple(sorted(every - axes)) for axes in own]
+    pairs = zip(arrays, gained, strict=True)
+    varied = [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in pairs]
+    return jax.tree.unflatten(tree, varied)
+
+
+def _mesh_of(*arrays: jax.Array):
+    """Returns the mesh in whose context this is traced, else that of the arrays' types."""
+    meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def _explicit_axes(mesh) -> Axes:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """Returns the part of x's type that says how it is sharded, None without Explicit axes."""
+    return jax.typeof(x).sharding if _explicit_axes(_mesh_of(x)) else None
+
+
+def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Callable:
+    """Returns `function` made callable on a mesh with Explicit axes; itself on any other.
+
+    Its results are sharded as the operands say, unless out_sharding is given; rows of a product win
+    over its columns.
+    """
+    mesh = _mesh_of(*operands)
+    axes = _explicit_axes(mesh)
+    if not axes:
+        return function
+    if out_sharding is None:
+        specs = [jax.typeof(x).sharding.spec for x in operands]
+        offered = [(rule.operands[i], specs[i]) for i in rule.deciding]
+        plan = assign(rule, offered, rule.sizes([x.shape for x in operands]), mesh)
+        kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
+        out = [spec_of(dims, kept) for dims in rule.results]
+        out_sharding = out if len(out) > 1 else out[0]
+    automatic = jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
+
+    def call(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return automatic(*arrays)
+
+    return call
