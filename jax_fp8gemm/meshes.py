@@ -47,7 +47,8 @@ def _explicit_axes(mesh) -> Axes:
 
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """Returns the part of x's type that says how it is sharded, None without Explicit axes."""
-    return jax.typeof(x).sharding if _explicit_axes(_mesh_of(x)) else None
+    sharding = jax.typeof(x).sharding
+    return sharding if _explicit_axes(sharding.mesh) else None
 
 
 def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Callable:

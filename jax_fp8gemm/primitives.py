@@ -234,8 +234,8 @@ def _rule(static: Static, operands) -> Rule:
 
 @functools.cache
 def _placed(static: Static, rule: Rule):
-    """Returns the product with its rule for partitioning; jitted, since that is when it applies."""
-    return jax.jit(sharding.partitioned(functools.partial(_shard, static=static), rule))
+    """Returns the product with its rule for partitioning."""
+    return sharding.partitioned(functools.partial(_shard, static=static), rule, static)
 
 
 @functools.cache

@@ -297,8 +297,8 @@ def _rule(static: QuantizeStatic, operands) -> Rule:
 
 @functools.cache
 def _placed(static: QuantizeStatic, rule: Rule):
-    """Returns the call with its rule for partitioning; jitted, since that is when it applies."""
-    return jax.jit(sharding.partitioned(functools.partial(_bind, static=static), rule))
+    """Returns the call with its rule for partitioning."""
+    return sharding.partitioned(functools.partial(_bind, static=static), rule, static)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ contracted letter behind it.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import warnings
@@ -19,6 +20,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_fp8gemm import _native
 from jax_fp8gemm.errors import message
 from jax_fp8gemm.qarray import BLOCK, Tile
 
@@ -180,6 +182,7 @@ def _warn_once(op: str, letter: str, size: int, axes: str, count: int) -> None:
 
 
 def spec_of(dims: Dims, plan: dict[str, Axes]) -> PartitionSpec:
+    """Returns the sharding of an array with these dims."""
     cut = [() if dim.per is None else plan.get(dim.letter, ()) for dim in dims]
     return PartitionSpec(*(axes or None for axes in cut))
 
@@ -219,10 +222,14 @@ def _total(rule: Rule, plan, wanted: PartitionSpec, sizes, mesh) -> tuple[Total 
     return (Total(tuple(scattered), rest) if axes else None), after
 
 
-def partitioned(local: Callable, rule: Rule) -> Callable:
-    """Returns `local` with its rule for partitioning, for meshes whose axes are Auto.
+def partitioned(local: Callable, rule: Rule, static) -> Callable:
+    """Returns `local`, jitted, with its rule for partitioning on meshes whose axes are Auto.
+
+    What runs on a device is not in the program that JAX's persistent cache looks at, so all that
+    it depends on goes into the name of a function there.
 
     Args:
+      static: what `local` depends on beside its operands; its repr says all of it.
       local: called as local(*operands) on whole arrays or shards; as local(*operands, total=f) on
         shards of a contracted letter, where results are to be passed through f.
     """
@@ -231,17 +238,16 @@ def partitioned(local: Callable, rule: Rule) -> Callable:
     def notation(mesh, operand_types, result_types):
         return shardy_rule(rule, [tuple(t.shape) for t in operand_types])
 
+    def infer(mesh, operands, results):  # asked where Shardy is turned off
+        mesh, plan, _ = _plan(rule, mesh, operands, ())
+        kept = {letter: axes for letter, axes in plan.items() if letter not in rule.summed}
+        out = [NamedSharding(mesh, spec_of(dims, kept)) for dims in rule.results]
+        return jax.tree.unflatten(jax.tree.structure(results), out)
+
     def partition(mesh, operands, results):
         leaves, tree = jax.tree.flatten(results)
-        offered = [PartitionSpec()] * (len(operands) + len(leaves))
-        if mesh.empty:  # no operand of the program is on a mesh: there is nothing to cut
-            mesh = Mesh(np.array(list(operands[0].sharding.device_set)), ("devices",))
-        else:
-            offered = [x.sharding.spec for x in (*operands, *leaves)]
-        wanted = offered[len(operands) :]
+        mesh, plan, wanted = _plan(rule, mesh, operands, leaves)
         sizes = rule.sizes([x.shape for x in operands])
-        voters = [(rule.operands[i], offered[i]) for i in rule.deciding]
-        plan = assign(rule, [*voters, *zip(rule.results, wanted, strict=True)], sizes, mesh)
         total, after = _total(rule, plan, wanted[0], sizes, mesh)
         at = [
             NamedSharding(mesh, spec_of(dims, after if i == rule.added else plan))
@@ -251,5 +257,23 @@ def partitioned(local: Callable, rule: Rule) -> Callable:
         body = local if total is None else functools.partial(local, total=total)
         return mesh, body, jax.tree.unflatten(tree, out), tuple(at)
 
-    call.def_partition(partition, sharding_rule=notation)
-    return call
+    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=notation)
+
+    def run(*operands):
+        return call(*operands)
+
+    identity = f"{static} {_native.version()}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    run.__name__ = run.__qualname__ = f"{rule.op.replace(' ', '_')}_{digest}"
+    return jax.jit(run)
+
+
+def _plan(rule: Rule, mesh, operands, results) -> tuple[Mesh, dict[str, Axes], list]:
+    """Returns the mesh, which axes cut which letter, and the shardings offered for the results."""
+    if mesh.empty:  # nothing in the program is on a mesh: there is nothing to cut
+        mesh = Mesh(np.array(list(operands[0].sharding.device_set)), ("devices",))
+        return mesh, {}, [PartitionSpec()] * len(results)
+    voters = [(rule.operands[i], operands[i].sharding.spec) for i in rule.deciding]
+    wanted = [x.sharding.spec for x in results]
+    voters += zip(rule.results, wanted)  # noqa: B905 (results may not be known yet)
+    return mesh, assign(rule, voters, rule.sizes([x.shape for x in operands]), mesh), wanted

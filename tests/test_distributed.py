@@ -1,4 +1,4 @@
-"""Two processes with four devices each give what one process with eight gives."""
+"""Sharded programs and several processes: side by side, and one after the other."""
 
 import os
 import pathlib
@@ -17,17 +17,34 @@ assert len(jax.local_devices()) == 4 and len(jax.devices()) == 8
 from test_examples import load
 print("losses", *load("06_sharded").main(steps=3, width=512, hidden=512))
 """
+CACHED = """
+import sys, jax, jax.numpy as jnp, jax_fp8gemm as fp8
+from jax.sharding import NamedSharding, PartitionSpec as P
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+w = jax.device_put(jnp.arange(512.0 * 128).reshape(512, 128) % 7.3, NamedSharding(mesh, P("data")))
+for scale in sys.argv[2:]:
+    found = []
+    step = jax.jit(jax.grad(lambda w: (fp8.fp8_matmul(w.T, w, scale=scale) ** 2).sum()))
+    lowered = step.lower(w)
+    jax.monitoring.register_event_listener(lambda name, found=found, **_: found.append(name))
+    made = lowered.compile()
+    print(scale, sum(name.endswith("cache_hits") for name in found), float(made(w).sum()))
+"""
 LIMIT = 150  # seconds
 
 
-def run(arguments: list[str]) -> subprocess.Popen:
+def run(code: str, arguments: list[str]) -> subprocess.Popen:
     here = pathlib.Path(__file__).parent
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
     }
-    command = [sys.executable, "-c", CODE, *arguments]
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -37,7 +54,7 @@ def test_two_processes_match_one():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    processes = [run([address, str(index)]) for index in range(2)]
+    processes = [run(CODE, [address, str(index)]) for index in range(2)]
     try:
         outputs = [process.communicate(timeout=LIMIT) for process in processes]
     finally:
@@ -51,3 +68,14 @@ def test_two_processes_match_one():
     expected = load("06_sharded").main(steps=3, width=512, hidden=512)
     assert found[0] == found[1] and expected[2] < expected[0]
     np.testing.assert_allclose(found[0], expected, rtol=1e-4)
+
+
+def test_a_second_process_finds_a_sharded_program_in_the_persistent_cache(tmp_path):
+    printed = []
+    for scales in (["pow2"], ["pow2", "float32"]):
+        process = run(CACHED, [str(tmp_path), *scales])
+        out, error = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, error[-3000:]
+        printed += [line.split() for line in out.splitlines()]
+    assert [line[:2] for line in printed] == [["pow2", "0"], ["pow2", "1"], ["float32", "0"]]
+    assert printed[0][2] == printed[1][2] != printed[2][2]

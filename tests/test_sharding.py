@@ -294,6 +294,20 @@ def test_shard_map(mesh, arrays, reference, name, check_vma):
     assert near(run(*place(mesh, arrays, x_spec, w_spec, y_spec)), reference)
 
 
+def test_shard_map_over_some_axes_only(mesh, arrays):
+    x, w, _ = arrays
+    mapped = jax.shard_map(
+        fp8.fp8_matmul,
+        mesh=mesh,
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    run = jax.jit(jax.value_and_grad(lambda w, x: (mapped(x, w) ** 2).sum()))
+    expected = jax.value_and_grad(lambda w: (fp8.fp8_matmul(x, w) ** 2).sum())(w)
+    assert near(run(*place(mesh, (w, x), (None, "model"), ("data", "seq"))), expected)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_explicit_axes(arrays, reference, name):
     mesh = mesh_of(AxisType.Explicit)
@@ -350,3 +364,29 @@ def test_ragged_dot(mesh, key, w_spec):
     run = jax.jit(jax.value_and_grad(loss, (0, 1)))
     placed = place(mesh, (x, w), (None, w_spec[1]) if w_spec[1] == "model" else (), w_spec)
     assert near(run(*placed), run(x, w), 1e-3)
+
+
+def test_ragged_dot_on_explicit_axes(key):
+    mesh = mesh_of(AxisType.Explicit)
+    x, w = jax.random.normal(key, (256, 512)), jax.random.normal(key, (2, 512, 256))
+    loss = lambda x, w: (fp8.fp8_ragged_dot(x, w, jnp.array([100, 140])) ** 2).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    expected = gradients(x, w)
+    with jax.set_mesh(mesh):
+        placed = place(mesh, (x, w), ("data",), (None, "model", "data"))
+        got = gradients(*placed)
+    assert near(got, expected)
+    for gradient, like in zip(got, placed, strict=True):
+        assert gradient.sharding.is_equivalent_to(like.sharding, gradient.ndim)
+
+
+def test_without_shardy(mesh):
+    lhs, rhs = random_operands(Problem("dense", 32, 256, 512))
+    placed = place(mesh, (lhs, rhs), ("data",), (None, "data"))
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        run = jax.jit(multiply).lower(*placed).compile()
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    assert count(run.as_text()) == {"all-gather": 2}
+    assert near(run(*placed), multiply(lhs, rhs))
