@@ -257,7 +257,12 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
         body = local if total is None else functools.partial(local, total=total)
         return mesh, body, jax.tree.unflatten(tree, out), tuple(at)
 
-    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=notation)
+    call.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=notation,
+        decode_shardings=False,  # JAX cannot name a part of an axis, which Shardy may offer
+    )
 
     def run(*operands):
         return call(*operands)
@@ -273,7 +278,26 @@ def _plan(rule: Rule, mesh, operands, results) -> tuple[Mesh, dict[str, Axes], l
     if mesh.empty:  # nothing in the program is on a mesh: there is nothing to cut
         mesh = Mesh(np.array(list(operands[0].sharding.device_set)), ("devices",))
         return mesh, {}, [PartitionSpec()] * len(results)
-    voters = [(rule.operands[i], operands[i].sharding.spec) for i in rule.deciding]
-    wanted = [x.sharding.spec for x in results]
+    voters = [(rule.operands[i], _offered(operands[i], mesh)) for i in rule.deciding]
+    wanted = [_offered(x, mesh) for x in results]
     voters += zip(rule.results, wanted)  # noqa: B905 (results may not be known yet)
     return mesh, assign(rule, voters, rule.sizes([x.shape for x in operands]), mesh), wanted
+
+
+def _offered(x, mesh: Mesh) -> PartitionSpec:
+    """Returns the axes that cut each dim of x, outer ones first; parts of an axis do not count."""
+    try:
+        places = x.sharding.devices_indices_map(x.shape)
+    except ValueError:  # shards of unequal size
+        return PartitionSpec()
+    corner = (0,) * mesh.devices.ndim
+    lines = {
+        axis: mesh.devices[(*corner[:i], slice(None), *corner[i + 1 :])]
+        for i, axis in enumerate(mesh.axis_names)
+    }
+    entries = []
+    for dim in range(len(x.shape)):
+        starts = {axis: [places[d][dim].start or 0 for d in line] for axis, line in lines.items()}
+        cutting = [axis for axis, at in starts.items() if len(set(at)) == len(at) > 1]
+        entries.append(tuple(sorted(cutting, key=lambda axis: -max(starts[axis]))) or None)
+    return PartitionSpec(*entries)

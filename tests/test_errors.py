@@ -50,11 +50,11 @@ def test_k_no_multiple_of_16():
 
 
 def test_wrong_rank():
-    assert raised(ValueError, fp8.gemm, q(2, 4, 128), q(8, 128)) == (
-        "gemm: lhs has the wrong rank.\n"
-        "  got       lhs e4m3[2, 4, 128], scale f32[2, 4, 1]\n"
-        "  expected  lhs [m, k]\n"
-        "  mend      reshape lhs to lhs [m, k]"
+    assert raised(ValueError, fp8.gemm, q(4, 128), q(2, 8, 128)) == (
+        "gemm: rhs has the wrong rank.\n"
+        "  got       rhs e4m3[2, 8, 128], scale f32[2, 8, 1]\n"
+        "  expected  rhs [n, k]\n"
+        "  mend      reshape rhs to rhs [n, k]"
     )
 
 

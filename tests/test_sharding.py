@@ -154,6 +154,17 @@ def test_a_split_block_is_replicated_with_one_warning(mesh):
         jax.jit(lambda lhs, rhs: multiply(lhs, rhs) + 1)(*placed)
 
 
+def test_a_part_of_an_axis_is_no_sharding():
+    """768 rows are 6 blocks: over 4 devices Shardy offers to cut them in 2."""
+    sharding._warn_once.cache_clear()
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x, w = jnp.sin(jnp.arange(768.0 * 256).reshape(768, 256)), jnp.ones((256, 256))
+    run = jax.jit(jax.value_and_grad(lambda w, x: (fp8.fp8_matmul(x, w) ** 2).sum()))
+    with pytest.warns(UserWarning, match=r"m=768 over data of 4 devices: shards of 192") as seen:
+        got = run(*place(mesh, (w, x), (None, "model"), ("data",)))
+    assert len(seen) == 1 and near(got, run(w, x))
+
+
 def test_vmap_over_a_sharded_axis_moves_nothing(mesh):
     lhs, rhs = random_operands(Problem("batched", 32, 256, 512, 4))
     one = jax.tree.map(lambda x: x[0], rhs)
