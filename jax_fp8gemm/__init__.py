@@ -2,6 +2,7 @@
 
 from jax_fp8gemm import _native
 from jax_fp8gemm.config import GemmConfig as GemmConfig
+from jax_fp8gemm.dot_general import fp8_dot_general as fp8_dot_general
 from jax_fp8gemm.expert_weights import PreparedExperts as PreparedExperts
 from jax_fp8gemm.expert_weights import prepare_experts as prepare_experts
 from jax_fp8gemm.experts import expert_ffn as expert_ffn

@@ -23,11 +23,14 @@ PYTHON = [
     "quantizing",
     "prepared",
     "ops",
+    "dot_general",
     "routing",
     "expert_parallel",
     "expert_weights",
     "experts",
     "moe",
+    "linen",
+    "nnx",
 ]
 LEAVES = ["deep_gemm", "tuning", "__init__", "__main__"]  # nothing imports them
 HOST = [

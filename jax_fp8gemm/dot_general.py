@@ -1,0 +1,134 @@
+"""fp8_dot_general: jax.lax.dot_general in FP8, for the hooks of Flax and the like."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.ops import fp8_matmul
+from jax_fp8gemm.quantizing import check_float
+
+Dims = Sequence[int]
+OP = "fp8_dot_general"
+
+
+def fp8_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: tuple[tuple[Dims, Dims], tuple[Dims, Dims]],
+    precision: object = None,
+    preferred_element_type: jnp.dtype | None = None,
+    *,
+    out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
+) -> jax.Array:
+    """Multiplies as jax.lax.dot_general does, in FP8: what `dot_general=` of a Flax layer takes.
+
+    lhs is scaled by 1x128 along what is contracted, rhs by 128x128, gradients as in `fp8_matmul`:
+    pass activations as lhs and weights as rhs.
+
+    Args:
+      lhs, rhs: bf16, f16 or f32, of any rank.
+      dimension_numbers: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)). Several
+        contracting dims are one k in the order given.
+      precision: not looked at, because products of FP8 numbers have one precision. Layers pass
+        theirs always.
+      preferred_element_type: bf16, f16 or f32, of the result; default: the promoted dtype.
+      out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
+        a NamedSharding. Reaches the product's gradient as the sharding of what comes back.
+
+    Returns:
+      The batch dims, lhs's other dims, rhs's other dims. Gradients have the dtypes of lhs and rhs.
+
+    Raises:
+      ValueError: dims that repeat, are out of range or differ in size; nothing to contract over.
+      TypeError: integers, complex numbers, FP8 or float64. NotImplementedError: a second
+      derivative.
+
+    Source: jax.lax.dot_general.
+
+    Example:
+      layer = nnx.Linear(256, 512, dot_general=fp8_dot_general, rngs=rngs)
+    """
+    del precision
+    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        check_float(OP, name, x)
+    (contract, rhs_contract), (batch, rhs_batch) = dimension_numbers
+    contract, batch = _normal(contract, lhs.ndim), _normal(batch, lhs.ndim)
+    rhs_contract, rhs_batch = _normal(rhs_contract, rhs.ndim), _normal(rhs_batch, rhs.ndim)
+    _check(lhs, rhs, (contract, rhs_contract), (batch, rhs_batch))
+    dtype = _result_dtype(lhs, rhs, preferred_element_type)
+    free, rhs_free = _others(lhs, contract, batch), _others(rhs, rhs_contract, rhs_batch)
+    shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
+    x = _matrices(lhs, batch, free, contract)
+    w = _matrices(rhs, rhs_batch, rhs_contract, rhs_free)
+    y = jnp.zeros(shape, dtype) if 0 in shape else _product(x, w, dtype).reshape(shape)
+    return y if out_sharding is None else _put(y, out_sharding)
+
+
+def _product(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[b, m, k] times [b, k, n]. One batch is none: then k and n keep their scale blocks whole."""
+
+    def multiply(x, w):
+        return fp8_matmul(x, w, preferred_element_type=dtype)
+
+    return multiply(x[0], w[0])[None] if x.shape[0] == 1 else jax.vmap(multiply)(x, w)
+
+
+def _put(y: jax.Array, sharding) -> jax.Array:
+    """Gives y a sharding: a type on meshes with Explicit axes, elsewhere a constraint."""
+    mesh = getattr(sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(y, sharding)
+    return jax.lax.with_sharding_constraint(y, sharding)
+
+
+# ---- dims ---------------------------------------------------------------------------------------
+
+
+def _normal(dims: Dims, ndim: int) -> tuple[int, ...]:
+    """Negative dims count from the end; those out of range stay so."""
+    return tuple(int(d) + ndim if -ndim <= d < 0 else int(d) for d in dims)
+
+
+def _others(x: jax.Array, *taken: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(d for d in range(x.ndim) if not any(d in dims for dims in taken))
+
+
+def _sizes(x: jax.Array, dims: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x.shape[d] for d in dims)
+
+
+def _matrices(x: jax.Array, batch, rows, columns) -> jax.Array:
+    """Returns x as [batch, rows, columns]."""
+    sizes = [math.prod(_sizes(x, dims)) for dims in (batch, rows, columns)]
+    return x.transpose(*batch, *rows, *columns).reshape(sizes)
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _check(lhs, rhs, contract, batch) -> None:
+    got = f"{describe('lhs', lhs)}, {describe('rhs', rhs)}, dimension_numbers {(contract, batch)}"
+    for index, (name, x) in enumerate((("lhs", lhs), ("rhs", rhs))):
+        dims = contract[index] + batch[index]
+        if len(set(dims)) != len(dims) or any(not 0 <= d < x.ndim for d in dims):
+            expected = f"each of 0..{x.ndim - 1} once at most"
+            fail(OP, f"dims of {name} repeat or do not exist.", got, expected, "name other dims")
+    for kind, (left, right) in (("contracting", contract), ("batch", batch)):
+        if _sizes(lhs, left) != _sizes(rhs, right):
+            what = f"sizes of {kind} dims differ: {_sizes(lhs, left)} and {_sizes(rhs, right)}."
+            fail(OP, what, got, "the same sizes in the same order", "name other dims")
+    if 0 in _sizes(lhs, contract[0]) or not contract[0]:
+        mend = "multiply outer products with jnp.multiply; FP8 has nothing to sum"
+        fail(OP, "nothing to contract over.", got, "contracting dims of 1 or more", mend)
+
+
+def _result_dtype(lhs, rhs, preferred) -> jnp.dtype:
+    dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        got = f"preferred_element_type {dtype}"
+        fail(OP, "no such result.", got, "bf16, f16 or f32", "cast the result", TypeError)
+    return dtype

@@ -1,0 +1,138 @@
+"""fp8_dot_general against jax.lax.dot_general."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from numerics import calc_diff
+
+import jax_fp8gemm as fp8
+
+# lhs, rhs, dimension numbers
+PATTERNS = {
+    "dense": ((6, 20, 130), (130, 72), (((2,), (0,)), ((), ()))),
+    "general_two_features": ((3, 16, 64), (64, 4, 32), (((2,), (0,)), ((), ()))),
+    "general_two_axes": ((40, 4, 32), (4, 32, 70), (((1, 2), (0, 1)), ((), ()))),
+    "axes_crossed": ((4, 48, 32), (32, 40, 4), (((2, 0), (0, 2)), ((), ()))),
+    "batch": ((3, 40, 64), (3, 64, 48), (((2,), (1,)), ((0,), (0,)))),
+    "attention_scores": ((2, 24, 3, 64), (2, 20, 3, 64), (((3,), (3,)), ((0, 2), (0, 2)))),
+    "batch_of_one": ((1, 40, 64), (1, 64, 48), (((2,), (1,)), ((0,), (0,)))),
+    "batch_last": ((40, 64, 3), (48, 3, 64), (((1,), (2,)), ((2,), (1,)))),
+    "vector_times_matrix": ((256,), (256, 200), (((0,), (0,)), ((), ()))),
+    "vectors_by_batch": ((5, 256), (5, 256), (((1,), (1,)), ((0,), (0,)))),
+}
+
+
+def exact(lhs, rhs, numbers):
+    return jax.lax.dot_general(lhs, rhs, numbers, precision="highest")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_values_and_gradients_of_every_pattern(key, pattern):
+    left, right, numbers = PATTERNS[pattern]
+    keys = jax.random.split(key, 3)
+    lhs, rhs = jax.random.normal(keys[0], left), jax.random.normal(keys[1], right)
+    expected, exact_pull = jax.vjp(lambda *xy: exact(*xy, numbers), lhs, rhs)
+    dy = jax.random.normal(keys[2], expected.shape)
+
+    @jax.jit
+    def run(lhs, rhs, dy):
+        y, pull = jax.vjp(lambda *xy: fp8.fp8_dot_general(*xy, numbers), lhs, rhs)
+        return y, *pull(dy)
+
+    # As in test_matmul.py: few numbers scatter, and a gradient sums over fewer than the product.
+    for got, wanted in zip(run(lhs, rhs, dy), (expected, *exact_pull(dy)), strict=True):
+        assert got.shape == wanted.shape
+        assert calc_diff(got, wanted) < (1.1e-3 if wanted.size > 1000 else 6e-3)
+
+
+def test_a_dense_pattern_is_fp8_matmul_bit_for_bit(key):
+    x, w = jax.random.normal(key, (4, 6, 96)), jax.random.normal(key, (96, 40))
+    got = fp8.fp8_dot_general(x, w, (((2,), (0,)), ((), ())))
+    np.testing.assert_array_equal(got, fp8.fp8_matmul(x, w))
+    from_the_end = fp8.fp8_dot_general(x, w, (((-1,), (-2,)), ((), ())))
+    np.testing.assert_array_equal(got, from_the_end)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)])
+def test_vmap(key, axes):
+    numbers = (((1,), (2,)), ((2,), (1,)))
+    lhs, rhs = jax.random.normal(key, (20, 64, 2)), jax.random.normal(key, (24, 2, 64))
+    stacked = [
+        x if axis is None else jnp.stack([x, 2 * x, 3 * x], axis)
+        for x, axis in zip((lhs, rhs), axes, strict=True)
+    ]
+    product = lambda x, y: fp8.fp8_dot_general(x, y, numbers)  # noqa: E731
+    got = jax.jit(jax.vmap(product, axes))(*stacked)
+    for i in (0, 2):
+        own = [
+            x if axis is None else jnp.take(x, i, axis)
+            for x, axis in zip(stacked, axes, strict=True)
+        ]
+        np.testing.assert_allclose(got[i], product(*own), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("left, right", [("bfloat16", "float32"), ("float16", "float16")])
+def test_dtypes(key, left, right):
+    lhs = jax.random.normal(key, (16, 64)).astype(left)
+    rhs = jax.random.normal(key, (64, 24)).astype(right)
+    numbers = (((1,), (0,)), ((), ()))
+    y, pull = jax.vjp(lambda *xy: fp8.fp8_dot_general(*xy, numbers, "highest"), lhs, rhs)
+    assert y.dtype == jnp.result_type(lhs, rhs)
+    assert [d.dtype for d in pull(jnp.ones_like(y))] == [lhs.dtype, rhs.dtype]
+    y = fp8.fp8_dot_general(lhs, rhs, numbers, None, jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("left, right", [((0, 32), (32, 8)), ((4, 32), (32, 0))])
+def test_empty_results(left, right):
+    y = fp8.fp8_dot_general(jnp.ones(left), jnp.ones(right), (((1,), (0,)), ((), ())))
+    assert y.shape == (left[0], right[1])
+    batch = (((2,), (1,)), ((0,), (0,)))
+    assert fp8.fp8_dot_general(jnp.ones((0, 4, 32)), jnp.ones((0, 32, 8)), batch).size == 0
+
+
+ONES = jnp.ones((4, 32))
+ERRORS = {
+    "integers": (TypeError, ONES.astype(int), ONES, ((1,), (1,)), ((), ()), "bfloat16"),
+    "complex": (TypeError, ONES, ONES.astype("complex64"), ((1,), (1,)), ((), ()), "bfloat16"),
+    "fp8": (TypeError, ONES, ONES.astype("float8_e4m3fn"), ((1,), (1,)), ((), ()), "bf16, f16"),
+    "outer": (ValueError, ONES, ONES, ((), ()), ((), ()), "nothing to contract"),
+    "no_k": (ValueError, ONES[:, :0], ONES[:, :0], ((1,), (1,)), ((), ()), "nothing to contract"),
+    "sizes": (ValueError, ONES, ONES, ((1,), (0,)), ((), ()), r"\(32,\) and \(4,\)"),
+    "batch_sizes": (ValueError, ONES[:2], ONES, ((1,), (1,)), ((0,), (0,)), "batch dims differ"),
+    "repeated": (ValueError, ONES, ONES, ((1,), (1,)), ((1,), (0,)), "lhs repeat"),
+    "no_such_dim": (ValueError, ONES, ONES, ((1,), (2,)), ((), ()), "rhs repeat or do not"),
+    "counts": (ValueError, ONES, ONES, ((0, 1), (0,)), ((), ()), "differ"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_have_four_parts(case):
+    error, lhs, rhs, contract, batch, text = ERRORS[case]
+    with pytest.raises(error, match=f"(?s)fp8_dot_general: .*{text}") as raised:
+        fp8.fp8_dot_general(lhs, rhs, (contract, batch))
+    assert all(part in str(raised.value) for part in ("\n  got", "\n  expected", "\n  mend"))
+
+
+def test_a_result_of_integers_is_an_error():
+    with pytest.raises(TypeError, match="no such result"):
+        fp8.fp8_dot_general(ONES, ONES, (((1,), (1,)), ((), ())), None, jnp.int32)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_out_sharding_on_an_auto_mesh(key, named):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("x", None)
+    sharding = NamedSharding(mesh, spec)
+
+    @jax.jit
+    def multiply(x, w):
+        where = sharding if named else spec
+        return fp8.fp8_dot_general(x, w, (((1,), (0,)), ((), ())), out_sharding=where)
+
+    with jax.set_mesh(mesh):
+        y = multiply(x := jax.random.normal(key, (16, 64)), w := jax.random.normal(key, (64, 24)))
+    assert y.sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_allclose(y, fp8.fp8_matmul(x, w), rtol=1e-6)
