@@ -68,6 +68,15 @@ def fp8_dot_general(
     return y if out_sharding is None else _put(y, out_sharding)
 
 
+def dot_general_like_lhs(
+    lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, *, out_sharding=None
+):
+    """fp8_dot_general with a result of lhs's dtype by default: for layers that cast activations to
+    the dtype they compute in, and leave weights as they are."""
+    dtype = preferred_element_type or lhs.dtype
+    return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, out_sharding=out_sharding)
+
+
 def _product(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """[b, m, k] times [b, k, n]. One batch is none: then k and n keep their scale blocks whole."""
 

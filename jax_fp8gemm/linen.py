@@ -6,28 +6,195 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype, Initializer
 
-from jax_fp8gemm.dot_general import fp8_dot_general
+from jax_fp8gemm.dot_general import dot_general_like_lhs
+from jax_fp8gemm.expert_parallel import axis_size
 from jax_fp8gemm.moe import moe
 from jax_fp8gemm.ops import fp8_matmul
 from jax_fp8gemm.prepared import prepare_weight
-from jax_fp8gemm.qarray import BLOCKS, QArray
+from jax_fp8gemm.qarray import BLOCKS, FP8, QArray, scale_shape
 from jax_fp8gemm.quantizing import quantize
 from jax_fp8gemm.routing import Routing
 
-default_init = nn.initializers.lecun_normal()  # nn.Dense's
+kernel_init = nn.initializers.lecun_normal()
 expert_init = nn.initializers.lecun_normal(batch_axis=(0,))  # fan-in of one expert
 
 
-def cast_inputs(inputs, kernel, bias, *, dtype=None):
-    """Flax's promote_dtype, but for the kernel: cast once, to FP8, its gradient keeps its dtype."""
-    inputs, bias = nn.dtypes.promote_dtype(
-        inputs, bias, dtype=dtype or jnp.result_type(inputs, kernel)
-    )
+def cast_inputs(inputs, kernel, bias, *, dtype: Dtype | None = None):
+    """A `promote_dtype` that leaves the kernel as it is: FP8 is its one cast.
+
+    So its gradient leaves the product in the kernel's own dtype, unrounded. Inputs and bias become
+    `dtype`, or without one what Flax would infer.
+    """
+    dtype = nn.dtypes.canonicalize_dtype(inputs, kernel, bias, dtype=dtype)
+    inputs, bias = nn.dtypes.promote_dtype(inputs, bias, dtype=dtype)
     return inputs, kernel, bias
 
 
-def multiply(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **kwargs):
-    """fp8_dot_general with the result in lhs's dtype, which is the layer's."""
-    dtype = preferred_element_type or lhs.dtype
-    return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, **kwargs)
+class Fp8Dense(nn.Dense):
+    """nn.Dense in FP8: same arguments, same parameters, same initial values.
+
+    Unnamed layers are numbered as nn.Dense's are ("Dense_0"), so checkpoints of either load into
+    the other. With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
+
+    Attributes:
+      quantized: for inference. In place of `kernel` [in, out] the parameters are `qvalue` e4m3
+        [out, in] and `scale` f32 [out/128, in/128], rounded up, as block-FP8 checkpoints hold
+        them; `quantize_kernels` makes them of a float kernel. They have no gradient.
+
+    Example:
+      y = Fp8Dense(512, dtype=jnp.bfloat16)(x)
+    """
+
+    promote_dtype: Callable = cast_inputs
+    dot_general: Callable | None = dot_general_like_lhs
+    quantized: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if not self.quantized:
+            return super().__call__(inputs)
+        shape = (self.features, jnp.shape(inputs)[-1])
+        qvalue = self.param("qvalue", nn.initializers.zeros, shape, FP8)
+        scale = self.param("scale", nn.initializers.ones, scale_shape(shape, BLOCKS))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[:1], self.param_dtype)
+        inputs, bias = nn.dtypes.promote_dtype(inputs, bias, dtype=self.dtype)
+        weight = prepare_weight(QArray(qvalue, scale))
+        y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
+        return y if bias is None else y + bias
+
+
+class Fp8DenseGeneral(nn.DenseGeneral):
+    """nn.DenseGeneral in FP8: same arguments, same parameters, same initial values.
+
+    The dims of `axis` are one k, `features` one n; scales are of blocks of those. As `Fp8Dense`,
+    but for `quantized`.
+
+    Example:
+      heads = Fp8DenseGeneral((num_heads, head_dim), dtype=jnp.bfloat16)(x)
+    """
+
+    promote_dtype: Callable = cast_inputs
+    dot_general: Callable | None = dot_general_like_lhs
+
+
+# NOTE: linen names unnamed layers by their class, and draws initial values by their names.
+Fp8Dense.__name__ = nn.Dense.__name__
+Fp8DenseGeneral.__name__ = nn.DenseGeneral.__name__
+
+
+def quantize_kernels(
+    params: Mapping[str, Any], where: Callable[[tuple[str, ...]], bool] = lambda path: True
+) -> dict[str, Any]:
+    """Returns params with FP8 weights where there were float kernels [in, out].
+
+    Args:
+      params: nested dicts of arrays, boxes taken off (`nn.meta.unbox`).
+      where: of the path to a layer, whether to convert it. Say no to what is not an
+        `Fp8Dense(quantized=True)`. Kernels of other ranks stay.
+
+    Returns:
+      A new tree: `kernel` [in, out] became `qvalue` e4m3 [out, in] and `scale` f32 of 128x128.
+    """
+
+    def convert(node, path):
+        if not isinstance(node, Mapping):
+            return node
+        kernel = node.get("kernel")
+        if kernel is None or jnp.ndim(kernel) != 2 or not where(path):
+            return {name: convert(value, (*path, name)) for name, value in node.items()}
+        q = quantize(kernel.T, BLOCKS)
+        rest = {name: value for name, value in node.items() if name != "kernel"}
+        return {**rest, "qvalue": q.qvalue, "scale": q.scale}
+
+    return convert(params, ())
+
+
+class Fp8MoE(nn.Module):
+    """A mixture of experts by `jax_fp8gemm.moe`, routed, gated by SwiGLU and summed up.
+
+    Parameters: `gate_kernel` [h, e], `wi_0` and `wi_1` [e, h, f], `wo` [e, f, h], and with
+    shared_features `shared_wi_0` and `shared_wi_1` [h, fs], `shared_wo` [fs, h].
+
+    Attributes:
+      num_experts, hidden_features: e and f.
+      top_k, score, normalize, scale, capacity_factor, exchange, wire: see `moe`.
+      shared_features: fs, the hidden width of an expert that sees every token; 0 for none.
+      expert_axis: the mesh axis that splits tokens and experts. Then `apply` belongs inside
+        jax.shard_map, with this device's experts; `init` outside, and it makes them all.
+      dtype: of the computation; default: the input's. The router is float32.
+      param_dtype: of the parameters.
+      gate_init, wi_init, wo_init, shared_wi_init, shared_wo_init: initialisers.
+
+    Example:
+      y, routing = Fp8MoE(num_experts=8, hidden_features=1024, top_k=2)(x)
+      loss = task_loss(y) + 0.01 * routing.aux_loss
+    """
+
+    num_experts: int
+    hidden_features: int
+    top_k: int
+    score: str = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    capacity_factor: float | None = None
+    shared_features: int = 0
+    expert_axis: str | None = None
+    exchange: str = "all_gather"
+    wire: str = "fp8"
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    gate_init: Initializer = kernel_init
+    wi_init: Initializer = expert_init
+    wo_init: Initializer = expert_init
+    shared_wi_init: Initializer = kernel_init
+    shared_wo_init: Initializer = kernel_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """Sends x [..., h] through the experts.
+
+        Args:
+          x: bf16, f16 or f32 [..., h].
+          bias: f32 [e], steers the choice of experts; no parameter, because it has no gradient.
+
+        Returns:
+          y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
+        """
+        axis = None if self.is_initializing() else self.expert_axis
+        parameters, shared = self._parameters(x.shape[-1], axis)
+        return moe(
+            x.astype(self.dtype or x.dtype),
+            **parameters,
+            shared=shared,
+            bias=bias,
+            expert_axis=axis,
+            **{name: getattr(self, name) for name in OPTIONS},
+        )
+
+    def _parameters(self, h: int, axis: str | None):
+        e, f, fs = self.num_experts, self.hidden_features, self.shared_features
+        own = e if axis is None else e // axis_size("Fp8MoE", axis, e)
+
+        def param(name, init, *shape):
+            return self.param(name, init, shape, self.param_dtype)
+
+        parameters = {
+            "gate_kernel": param("gate_kernel", self.gate_init, h, e),
+            "wi_0": param("wi_0", self.wi_init, own, h, f),
+            "wi_1": param("wi_1", self.wi_init, own, h, f),
+            "wo": param("wo", self.wo_init, own, f, h),
+        }
+        if not fs:
+            return parameters, None
+        return parameters, (
+            param("shared_wi_0", self.shared_wi_init, h, fs),
+            param("shared_wi_1", self.shared_wi_init, h, fs),
+            param("shared_wo", self.shared_wo_init, fs, h),
+        )
+
+
+OPTIONS = ("top_k", "score", "normalize", "scale", "capacity_factor", "exchange", "wire")

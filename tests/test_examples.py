@@ -48,3 +48,17 @@ def test_the_demo_learns_as_its_twin_does():
     losses = load("demo").train(steps=8)
     assert losses["fp8"][-1] < 0.95 * losses["fp8"][0]
     assert abs(losses["fp8"][-1] / losses["bf16"][-1] - 1) < 0.02
+
+
+def test_flax_dense_learns_from_a_float_checkpoint():
+    losses, error = load("04_flax_dense").main(steps=12, width=64, hidden=128)
+    assert losses[-1] < 0.7 * losses[0] and error < 0.08  # two products of 0.04 each
+
+
+def test_flax_moe_learns():
+    losses = load("05_flax_moe").main(steps=12, tokens=128, width=64)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_an_exported_program_gives_the_same_bits():
+    assert load("08_export").main(rows=16, width=128, hidden=128)

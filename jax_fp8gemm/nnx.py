@@ -1,0 +1,234 @@
+"""Flax nnx layers in FP8, with the parameters of the layers they stand in for."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype, Initializer
+
+from jax_fp8gemm.dot_general import dot_general_like_lhs
+from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.moe import moe
+from jax_fp8gemm.ops import fp8_matmul
+from jax_fp8gemm.prepared import prepare_weight
+from jax_fp8gemm.qarray import BLOCKS, QArray
+from jax_fp8gemm.routing import Routing
+
+kernel_init = nnx.initializers.lecun_normal()
+expert_init = nnx.initializers.lecun_normal(batch_axis=(0,))  # fan-in of one expert
+
+
+class Quantized(nnx.Variable):
+    """An FP8 weight or its scales: no nnx.Param, so it has no gradient and no optimizer state."""
+
+
+def cast_inputs(args, /, *, dtype: Dtype | None = None):
+    """A `promote_dtype` that leaves the kernel as it is: FP8 is its one cast.
+
+    So its gradient leaves the product in the kernel's own dtype, unrounded. Inputs and bias become
+    `dtype`, or without one what Flax would infer.
+    """
+    inputs, kernel, bias = args
+    dtype = dtypes.canonicalize_dtype(inputs, kernel, bias, dtype=dtype)
+    inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=dtype)
+    return inputs, kernel, bias
+
+
+class Fp8Linear(nnx.Linear):
+    """nnx.Linear in FP8: same arguments, same parameters, same initial values.
+
+    With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
+
+    Attributes:
+      kernel: Param [in, out]; None where the weight is held in FP8.
+      qvalue, scale: Quantized e4m3 [out, in] and f32 [out/128, in/128], rounded up, or None.
+      bias: Param [out], or None.
+
+    Example:
+      layer = Fp8Linear(256, 512, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        promote_dtype: Callable = cast_inputs,
+        dot_general: Callable = dot_general_like_lhs,
+        **kwargs,
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            promote_dtype=promote_dtype,
+            dot_general=dot_general,
+            **kwargs,
+        )
+        self.qvalue: Quantized | None = nnx.data(None)
+        self.scale: Quantized | None = nnx.data(None)
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Multiplies [..., in] to [..., out]."""
+        if self.qvalue is None:
+            return super().__call__(inputs, out_sharding)
+        bias = None if self.bias is None else self.bias[...]
+        inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
+        weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
+        y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
+        return y if bias is None else y + bias
+
+    @classmethod
+    def from_linear(cls, linear: nnx.Linear) -> Self:
+        """Returns an Fp8Linear that shares the Params of `linear`, metadata included."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            use_bias=False,
+            dtype=linear.dtype,
+            param_dtype=linear.param_dtype,
+            preferred_element_type=linear.preferred_element_type,
+            kernel_init=lambda *_: linear.kernel[...],
+            rngs=nnx.Rngs(0),
+        )
+        layer.kernel, layer.bias, layer.use_bias = linear.kernel, linear.bias, linear.use_bias
+        return layer
+
+    @classmethod
+    def from_quantized(
+        cls, q: QArray, bias: jax.Array | None = None, *, dtype: Dtype = jnp.bfloat16
+    ) -> Self:
+        """Returns a layer for inference that holds its weight in FP8.
+
+        Args:
+          q: QArray [out, in] with scales of 128x128: `quantize(kernel.T, (128, 128))`, or
+            weight and weight_scale_inv of a block-FP8 checkpoint as they are.
+          bias: [out].
+          dtype: of the computation.
+
+        Raises:
+          ValueError: a rank other than 2, other scales, a bias that does not fit.
+        """
+        op, got = "Fp8Linear.from_quantized", describe("q", q.qvalue)
+        if q.ndim != 2 or not q.has_tile(BLOCKS):
+            got += f", {describe('scale', q.scale)}"
+            expected, mend = "q [out, in], scales of 128x128", "quantize(kernel.T, (128, 128))"
+            fail(op, "q is no such matrix.", got, expected, mend)
+        out, k = q.shape
+        if bias is not None and bias.shape != (out,):
+            got += f", {describe('bias', bias)}"
+            fail(op, "bias does not fit q.", got, f"bias [{out}]", "is q transposed?")
+        unused = {"kernel_init": lambda *_: q.qvalue, "rngs": nnx.Rngs(0)}
+        layer = cls(k, out, use_bias=False, dtype=dtype, **unused)
+        layer.kernel = nnx.data(None)
+        layer.qvalue, layer.scale = Quantized(q.qvalue), Quantized(q.scale)
+        if bias is not None:
+            layer.bias, layer.use_bias = nnx.Param(bias), True
+        return layer
+
+
+def convert(
+    model: nnx.Module,
+    where: Callable[[tuple[Any, ...], nnx.Linear], bool] = lambda path, linear: True,
+) -> nnx.Module:
+    """Returns the model with an Fp8Linear in place of each nnx.Linear, and the same Params.
+
+    Args:
+      model: stays as it is, but shares its Params with the result. A layer used twice stays one.
+        Subclasses of nnx.Linear, and nnx.LinearGeneral, are no nnx.Linear.
+      where: of path and layer, whether to convert it. Heads are best left alone:
+        `where=lambda path, linear: "head" not in path`.
+    """
+
+    def one(path, node):
+        wanted = type(node) is nnx.Linear and where(path, node)
+        return Fp8Linear.from_linear(node) if wanted else node
+
+    return nnx.recursive_map(one, model)
+
+
+class Fp8MoE(nnx.Module):
+    """A mixture of experts by `jax_fp8gemm.moe`, routed, gated by SwiGLU and summed up.
+
+    Attributes:
+      gate_kernel: Param [h, e], the router, which computes in float32.
+      wi_0, wi_1, wo: Params [e, h, f], [e, h, f], [e, f, h].
+      shared_wi_0, shared_wi_1, shared_wo: Params [h, fs], [h, fs], [fs, h] of an expert that sees
+        every token; None without.
+      options: what `moe` is called with.
+
+    Args:
+      in_features, hidden_features, num_experts: h, f and e.
+      top_k: experts of a token.
+      shared_features: fs; 0 for none.
+      dtype: of the computation; default: the input's.
+      param_dtype: of the parameters.
+      init: initialisers by the name of the parameter, `nnx.with_partitioning` ones too.
+      options: score, normalize, scale, capacity_factor, expert_axis, exchange, wire of `moe`. With
+        expert_axis call the layer inside jax.shard_map, its experts split over that axis.
+
+    Example:
+      y, routing = Fp8MoE(256, 1024, 8, top_k=2, rngs=nnx.Rngs(0))(x)
+      loss = task_loss(y) + 0.01 * routing.aux_loss
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_experts: int,
+        *,
+        top_k: int,
+        shared_features: int = 0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        init: Mapping[str, Initializer] = MappingProxyType({}),
+        rngs: nnx.Rngs,
+        **options,
+    ):
+        e, h, f, fs = num_experts, in_features, hidden_features, shared_features
+        shapes = {"gate_kernel": (h, e), "wi_0": (e, h, f), "wi_1": (e, h, f), "wo": (e, f, h)}
+        shared = {"shared_wi_0": (h, fs), "shared_wi_1": (h, fs), "shared_wo": (fs, h)}
+        _check_init(init, {**shapes, **shared})
+        for name, shape in {**shapes, **shared}.items():
+            if 0 in shape and name in shared:
+                setattr(self, name, nnx.data(None))
+                continue
+            make = init.get(name, expert_init if len(shape) == 3 else kernel_init)
+            setattr(self, name, nnx.Param(make(rngs.params(), shape, param_dtype)))
+        self.dtype = dtype
+        self.options = {"top_k": top_k, **options}
+
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """Sends x [..., h] through the experts.
+
+        Args:
+          x: bf16, f16 or f32 [..., h].
+          bias: f32 [e], steers the choice of experts; no parameter, because it has no gradient.
+
+        Returns:
+          y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
+        """
+        shared = None
+        if self.shared_wo is not None:
+            shared = (self.shared_wi_0[...], self.shared_wi_1[...], self.shared_wo[...])
+        return moe(
+            x.astype(self.dtype or x.dtype),
+            self.gate_kernel[...],
+            self.wi_0[...],
+            self.wi_1[...],
+            self.wo[...],
+            shared=shared,
+            bias=bias,
+            **self.options,
+        )
+
+
+def _check_init(init: Mapping[str, Initializer], shapes: Mapping[str, tuple]) -> None:
+    unknown = set(init) - set(shapes)
+    if unknown:
+        expected = ", ".join(shapes)
+        fail("Fp8MoE", "init names no parameter.", f"{sorted(unknown)}", expected, "rename them")

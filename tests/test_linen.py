@@ -1,0 +1,233 @@
+"""Linen layers against the layers of Flax that they stand in for."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_moe import FORWARD, GRADIENT, dense_moe
+from jax.sharding import PartitionSpec
+from numerics import calc_diff
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm.linen import Fp8Dense, Fp8DenseGeneral, Fp8MoE, quantize_kernels
+
+P = PartitionSpec
+
+
+def same(got, expected):
+    """Same names, shapes, dtypes and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+class Mlp(nn.Module):
+    """Unnamed layers, as a checkpoint's names depend on them."""
+
+    dense: type
+    general: type
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.dense(130, dtype=self.dtype)(x)
+        x = self.general((4, 24), dtype=self.dtype)(jnp.tanh(x))
+        x = self.general(60, axis=(-2, -1), dtype=self.dtype, use_bias=False)(x)
+        return self.dense(33, dtype=self.dtype, use_bias=False)(x)
+
+
+def loss_and_gradients(model):
+    @jax.jit
+    def run(params, x, dy):
+        y, pull = jax.vjp(lambda params, x: model.apply(params, x), params, x)
+        return y, *pull(dy.astype(y.dtype))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(3), (4, 32, 64))
+
+
+def test_same_tree_initial_values_and_nearly_the_same_results(x):
+    """Checkpoint of one, apply of the other: four products after each other."""
+    plain = Mlp(nn.Dense, nn.DenseGeneral, jnp.bfloat16)
+    model = Mlp(Fp8Dense, Fp8DenseGeneral, jnp.bfloat16)
+    params = plain.init(jax.random.key(0), x)
+    same(model.init(jax.random.key(0), x), params)
+    dy = jax.random.normal(jax.random.key(1), (4, 32, 33))
+    y, grads, dx = loss_and_gradients(model)(params, x, dy)
+    exact = Mlp(nn.Dense, nn.DenseGeneral, jnp.float32)
+    expected, exact_grads, exact_dx = loss_and_gradients(exact)(params, x, dy)
+    assert y.dtype == jnp.bfloat16 and dx.dtype == x.dtype
+    assert calc_diff(y, expected) < 4 * 1.1e-3 and calc_diff(dx, exact_dx) < 8 * 1.1e-3
+    assert jax.tree.structure(grads) == jax.tree.structure(exact_grads)
+    for got, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True):
+        assert got.dtype == jnp.float32 and calc_diff(got, wanted) < 8 * 1.1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
+def test_one_layer(x, dtype):
+    layer = Fp8Dense(96, dtype=dtype)
+    params = nn.Dense(96).init(jax.random.key(0), x)
+    params["params"]["bias"] += 0.5
+    dy = jax.random.normal(jax.random.key(1), (4, 32, 96))
+    got = loss_and_gradients(layer)(params, x, dy)
+    expected = loss_and_gradients(nn.Dense(96))(params, x, dy)
+    assert got[0].dtype == (dtype or jnp.float32)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert calc_diff(a, b) < 1.1e-3
+
+
+def test_kernel_gradients_are_not_rounded_to_bf16(x):
+    """Of the layers here; nn.Dense with the bare hook rounds them, because it casts its kernel."""
+
+    def gradient(layer):
+        params = layer.init(jax.random.key(0), x)
+        return jax.grad(lambda p: (layer.apply(p, x).astype(jnp.float32) ** 2).sum())(params)
+
+    def rounded(layer):
+        dw = gradient(layer)["params"]["kernel"]
+        assert dw.dtype == jnp.float32
+        return bool((dw == dw.astype(jnp.bfloat16)).all())
+
+    assert not rounded(Fp8Dense(48, dtype=jnp.bfloat16))
+    assert rounded(nn.Dense(48, dtype=jnp.bfloat16, dot_general=fp8.fp8_dot_general))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [{"dot_general": fp8.fp8_dot_general}, {"dot_general_cls": lambda: fp8.fp8_dot_general}],
+    ids=["dot_general", "dot_general_cls"],
+)
+def test_hooks_of_unchanged_layers(x, hook):
+    params = nn.Dense(96).init(jax.random.key(0), x)
+    y = nn.Dense(96, **hook).apply(params, x)
+    np.testing.assert_array_equal(y, fp8.fp8_matmul(x, params["params"]["kernel"]))
+    general = nn.DenseGeneral((2, 48), **hook)
+    y = general.apply(general.init(jax.random.key(0), x), x)
+    assert y.shape == (4, 32, 2, 48)
+
+
+def test_layers_scanned_and_rematerialised(x):
+    x = x[0]
+
+    def stacked(dense, remat):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return jnp.tanh(dense(64, dtype=jnp.bfloat16)(x)).astype(x.dtype), None
+
+        layer = nn.remat(Layer, prevent_cse=False) if remat else Layer
+        return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
+            name="layers"
+        )
+
+    params = stacked(nn.Dense, True).init(jax.random.key(0), x, None)
+    same(stacked(Fp8Dense, True).init(jax.random.key(0), x, None), params)
+
+    def gradient(dense, remat):
+        model = stacked(dense, remat)
+        return jax.jit(jax.grad(lambda p: (model.apply(p, x, None)[0] ** 2).sum()))(params)
+
+    got = gradient(Fp8Dense, True)
+    same(got, gradient(Fp8Dense, False))
+    expected = gradient(nn.Dense, True)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert calc_diff(a, b) < 6 * 1.1e-3
+
+
+def test_sharding_metadata(x):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    boxed = Fp8Dense(96, kernel_init=init).init(jax.random.key(0), x)
+    assert nn.get_partition_spec(boxed)["params"]["kernel"] == P("embed", "mlp")
+    plain = nn.Dense(96, kernel_init=init)
+    y = Fp8Dense(96, kernel_init=init).apply(plain.init(jax.random.key(0), x), x)
+    assert calc_diff(y, plain.apply(boxed, x)) < 1.1e-3
+    wi = nn.with_partitioning(nn.initializers.lecun_normal(), ("expert", None, "mlp"))
+    boxed = jax.eval_shape(Fp8MoE(4, 64, 2, wi_init=wi).init, jax.random.key(0), x)
+    assert nn.get_partition_spec(boxed)["params"]["wi_1"] == P("expert", None, "mlp")
+
+
+def test_weights_held_in_fp8(x):
+    """Bits of the layer that quantises its float kernel on its way."""
+    layer = Fp8Dense(200, dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)["params"]
+    params["bias"] += 0.5
+    held = quantize_kernels({"up": params, "other": {"kernel": jnp.ones((3, 3))}}, _is_up)
+    assert held["other"]["kernel"].shape == (3, 3)
+    inference = Fp8Dense(200, dtype=jnp.bfloat16, quantized=True)
+    like = inference.init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), held["up"]) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), like
+    )
+    assert "kernel" not in held["up"] and held["up"]["qvalue"].dtype == jnp.float8_e4m3fn
+    got = jax.jit(inference.apply)({"params": held["up"]}, x)
+    np.testing.assert_array_equal(got, jax.jit(layer.apply)({"params": params}, x))
+
+
+def _is_up(path):
+    return path == ("up",)
+
+
+# ---- the mixture of experts ---------------------------------------------------------------------
+
+E, H, F, TOP_K = 4, 64, 128, 2
+
+
+def test_moe_is_near_the_dense_one(x):
+    layer = Fp8MoE(E, F, TOP_K, score="sigmoid", scale=2.0, shared_features=32)
+    params = layer.init(jax.random.key(0), x)
+    names = {k: v.shape for k, v in params["params"].items()}
+    assert names == {
+        "gate_kernel": (H, E),
+        **{"wi_0": (E, H, F), "wi_1": (E, H, F), "wo": (E, F, H)},
+        **{"shared_wi_0": (H, 32), "shared_wi_1": (H, 32), "shared_wo": (32, H)},
+    }
+    assert 0.8 < float(params["params"]["wi_0"].std()) * H**0.5 < 1.2  # fan-in of one expert
+    bias = jnp.array([0.3, -0.2, 0.0, 0.1])
+    dy = jax.random.normal(jax.random.key(1), x.shape)
+
+    def exact(params):
+        p = params["params"]
+        shared = [p[f"shared_{name}"] for name in ("wi_0", "wi_1", "wo")]
+        how = {"top_k": TOP_K, "score": "sigmoid", "scale": 2.0, "bias": bias}
+        weights = (p[name] for name in ("gate_kernel", "wi_0", "wi_1", "wo"))
+        y, routing = dense_moe(x.reshape(-1, H), *weights, shared, **how)
+        return y.reshape(x.shape), routing
+
+    def run(function):
+        def loss(params):
+            y, routing = function(params)
+            return (y * dy).sum() + routing.aux_loss, (y, routing)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (_, (y, routing)), got = run(lambda p: layer.apply(p, x, bias))
+    (_, (exact_y, exact_routing)), expected = run(exact)
+    assert calc_diff(y, exact_y) < FORWARD
+    np.testing.assert_array_equal(routing.experts, exact_routing.experts)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and calc_diff(a, b) < GRADIENT
+
+
+def test_moe_over_devices_equals_that_of_one(x):
+    x = x.astype(jnp.bfloat16)
+    layer = Fp8MoE(E, F, TOP_K, expert_axis="x", dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)  # outside of shard_map: all experts
+    split = {"params": {"gate_kernel": P(), "wi_0": P("x"), "wi_1": P("x"), "wo": P("x")}}
+    spread = jax.shard_map(
+        lambda params, x: layer.apply(params, x)[0],
+        mesh=jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(split, P("x")),
+        out_specs=P("x"),
+    )
+    y = jax.jit(spread)(params, x)
+    alone, _ = jax.jit(layer.clone(expert_axis=None).apply)(params, x)
+    assert y.dtype == jnp.bfloat16
+    assert calc_diff(y, alone) < 1e-5  # roundings to bf16 of sums over devices
+    with pytest.raises(ValueError, match="no mesh axis 'x' here"):
+        layer.apply(params, x)
