@@ -36,7 +36,7 @@ def fp8_dot_general(
         theirs always.
       preferred_element_type: bf16, f16 or f32, of the result; default: the promoted dtype.
       out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
-        a NamedSharding. Reaches the product's gradient as the sharding of what comes back.
+        a NamedSharding. On meshes with Explicit axes it is resharded to, on others a constraint.
 
     Returns:
       The batch dims, lhs's other dims, rhs's other dims. Gradients have the dtypes of lhs and rhs.
@@ -87,7 +87,6 @@ def _product(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _put(y: jax.Array, sharding) -> jax.Array:
-    """Gives y a sharding: a type on meshes with Explicit axes, elsewhere a constraint."""
     mesh = getattr(sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(y, sharding)

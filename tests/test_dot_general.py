@@ -13,12 +13,9 @@ import jax_fp8gemm as fp8
 PATTERNS = {
     "dense": ((6, 20, 130), (130, 72), (((2,), (0,)), ((), ()))),
     "general_two_features": ((3, 16, 64), (64, 4, 32), (((2,), (0,)), ((), ()))),
-    "general_two_axes": ((40, 4, 32), (4, 32, 70), (((1, 2), (0, 1)), ((), ()))),
     "axes_crossed": ((4, 48, 32), (32, 40, 4), (((2, 0), (0, 2)), ((), ()))),
-    "batch": ((3, 40, 64), (3, 64, 48), (((2,), (1,)), ((0,), (0,)))),
     "attention_scores": ((2, 24, 3, 64), (2, 20, 3, 64), (((3,), (3,)), ((0, 2), (0, 2)))),
     "batch_of_one": ((1, 40, 64), (1, 64, 48), (((2,), (1,)), ((0,), (0,)))),
-    "batch_last": ((40, 64, 3), (48, 3, 64), (((1,), (2,)), ((2,), (1,)))),
     "vector_times_matrix": ((256,), (256, 200), (((0,), (0,)), ((), ()))),
     "vectors_by_batch": ((5, 256), (5, 256), (((1,), (1,)), ((0,), (0,)))),
 }
@@ -55,7 +52,7 @@ def test_a_dense_pattern_is_fp8_matmul_bit_for_bit(key):
     np.testing.assert_array_equal(got, from_the_end)
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 2)])
+@pytest.mark.parametrize("axes", [(0, None), (1, 2)])
 def test_vmap(key, axes):
     numbers = (((1,), (2,)), ((2,), (1,)))
     lhs, rhs = jax.random.normal(key, (20, 64, 2)), jax.random.normal(key, (24, 2, 64))
@@ -122,17 +119,24 @@ def test_a_result_of_integers_is_an_error():
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_out_sharding_on_an_auto_mesh(key, named):
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_out_sharding(key, axis_type, named):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType[axis_type],))
     spec = PartitionSpec("x", None)
     sharding = NamedSharding(mesh, spec)
+    x, w = jax.random.normal(key, (16, 64)), jax.random.normal(key, (64, 24))
 
-    @jax.jit
     def multiply(x, w):
         where = sharding if named else spec
         return fp8.fp8_dot_general(x, w, (((1,), (0,)), ((), ())), out_sharding=where)
 
+    expected = fp8.fp8_matmul(x, w)
     with jax.set_mesh(mesh):
-        y = multiply(x := jax.random.normal(key, (16, 64)), w := jax.random.normal(key, (64, 24)))
+        y, dw = jax.jit(lambda x, w: (multiply(x, w), jax.grad(_energy(multiply))(w, x)))(x, w)
     assert y.sharding.is_equivalent_to(sharding, 2)
-    np.testing.assert_allclose(y, fp8.fp8_matmul(x, w), rtol=1e-6)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    np.testing.assert_allclose(dw, jax.grad(_energy(fp8.fp8_matmul))(w, x), rtol=1e-5, atol=1e-4)
+
+
+def _energy(multiply):
+    return lambda w, x: (multiply(x, w) ** 2).sum()

@@ -111,3 +111,10 @@ def test_the_table_of_variants_is_one():
     )
     names = [re.sub(r"(?<!^)([A-Z])", r"_\1", name[1:]).lower() for name in enum[1].split(", ")]
     assert names == list(VARIANTS) == list(_native.variant_names())
+
+
+def test_flax_is_needed_by_its_layers_alone():
+    importing = r"(?m)^\s*(from|import) flax"
+    files = (ROOT / "jax_fp8gemm").glob("*.py")
+    found = {path.stem for path in files if re.search(importing, path.read_text())}
+    assert found == {"linen", "nnx"}

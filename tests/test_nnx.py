@@ -215,3 +215,20 @@ def test_moe_is_near_the_dense_one(x, fs):
 def test_an_initialiser_of_no_parameter_is_an_error():
     with pytest.raises(ValueError, match=r"(?s)Fp8MoE: init names no.*\['wi'\]"):
         Fp8MoE(H, F, E, top_k=2, init={"wi": nnx.initializers.zeros_init()}, rngs=nnx.Rngs(0))
+
+
+def test_moe_over_devices_equals_that_of_one(x):
+    x = x.astype(jnp.bfloat16)
+    layer = Fp8MoE(H, F, E, top_k=2, expert_axis="x", rngs=nnx.Rngs(0))
+    alone = Fp8MoE(H, F, E, top_k=2, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    split = jax.tree.map(lambda w: P("x") if w.ndim == 3 else P(), state)
+    spread = jax.shard_map(
+        lambda state, x: nnx.merge(graph, state)(x)[0],
+        mesh=jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(split, P("x")),
+        out_specs=P("x"),
+    )
+    y, (expected, _) = jax.jit(spread)(state, x), nnx.jit(lambda m, x: m(x))(alone, x)
+    assert y.dtype == jnp.bfloat16
+    assert calc_diff(y, expected) < 1e-5  # roundings to bf16 of sums over devices
