@@ -1,0 +1,251 @@
+"""Block-FP8 checkpoints: the same bytes in and out, and products with what was read."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from numerics import calc_diff, dequantized64, product64
+
+import jax_fp8gemm as fp8
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+from jax_fp8gemm.checkpoint import load_safetensors, save_safetensors  # noqa: E402
+
+CODES = {"float8_e4m3fn": "F8_E4M3", "float32": "F32", "bfloat16": "BF16", "int32": "I32"}
+
+
+def block_weight(n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A weight as DeepSeek stores it: scales are amax / 448, no powers of two."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n, k), np.float32)
+    q = np.empty((n, k), ml_dtypes.float8_e4m3fn)
+    scale = np.empty((-(-n // 128), -(-k // 128)), np.float32)
+    for i, j in np.ndindex(*scale.shape):
+        block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+        scale[i, j] = np.abs(w[block]).max() / 448
+        q[block] = w[block] / scale[i, j]
+    assert (np.frexp(scale)[0] != 0.5).all()
+    return {"a.weight": q, "a.weight_scale_inv": scale}
+
+
+def write_by_hand(path, tensors: dict[str, np.ndarray], codes=None) -> None:
+    """The format by its description alone: the header's length, the header, the bytes."""
+    header, data = {}, b""
+    for name, x in tensors.items():
+        span = [len(data), len(data) + x.nbytes]
+        code = (codes or {}).get(name) or CODES[x.dtype.name]
+        header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": span}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def read_by_hand(path) -> dict[str, tuple[str, list[int], bytes]]:
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+    }
+
+
+def mixed() -> dict[str, np.ndarray]:
+    """Every FP8 number and NaN, every bf16 bit pattern, ragged edges, a scalar, no elements."""
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    return block_weight(300, 200) | {
+        "every.weight": np.tile(every, (2, 1)),
+        "every.weight_scale_inv": np.array([[0.3, 1e-39]], np.float32),
+        "norm": np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16),
+        "bias": np.float32([1.5, -0.0, np.nan]),
+        "step": np.array(7, np.int32),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+
+
+def test_bytes_are_the_same_in_and_out(tmp_path):
+    tensors = mixed()
+    write_by_hand(tmp_path / "in.safetensors", tensors)
+    loaded = load_safetensors(tmp_path / "in.safetensors")
+    assert set(loaded) == {"a.weight", "every.weight", "norm", "bias", "step", "empty"}
+    for name in ("a.weight", "every.weight"):
+        assert isinstance(loaded[name], fp8.QArray)
+        assert np.asarray(loaded[name].qvalue).tobytes() == tensors[name].tobytes()
+        assert np.asarray(loaded[name].scale).tobytes() == tensors[f"{name}_scale_inv"].tobytes()
+    assert loaded["norm"].dtype == jnp.bfloat16 and loaded["step"].shape == ()
+    save_safetensors(tmp_path / "out.safetensors", loaded)
+    assert read_by_hand(tmp_path / "out.safetensors") == read_by_hand(tmp_path / "in.safetensors")
+    assert [file.name for file in tmp_path.glob("*out*")] == ["out.safetensors"]
+
+
+def test_a_folder_of_files_where_scales_lie_elsewhere(tmp_path):
+    tensors = mixed()
+    parts = [{}, {}]
+    for i, name in enumerate(tensors):
+        parts[i % 2][name] = tensors[name]
+    assert ("a.weight" in parts[0]) != ("a.weight_scale_inv" in parts[0])
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    for name, part in zip(names, parts, strict=True):
+        write_by_hand(tmp_path / name, part)
+    index = {"weight_map": {t: names[i] for i, part in enumerate(parts) for t in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_safetensors(tmp_path)
+    assert isinstance(loaded["a.weight"], fp8.QArray) and len(loaded) == 6
+    assert np.asarray(loaded["a.weight"].qvalue).tobytes() == tensors["a.weight"].tobytes()
+    some = load_safetensors(tmp_path, keep=lambda name: name == "a.weight")
+    assert list(some) == ["a.weight"] and isinstance(some["a.weight"], fp8.QArray)
+
+    write_by_hand(tmp_path / names[1], {})
+    with pytest.raises(ValueError, match=r"is missing\.(?s:.*)as the index says"):
+        load_safetensors(tmp_path)
+
+
+def test_a_folder_of_one_file(tmp_path):
+    write_by_hand(tmp_path / "model.safetensors", block_weight(8, 16))
+    assert load_safetensors(tmp_path)["a.weight"].shape == (8, 16)
+    with pytest.raises(FileNotFoundError):
+        load_safetensors(tmp_path / "nowhere")
+
+
+def test_a_product_is_that_of_the_dequantised_weight(tmp_path, key):
+    write_by_hand(tmp_path / "w.safetensors", block_weight(300, 208))
+    q = load_safetensors(tmp_path / "w.safetensors")["a.weight"]
+    x = jax.random.normal(key, (33, 208))
+    y = fp8.fp8_matmul(x, fp8.prepare_weight(q), preferred_element_type=jnp.float32)
+    exact = product64(fp8.quantize(x), q)
+    assert calc_diff(y, exact) <= 1e-6
+    np.testing.assert_array_equal(y, fp8.gemm(fp8.quantize(x), q, out_dtype=jnp.float32))
+    # Quantising x costs 2.6 % of the norm; nothing else may.
+    plain = np.asarray(x, np.float64) @ dequantized64(q).T
+    assert np.linalg.norm(y - plain) < 0.03 * np.linalg.norm(plain)
+    dx = jax.grad(lambda x: fp8.fp8_matmul(x, fp8.prepare_weight(q)).sum())(x)
+    assert calc_diff(dx, np.ones((33, 300)) @ dequantized64(q)) < 1e-3
+
+
+def test_a_k_of_200_is_filled_up(tmp_path, key):
+    write_by_hand(tmp_path / "w.safetensors", block_weight(300, 200))
+    q = load_safetensors(tmp_path / "w.safetensors")["a.weight"]
+    x = jax.random.normal(key, (5, 200))
+    y = fp8.fp8_matmul(x, fp8.prepare_weight(q), preferred_element_type=jnp.float32)
+    assert calc_diff(y, product64(fp8.quantize(x), q)) <= 1e-6
+
+
+def test_experts_stored_one_by_one_stack(tmp_path, key):
+    for i in range(3):
+        write_by_hand(tmp_path / f"{i}.safetensors", block_weight(144, 160, seed=i))
+    each = [load_safetensors(tmp_path / f"{i}.safetensors")["a.weight"] for i in range(3)]
+    experts = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    assert (experts.shape, experts.scale.shape) == ((3, 144, 160), (3, 2, 2))
+    x, sizes = jax.random.normal(key, (20, 160)), [7, 0, 11]
+    y = fp8.fp8_ragged_dot(x, fp8.prepare_weight(experts), jnp.array(sizes))
+    np.testing.assert_array_equal(y[:7], fp8.fp8_matmul(x[:7], fp8.prepare_weight(each[0])))
+    np.testing.assert_array_equal(y[7:18], fp8.fp8_matmul(x[7:18], fp8.prepare_weight(each[2])))
+    assert not np.asarray(y[18:]).any()
+
+
+def wrong(change) -> dict[str, np.ndarray]:
+    tensors = block_weight(300, 200)
+    change(tensors)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (lambda t: t.pop("a.weight_scale_inv"), ValueError,
+         ["a.weight has no scales", "a.weight e4m3[300, 200]", "f32[3, 2]"]),
+        (lambda t: t.pop("a.weight"), ValueError,
+         ["a.weight_scale_inv has no weight", "a.weight_scale_inv f32[3, 2]", "a.weight beside"]),
+        (lambda t: t.update({"a.weight_scale_inv": np.ones((2, 2), np.float32)}), ValueError,
+         ["a.weight has scales of the wrong shape", "scales f32[2, 2]", "f32[3, 2]"]),
+        (lambda t: t.update({"a.weight_scale_inv": np.ones((3, 2), ml_dtypes.bfloat16)}),
+         TypeError, ["a.weight has scales of the wrong dtype", "scales bf16[3, 2]", "f32[3, 2]"]),
+        (lambda t: t.update({"a.weight": np.ones((300, 200), np.float32)}), ValueError,
+         ["a.weight is no FP8 weight", "a.weight f32[300, 200]"]),
+    ],
+)  # fmt: skip
+def test_errors_name_the_tensor_and_its_numbers(tmp_path, change, error, words):
+    write_by_hand(tmp_path / "bad.safetensors", wrong(change))
+    with pytest.raises(error) as info:
+        load_safetensors(tmp_path / "bad.safetensors")
+    text = str(info.value)
+    assert all(part in text for part in ["  got  ", "  expected  ", "  mend  ", *words]), text
+
+
+def test_dtypes_that_would_change_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_by_hand(path, {"e": np.uint8([3])}, codes={"e": "F8_E8M0"})
+    with pytest.raises(TypeError, match=r"e has an unknown dtype(?s:.*)F8_E8M0 \[1\]"):
+        load_safetensors(path)
+    write_by_hand(path, {"long": np.int64([2**40])}, codes={"long": "I64"})
+    with pytest.raises(TypeError, match=r"long has 64 bits(?s:.*)I64 \[1\]"):
+        load_safetensors(path)
+    assert not load_safetensors(path, keep=lambda name: name != "long")
+
+
+def test_only_what_can_be_read_again_is_written(tmp_path):
+    q = fp8.quantize(jnp.ones((300, 200)), (128, 128))
+    path = tmp_path / "x.safetensors"
+    for tensors, error, words in [
+        ({"w": fp8.quantize(jnp.ones((300, 200)))}, ValueError, "w has scales of the wrong shape"),
+        ({"w": q.qvalue}, ValueError, "w has no scales"),
+        ({"w": q, "w_scale_inv": q.scale}, ValueError, "w has scales twice"),
+        ({"w": fp8.prepare_weight(q)}, TypeError, "w is no array(?s:.*)PreparedWeight"),
+        ({"w": jnp.ones(4, jnp.int4)}, TypeError, "w has a dtype that the format lacks"),
+    ]:
+        with pytest.raises(error, match=words):
+            save_safetensors(path, tensors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_strided_view_is_written_in_its_order(tmp_path):
+    x = np.arange(12, dtype=np.int32).reshape(3, 4).T
+    save_safetensors(tmp_path / "x.safetensors", {"x": x})
+    np.testing.assert_array_equal(load_safetensors(tmp_path / "x.safetensors")["x"], x)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from jax_fp8gemm.checkpoint import save_safetensors
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)  # written, and not yet renamed
+save_safetensors(sys.argv[1], {"x": np.ones(1000, np.float32)})
+"""
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_safetensors(path, {"x": np.zeros(3, np.float32)})
+    before = path.read_bytes()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    save_safetensors(path, {"x": np.ones(3, np.float32)})
+    np.testing.assert_array_equal(load_safetensors(path)["x"], 1)
+
+
+def test_orbax_keeps_the_bits_of_quantised_trees(tmp_path, key):
+    orbax = pytest.importorskip("orbax.checkpoint", reason="orbax-checkpoint is not installed")
+    w = jax.random.normal(key, (200, 300), jnp.bfloat16)
+    q = fp8.quantize(w.T, (128, 128), scale="float32")
+    tree = {
+        "layer": {"kernel": q, "bias": jnp.arange(3.0)},
+        "train": fp8.prepare_weight(w),
+        "infer": fp8.prepare_weight(q),
+    }
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "tree", tree)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "tree", jax.eval_shape(lambda: tree))
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(back), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
