@@ -13,10 +13,9 @@ import pytest
 from numerics import calc_diff, dequantized64, product64
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm.checkpoint import load_safetensors, save_safetensors
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
-
-from jax_fp8gemm.checkpoint import load_safetensors, save_safetensors  # noqa: E402
 
 CODES = {"float8_e4m3fn": "F8_E4M3", "float32": "F32", "bfloat16": "BF16", "int32": "I32"}
 

@@ -1,0 +1,278 @@
+"""Adapters: each is called as the other library calls it, and its products are FP8's, bit for bit.
+
+MaxText itself does not run here; stand-ins call the hooks as its layers do.
+"""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import calc_diff
+
+import jax_fp8gemm as fp8
+
+ADAPTERS = pathlib.Path(__file__).parent.parent / "examples" / "adapters"
+NAMES = {"qwix_provider": "qwix", "tokamax_ragged_dot": "tokamax", "maxtext_fp8": "flax"}
+
+
+def load(name: str):
+    pytest.importorskip(NAMES[name], reason=f"{NAMES[name]} is not installed")
+    spec = importlib.util.spec_from_file_location(name, ADAPTERS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def normal(key, *shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape).astype(dtype)
+
+
+def equal(a, b) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_adapters_are_short_and_all_are_tested():
+    files = {path.stem: path for path in ADAPTERS.glob("*.py")}
+    assert set(files) == set(NAMES)
+    for path in files.values():
+        assert len(path.read_text().splitlines()) < 60, path.name
+
+
+# ---- qwix ---------------------------------------------------------------------------------------
+
+
+def qwix_of(model, *inputs, **rule):
+    import qwix
+
+    rules = [qwix.QuantizationRule(**rule)]
+    return qwix.quantize_model(model, load("qwix_provider").Fp8Provider(rules), *inputs)
+
+
+def linen_model():
+    import flax.linen as nn
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(48, use_bias=False, name="up")(x)
+            x = nn.Einsum((48, 32), "bn,nd->bd", use_bias=False, name="mix")(x)
+            return nn.Dense(16, use_bias=False, name="down")(x)
+
+    return Model()
+
+
+def test_qwix_gives_matching_modules_of_a_linen_model_to_fp8(key):
+    load("qwix_provider")
+    model, x = linen_model(), normal(key, 24, 64)
+    params = model.init(key, x)
+    up, mix, down = (params["params"][name]["kernel"] for name in ("up", "mix", "down"))
+    plain = model.apply(params, x)
+    chosen = qwix_of(model, module_path="up|mix")
+
+    def by_hand(up, mix, down):
+        return fp8.fp8_matmul(fp8.fp8_matmul(x, up), mix) @ down
+
+    def loss(params, apply):
+        return (apply(params, x) ** 2).sum()
+
+    equal(chosen.apply(params, x), by_hand(up, mix, down))
+    assert 0 < calc_diff(chosen.apply(params, x), plain) < 5e-3
+    got = jax.grad(loss)(params, chosen.apply)["params"]
+    expected = jax.grad(lambda w: (by_hand(*w) ** 2).sum())((up, mix, down))
+    equal([got[name]["kernel"] for name in ("up", "mix", "down")], list(expected))
+    equal(model.apply(params, x), plain)  # the model itself is as it was
+
+
+# qwix 0.1.8 calls a method of flax that is deprecated since 0.12.
+@pytest.mark.filterwarnings("ignore:The 'm.iter_modules:DeprecationWarning")
+def test_qwix_gives_an_nnx_model_to_fp8(key):
+    load("qwix_provider")
+    from flax import nnx
+
+    layer, x = nnx.Linear(64, 48, use_bias=False, rngs=nnx.Rngs(0)), normal(key, 24, 64)
+    chosen = qwix_of(layer, x)
+    equal(chosen(x), fp8.fp8_matmul(x, layer.kernel[...]))
+    other = qwix_of(layer, x, op_names=("ragged_dot",))
+    equal(other(x), layer(x))
+
+
+def test_qwix_leaves_what_fp8_does_not_take(key):
+    load("qwix_provider")
+    import flax.linen as nn
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, q, w, experts, sizes):
+            scores = jnp.einsum("bqd,bkd->bqk", q, q)  # a batch dim: attention
+            counts = jax.lax.dot_general(sizes, sizes, (((0,), (0,)), ((), ())))  # integers
+            return scores, counts, jax.lax.ragged_dot(w, experts, sizes)
+
+    q, w, experts = normal(key, 2, 8, 16), normal(key, 24, 32), normal(key, 2, 32, 16)
+    sizes = jnp.array([9, 11])
+    scores, counts, ragged = qwix_of(Model()).apply({}, q, w, experts, sizes)
+    equal(scores, jnp.einsum("bqd,bkd->bqk", q, q))
+    assert int(counts) == 9 * 9 + 11 * 11
+    equal(ragged, fp8.fp8_ragged_dot(w, experts, sizes))
+
+
+# ---- tokamax ------------------------------------------------------------------------------------
+
+
+def test_tokamax_calls_fp8(key):
+    adapter = load("tokamax_ragged_dot").fp8_implementation
+    import tokamax
+
+    x, w, sizes = normal(key, 24, 64), normal(key, 3, 64, 48), jnp.array([7, 0, 11])
+
+    def product(x, w, **kw):
+        return tokamax.ragged_dot(x, w, sizes, implementation=[adapter], **kw)
+
+    equal(product(x, w), fp8.fp8_ragged_dot(x, w, sizes))
+    bf16 = {"preferred_element_type": jnp.bfloat16}
+    equal(product(x, w, **bf16), fp8.fp8_ragged_dot(x, w, sizes, **bf16))
+    expected = jax.nn.silu(fp8.fp8_ragged_dot(x, w, sizes)).astype(jnp.bfloat16)
+    equal(product(x, w, activation=jax.nn.silu, **bf16), expected)
+    equal(*(
+        jax.jit(jax.grad(lambda x, w, f=f: (f(x, w) ** 2).sum(), (0, 1)))(x, w)
+        for f in (product, lambda x, w: fp8.fp8_ragged_dot(x, w, sizes))
+    ))  # fmt: skip
+
+
+def test_tokamax_goes_on_where_fp8_stops(key, monkeypatch):
+    adapter = load("tokamax_ragged_dot").fp8_implementation
+    import qwix
+    import tokamax
+
+    x, w, sizes = normal(key, 24, 64), normal(key, 3, 64, 48), jnp.array([7, 0, 17])
+    q = qwix.quantize(w, jnp.int8, channelwise_axes=(0, 2))
+    with pytest.raises(NotImplementedError, match="quantises floats itself"):
+        tokamax.ragged_dot(x, q, sizes, implementation=[adapter])
+    monkeypatch.setattr("sys.argv", ["tokamax"])  # its own implementations parse it
+    chosen = tokamax.ragged_dot(x, q, sizes, implementation=[adapter, "xla"])
+    equal(chosen, tokamax.ragged_dot(x, q, sizes, implementation="xla"))
+
+
+def general(contracting, group) -> jax.lax.RaggedDotDimensionNumbers:
+    return jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(contracting, ([], [])),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=group,
+    )
+
+
+def test_tokamax_transposed_matrices(key):
+    adapter = load("tokamax_ragged_dot").fp8_implementation
+    from tokamax import RaggedDotGroupSizes
+
+    x, w = normal(key, 24, 64), normal(key, 3, 48, 64)
+    sizes = RaggedDotGroupSizes(jnp.array([7, 0, 11]), 24)
+    y = adapter(
+        x, w, group_sizes=sizes, ragged_dot_dimension_numbers=general(([1], [2]), [0])
+    )  # fmt: skip
+    equal(y, fp8.fp8_ragged_dot(x, w.swapaxes(1, 2), sizes.value))
+    with pytest.raises(NotImplementedError, match="groups of rows alone"):
+        adapter(x, x, group_sizes=sizes, ragged_dot_dimension_numbers=general(([0], [0]), []))
+
+
+# ---- MaxText ------------------------------------------------------------------------------------
+
+
+def dense_as_maxtext_does(quant, x, kernel, axis):
+    """Its linen layer: a class for the kernel's axes, an instance, then lax.dot_general's call."""
+    cls = quant.dot_general_cls(mesh_axes=("embed", "mlp"))
+    return cls()(x, kernel, ((axis, tuple(range(len(axis)))), ((), ())), precision=None)
+
+
+@pytest.mark.parametrize(
+    "x, kernel, axis",
+    [((2, 12, 64), (64, 48), (2,)), ((2, 12, 64), (64, 4, 16), (2,)),
+     ((2, 12, 4, 16), (4, 16, 48), (2, 3))],
+)  # fmt: skip
+def test_maxtext_dense_layers(key, x, kernel, axis):
+    quant = load("maxtext_fp8").Fp8BlockQuantization()
+    from flax import linen as nn
+
+    x, kernel = normal(key, *x), normal(key, *kernel)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return dense_as_maxtext_does(quant, x, kernel, axis)
+
+    variables = Layer().init(key, x)
+    assert not jax.tree.leaves(variables)  # no state
+    k = int(np.prod([x.shape[i] for i in axis]))
+    expected = fp8.fp8_matmul(x.reshape(-1, k), kernel.reshape(k, -1))
+    y, _ = Layer().apply(variables, x, mutable=["aqt"])
+    equal(y, expected.reshape(2, 12, *kernel.shape[len(axis) :]))
+
+
+def test_maxtext_nnx_layers(key):
+    quant = load("maxtext_fp8").Fp8BlockQuantization()
+    from flax import nnx
+
+    x, kernel = normal(key, 8, 64), normal(key, 64, 48)
+    numbers = (((1,), (0,)), ((), ()))
+    layer = nnx.bridge.ToNNX(quant.dot_general_cls(mesh_axes=())(), rngs=nnx.Rngs(0))
+    layer.lazy_init(x, kernel, numbers, precision=None)
+    equal(layer(x, kernel, numbers, precision=None), fp8.fp8_matmul(x, kernel))
+
+
+def test_maxtext_einsum(key):
+    quant = load("maxtext_fp8").Fp8BlockQuantization()
+    x, w = normal(key, 2, 12, 64), normal(key, 64, 4, 16)
+    for einsum in (quant.einsum(mesh_axes=("embed",)), quant.einsum(dtype=jnp.float32)):
+        y = einsum("bsd,dnh->bsnh", x, w)
+        equal(y, fp8.fp8_matmul(x, w.reshape(64, 64)).reshape(2, 12, 4, 16))
+    experts = normal(key, 2, 64, 48)
+    equal(einsum("ecd,edf->ecf", x, experts), jnp.einsum("ecd,edf->ecf", x, experts))
+
+
+def gmm_as_maxtext_does(gmm, quant, inputs, kernel, group_sizes):
+    """The keywords of its sparse layer, dtypes asked of the quantisation."""
+    quantizer = quant.quant_dg.fwd.dg_quantizer
+    return gmm(
+        lhs=inputs,
+        rhs=kernel,
+        group_sizes=group_sizes,
+        preferred_element_type=jnp.bfloat16,
+        tiling=(512, 1024, 1024) * 3,
+        group_offset=None,
+        lhs_quantize_dtype=quantizer.lhs.numerics.get_dtype(),
+        rhs_quantize_dtype=quantizer.rhs.numerics.get_dtype(),
+        use_qwix_quantization=False,
+        use_tokamax_backend=False,
+        weight_gather_axes=[],
+        lhs_vma_axes=(),
+        rhs_vma_axes=(),
+        use_gmm_v2=False,
+        interpret=True,
+    )
+
+
+def test_maxtext_experts(key):
+    adapter = load("maxtext_fp8")
+    quant, sizes = adapter.Fp8BlockQuantization(), jnp.array([7, 0, 11])
+    x, w = normal(key, 24, 64, dtype=jnp.bfloat16), normal(key, 3, 64, 48, dtype=jnp.bfloat16)
+
+    def theirs(x, w):
+        return gmm_as_maxtext_does(adapter.gmm, quant, x, w, sizes)
+
+    def ours(x, w):
+        return fp8.fp8_ragged_dot(x, w, sizes)
+
+    equal(theirs(x, w), ours(x, w))
+    equal(*(jax.grad(lambda x, w, f=f: f(x, w).sum(), (0, 1))(x, w) for f in (theirs, ours)))
+    y = adapter.gmm(x, w.swapaxes(1, 2), sizes, transpose_rhs=True)
+    equal(y, fp8.fp8_ragged_dot(x, w, sizes, preferred_element_type=jnp.float32))
+    for name, value in {
+        "group_offset": jnp.array([1]), "existing_out": y, "partial_sum": y,
+        "weight_gather_axes": [("fsdp", 1)],
+    }.items():  # fmt: skip
+        with pytest.raises(NotImplementedError, match=name):
+            adapter.gmm(x, w, sizes, **{name: value})
