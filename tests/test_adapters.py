@@ -1,6 +1,6 @@
 """Adapters: each is called as the other library calls it, and its products are FP8's, bit for bit.
 
-MaxText itself does not run here; stand-ins call the hooks as its layers do.
+Where MaxText is not installed, stand-ins call its hooks as its layers do.
 """
 
 import importlib.util
@@ -221,6 +221,23 @@ def test_maxtext_nnx_layers(key):
     layer = nnx.bridge.ToNNX(quant.dot_general_cls(mesh_axes=())(), rngs=nnx.Rngs(0))
     layer.lazy_init(x, kernel, numbers, precision=None)
     equal(layer(x, kernel, numbers, precision=None), fp8.fp8_matmul(x, kernel))
+
+
+# MaxText 0.2.5 uses what JAX and flax have deprecated.
+@pytest.mark.filterwarnings("ignore")
+def test_maxtext_itself(key):
+    reason = "maxtext is not installed"
+    linears = pytest.importorskip("maxtext.layers.linears", reason=reason)
+    from flax import nnx
+
+    quant, x = load("maxtext_fp8").Fp8BlockQuantization(), normal(key, 2, 12, 64)
+    how = {"quant": quant, "rngs": nnx.Rngs(0)}
+    heads = linears.DenseGeneral(64, (4, 16), kernel_axes=("embed", "heads", "kv"), **how)
+    out = linears.DenseGeneral((4, 16), 48, axis=(-2, -1), kernel_axes=("heads", "kv", "e"), **how)
+    w0, w1 = heads.kernel[...].reshape(64, 64), out.kernel[...].reshape(64, 48)
+    equal(out(heads(x)), fp8.fp8_matmul(fp8.fp8_matmul(x, w0), w1))
+    got = nnx.grad(lambda layer: layer(x).sum())(heads)["kernel"][...]
+    equal(got.reshape(64, 64), jax.grad(lambda w: fp8.fp8_matmul(x, w).sum())(w0))
 
 
 def test_maxtext_einsum(key):
