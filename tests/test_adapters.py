@@ -43,6 +43,17 @@ def test_adapters_are_short_and_all_are_tested():
         assert len(path.read_text().splitlines()) < 60, path.name
 
 
+@pytest.mark.parametrize("name", ["qwix_provider", "maxtext_fp8"])
+def test_a_wish_for_a_sharding_is_not_lost(key, name):
+    adapter = load(name)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        wish = jax.NamedSharding(mesh, jax.P("x", None))
+        x, w = (jax.device_put(normal(key, 64, 64), jax.P()) for _ in range(2))
+        y = adapter.dot_general(x, w, (((1,), (0,)), ((), ())), out_sharding=wish)
+        assert jax.typeof(y).sharding.spec == wish.spec
+
+
 # ---- qwix ---------------------------------------------------------------------------------------
 
 

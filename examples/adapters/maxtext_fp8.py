@@ -17,7 +17,8 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
     """lax.dot_general, in FP8 where lhs's last dims meet rhs's first: [..., k] · [k, n...]."""
     (left, right), (batch, _) = dimension_numbers
     rows, count = lhs.ndim - len(left), len(right)
-    if batch or (*left, *right) != (*range(rows, lhs.ndim), *range(count)):
+    fits = not batch and (*left, *right) == (*range(rows, lhs.ndim), *range(count))
+    if not fits or kw.get("out_sharding") is not None:
         dtype = preferred_element_type
         return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, dtype, **kw)
     k = math.prod(rhs.shape[:count])

@@ -15,22 +15,25 @@ import qwix
 import jax_fp8gemm as fp8
 
 
+def floats(*arrays) -> bool:
+    return all(x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) for x in arrays)
+
+
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **kw):
     """lax.dot_general, in FP8 where it is [..., k] · [k, n] of floats."""
     (last, first), (batch, _) = dimension_numbers
-    floats = all(x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) for x in (lhs, rhs))
-    if floats and not batch and rhs.ndim == 2 and (*last, *first) == (lhs.ndim - 1, 0):
-        return fp8.fp8_matmul(lhs, rhs, preferred_element_type=preferred_element_type)
-    return jax.lax.dot_general(
-        lhs, rhs, dimension_numbers, precision, preferred_element_type, **kw
-    )  # fmt: skip
+    dense = not batch and rhs.ndim == 2 and (*last, *first) == (lhs.ndim - 1, 0)
+    dtype = preferred_element_type
+    if dense and floats(lhs, rhs) and kw.get("out_sharding") is None:
+        return fp8.fp8_matmul(lhs, rhs, preferred_element_type=dtype)
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, dtype, **kw)
 
 
 def ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None, **kw):
-    if kw.get("group_offset") is not None:
-        raise NotImplementedError("fp8_ragged_dot takes no group_offset")
     dtype = preferred_element_type
-    return fp8.fp8_ragged_dot(lhs, rhs, group_sizes, preferred_element_type=dtype)
+    if floats(lhs, rhs) and kw.get("group_offset") is None:
+        return fp8.fp8_ragged_dot(lhs, rhs, group_sizes, preferred_element_type=dtype)
+    return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, dtype, **kw)
 
 
 class Fp8Provider(qwix.QuantizationProvider):
