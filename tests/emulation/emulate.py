@@ -1,0 +1,130 @@
+"""Runs the quantising kernels on the CPU, without a GPU: what they compute, and what they touch.
+
+The text that NVRTC gets is compiled by g++ instead, with ptx.cuh of this folder in the place of the
+kernels' own: every instruction of a GPU is there, as plain C++. fibers.h runs the 256 threads of a
+CTA. So indices, layouts, rounding and synchronisation are those of the kernel; its speed, its
+memory's ordering and the instructions themselves are not looked at.
+
+Every buffer lies between guards and every result starts as poison: bytes 0xff, which is a NaN that
+no kernel writes. `run` checks the guards; callers compare what a kernel leaves poisoned.
+"""
+
+import ctypes
+import pathlib
+import re
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_fp8gemm import _native
+from jax_fp8gemm.qarray import ceil_div
+from jax_fp8gemm.quantize_primitive import QuantizeStatic, attributes
+
+HERE = pathlib.Path(__file__).parent
+KERNELS = HERE.parent.parent / "csrc" / "kernels"
+FLAGS = (
+    "-O1 -std=c++20 -ffp-contract=off -fPIC -shared -fvisibility=hidden -fno-gnu-unique -Wall "
+    "-Werror -Wno-unknown-pragmas -fsanitize=alignment,bounds,signed-integer-overflow"
+).split()
+GUARD = 4096  # bytes on either side
+POISON = 0xFF
+
+# Fields of QuantizeParams that are not named as the operand is.
+FIELDS = {"group_sizes": "group_data"}
+
+
+def params_type() -> type[ctypes.Structure]:
+    """Returns the C++ struct, read from its header."""
+    text = (KERNELS / "params.cuh").read_text()
+    (body,) = re.findall(r"struct QuantizeParams \{(.*?)\n\};", text, re.S)
+    fields = re.findall(r"^ *(?:const )?(\w+)(\*?) (\w+);", body, re.M)
+    types = {"*": ctypes.c_void_p, "": ctypes.c_int32}
+    return type("Params", (ctypes.Structure,), {"_fields_": [(n, types[p]) for _, p, n in fields]})
+
+
+Params = params_type()
+
+
+def specification(static: QuantizeStatic, dtype) -> dict[str, int | str]:
+    """Returns the attributes as `_native.compile` takes them."""
+    found = attributes(static, dtype)
+    return {k: v if isinstance(v, str) else int(v) for k, v in found.items()}
+
+
+def build(static: QuantizeStatic, dtype, folder: pathlib.Path) -> ctypes.CDLL:
+    """Compiles the kernel of a specification for the CPU, or finds it in `folder`."""
+    wanted = specification(static, dtype)
+    own = folder / "_".join(map(str, wanted.values()))
+    if not own.exists():
+        own.mkdir()
+        for header in [*KERNELS.glob("*.cuh"), *HERE.glob("*.*h")]:  # ptx.cuh: this folder's
+            shutil.copy(header, own)
+        text = _native.compile(wanted)["source"]
+        program = f'#include "ptx.cuh"\n{text}\n#include "launch.h"\n'
+        (own / "kernel.cpp").write_text(program)
+        command = ["g++", *FLAGS, "-o", "kernel.so", "kernel.cpp"]
+        done = subprocess.run(command, cwd=own, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(own / "kernel.so"))
+    library.launch.restype = ctypes.c_char_p
+    return library
+
+
+class Buffer:
+    """An array between guards, aligned as XLA aligns."""
+
+    def __init__(self, shape, dtype, like=None):
+        self.bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        # Sizes and indices beyond a buffer's end would do harm if they were read; so would NaNs.
+        self.guard = 0x5A if np.dtype(dtype) == np.int32 else POISON
+        self.memory = np.full(self.bytes + 2 * GUARD + 256, self.guard, np.uint8)
+        self.start = GUARD + -(self.memory.ctypes.data + GUARD) % 256
+        inside = self.memory[self.start : self.start + self.bytes]
+        inside[:] = POISON
+        self.array = inside.view(dtype).reshape(shape)
+        if like is not None:
+            self.array[...] = like
+        self.address = self.memory.ctypes.data + self.start
+
+    def intact(self) -> bool:
+        around = self.memory[: self.start], self.memory[self.start + self.bytes :]
+        return all(np.all(part == self.guard) for part in around)
+
+
+def result_names(static: QuantizeStatic) -> list[str]:
+    """Returns the fields of QuantizeParams that take the results, in order."""
+    copies = [name for name in ("rows", "transposed") if getattr(static, name)]
+    return [name + part for name in copies for part in ("", "_scale")]
+
+
+def run(
+    library: ctypes.CDLL, static: QuantizeStatic, operands: list[np.ndarray], reverse: bool
+) -> dict[str, np.ndarray]:
+    """Launches the kernel as ffi_quantize.cpp does and returns its results by name.
+
+    Args:
+      operands: as quantize_p takes them, scales in the kernel's layout.
+      reverse: the last thread first.
+    """
+    named = static.named(operands)
+    inputs = {name: Buffer(x.shape, x.dtype, x) for name, x in named.items()}
+    shapes = static.results(operands)
+    names = result_names(static)
+    results = {n: Buffer(*result) for n, result in zip(names, shapes, strict=True)}
+
+    batch, m, k, tokens = static.sizes(operands)
+    groups = len(named["group_sizes"]) if static.grouped else 0
+    pitch = tokens if static.transposed else m
+    params = Params(m=m, k=k, x_rows=named["x"].shape[1], pitch=pitch, groups=groups)
+    for name, buffer in {**inputs, **results}.items():
+        setattr(params, FIELDS.get(name, name), buffer.address)
+    tiles = ceil_div(pitch if static.grouped else m, 128)
+    message = library.launch(ctypes.byref(params), ceil_div(k, 128), tiles, batch, int(reverse))
+    assert not message, message.decode()
+    for name, buffer in {**inputs, **results}.items():
+        assert buffer.intact(), f"the kernel wrote beyond {name}"
+    for name, x in named.items():
+        assert inputs[name].array.tobytes() == x.tobytes(), f"the kernel wrote into {name}"
+    return {name: buffer.array for name, buffer in results.items()}

@@ -1,0 +1,119 @@
+// The threads of a CTA as fibers: 256 functions with a stack each that take turns on one CPU thread.
+//
+// A fiber runs until it calls wait(), and goes on once everybody it waits for has come as far: the
+// lanes of its warp, or the whole CTA. A warp runs as far as it can before the next one begins, in
+// one order or the other, so that a missing __syncthreads shows as a wrong result in one of them.
+#pragma once
+
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <ucontext.h>
+
+namespace emulation {
+
+constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+enum class Wait { kNothing, kWarp, kBlock, kEnd };
+
+struct Fiber {
+  std::jmp_buf here;
+  bool started;
+  Wait wait;
+  int exchanges;  // with other lanes, so far
+};
+
+static Fiber fibers[kThreads];
+alignas(64) static char stacks[kThreads][1 << 16];
+static std::jmp_buf scheduler;
+static int current;  // fiber
+static void (*body)();
+static Index thread_index, block_index;
+static char failure[256];  // the first one; empty: all is well
+
+inline void fail(const char* what, const char* where = "", int line = 0) {
+  if (!failure[0]) std::snprintf(failure, sizeof failure, "%s %s %d", what, where, line);
+}
+
+// Hands over to the scheduler.
+__attribute__((noinline)) static void wait(Wait what) {
+  fibers[current].wait = what;
+  if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
+}
+
+static void run_body() {
+  body();
+  wait(Wait::kEnd);
+}
+
+// Lets a fiber run until it waits.
+__attribute__((noinline)) static void resume(int fiber) {
+  current = fiber, thread_index = {unsigned(fiber), 0, 0};
+  if (_setjmp(scheduler)) return;
+  if (fibers[fiber].started) _longjmp(fibers[fiber].here, 1);
+  fibers[fiber].started = true;
+  ucontext_t start;  // switching by ucontext alone would cost two system calls each time
+  getcontext(&start);
+  start.uc_stack = {stacks[fiber], 0, sizeof stacks[fiber]};
+  makecontext(&start, run_body, 0);
+  setcontext(&start);
+}
+
+// What all of these fibers wait for.
+static Wait common_wait(int first, int count) {
+  for (int i = 1; i < count; ++i) {
+    if (fibers[first + i].wait != fibers[first].wait) fail("threads wait for different things");
+  }
+  return fibers[first].wait;
+}
+
+static void run_warp(int first, bool reversed) {
+  do {
+    for (int i = 0; i < kLanes; ++i) resume(first + (reversed ? kLanes - 1 - i : i));
+  } while (common_wait(first, kLanes) == Wait::kWarp && !failure[0]);
+}
+
+static void run_block(bool reversed) {
+  for (Fiber& fiber : fibers) fiber = {};
+  do {
+    for (int i = 0; i < kWarps && !failure[0]; ++i) {
+      run_warp((reversed ? kWarps - 1 - i : i) * kLanes, reversed);
+    }
+  } while (!failure[0] && common_wait(0, kThreads) == Wait::kBlock);
+}
+
+// Every lane gives a value and gets that of lane `source`.
+template <class T>
+T exchange(T value, int source) {
+  static T given[kWarps][2][kLanes];  // two: the next exchange begins before the last has read
+  const int warp = current / kLanes, turn = fibers[current].exchanges++ % 2;
+  given[warp][turn][current % kLanes] = value;
+  wait(Wait::kWarp);
+  return given[warp][turn][source];
+}
+
+}  // namespace emulation
+
+// ---- What -fsanitize=alignment,bounds,signed-integer-overflow calls ------------------------------
+
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+
+#define HANDLER(name, what)                                                                \
+  extern "C" void __ubsan_handle_##name(const SourceLocation* at, const void*, const void*) { \
+    emulation::fail(what, at->file, int(at->line));                                        \
+  }
+HANDLER(type_mismatch_v1, "misaligned or null access")
+HANDLER(out_of_bounds, "index out of bounds")
+HANDLER(add_overflow, "integer overflow")
+HANDLER(sub_overflow, "integer overflow")
+HANDLER(mul_overflow, "integer overflow")
+HANDLER(negate_overflow, "integer overflow")
+HANDLER(divrem_overflow, "division overflow")
+#undef HANDLER

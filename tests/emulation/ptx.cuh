@@ -1,0 +1,120 @@
+// Stands in for csrc/kernels/ptx.cuh where a kernel runs on a CPU: what CUDA C++ adds to C++, and
+// every instruction that the quantising kernels use, bit for bit.
+// NOTE: ex2.approx is not: it may be off by 2 units in the last place, exp2 is not.
+#pragma once
+
+#include <bit>
+#include <cmath>
+
+#include "fibers.h"
+#include "params.cuh"
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define FP8GEMM_DEVICE inline
+#define threadIdx emulation::thread_index
+#define blockIdx emulation::block_index
+
+template <class T>
+constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T>
+constexpr T max(T a, T b) { return a < b ? b : a; }
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+inline void __syncthreads() { emulation::wait(emulation::Wait::kBlock); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) { return emulation::exchange(value, lane); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return emulation::exchange(value, threadIdx.x % 32 ^ distance);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return emulation::exchange(value, lane < distance ? lane : lane - distance);
+}
+inline unsigned __ballot_sync(unsigned, bool bit) {
+  unsigned bits = unsigned{bit} << threadIdx.x % 32;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    bits |= __shfl_xor_sync(~0u, bits, distance);
+  }
+  return bits;
+}
+
+namespace fp8gemm {
+
+// ---- Global memory ------------------------------------------------------------------------------
+
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
+};
+
+struct alignas(8) Words2 {
+  uint32_t x, y;
+};
+
+inline Words2 ld_global_stream_v2(const void* address) {
+  return *static_cast<const Words2*>(address);
+}
+inline Words4 ld_global_stream_v4(const void* address) {
+  return *static_cast<const Words4*>(address);
+}
+
+// ---- Arithmetic ---------------------------------------------------------------------------------
+
+inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+
+inline float max_nan(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return bits_to_float(0x7fffffffu);
+  return a < b ? b : a;
+}
+inline float magnitude(float x) { return std::fabs(x); }
+inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float div_rn(float a, float b) { return a / b; }
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+// ---- Conversion ---------------------------------------------------------------------------------
+
+// To the nearest e4m3, ties to even, at most ±448; NaN becomes 0x7f.
+inline uint32_t cvt_e4m3(float x) {
+  if (std::isnan(x)) return 0x7f;
+  const uint32_t sign = std::signbit(x) ? 0x80 : 0;
+  const float size = std::fabs(x);
+  if (size >= 448) return sign | 0x7e;
+  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+  const float units = std::nearbyint(std::ldexp(size, 3 - exponent));  // of the last place
+  return sign | (8 * (exponent + 6) + uint32_t(units));
+}
+inline uint32_t cvt_e4m3x2(float low, float high) { return cvt_e4m3(low) | cvt_e4m3(high) << 8; }
+
+inline uint32_t cvt_f16_e4m3(uint32_t byte) {
+  const uint32_t sign = (byte & 0x80) << 8;
+  if ((byte & 0x7f) == 0x7f) return 0x7fff;
+  if ((byte & 0x7f) == 0) return sign;
+  int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  if (exponent == 0) {
+    for (exponent = 1; mantissa < 8; --exponent) mantissa *= 2;
+    mantissa -= 8;
+  }
+  return sign | (exponent + 8) << 10 | mantissa << 7;
+}
+inline uint32_t cvt_f16x2_e4m3x2(uint32_t two) {
+  return cvt_f16_e4m3(two & 0xff) | cvt_f16_e4m3(two >> 8 & 0xff) << 16;
+}
+
+inline float cvt_f32_f16(uint32_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float size = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp(float(mantissa), -24)
+                                     : std::ldexp(float(1024 + mantissa), exponent - 25);
+  return half >> 15 & 1 ? -size : size;
+}
+
+}  // namespace fp8gemm

@@ -1,0 +1,185 @@
+"""The quantising kernels, run on the CPU by tests/emulation: bit for bit what reference.copies says."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from emulation import emulate
+from shapes import GROUPS
+
+from jax_fp8gemm import _native, reference
+from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS
+from jax_fp8gemm.quantize_primitive import QuantizeStatic, _reference
+
+pytestmark = pytest.mark.skipif(
+    "error" in _native.nvrtc_facts(),
+    reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12",
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulation")
+
+
+# ---- Operands ------------------------------------------------------------------------------------
+
+ODD = (np.nan, np.inf, -np.inf, 3e38, -3.3e38, 1e-40)
+TINY = np.finfo(np.float32).tiny
+
+
+def values(rng, shape, dtype, special: bool) -> np.ndarray:
+    """Numbers of many sizes, ties, zeros of both signs; where special also NaN, Inf and extremes."""
+    x = rng.normal(size=shape) * 2.0 ** rng.integers(-20, 10, shape)
+    x *= 2.0 ** rng.integers(-12, 12, (*shape[:-1], 1))
+    ties = rng.integers(8, 16, shape) + 0.5  # between two numbers of e4m3
+    x = np.where(rng.random(shape) < 0.2, ties * 2.0 ** rng.integers(-4, 4, shape), x)
+    x = np.where(rng.random(shape) < 0.05, -0.0, x)
+    x[..., : shape[-2] // 3, : min(shape[-1], 128)] *= rng.random() < 0.5  # a tile of zeros
+    if special:
+        some = rng.random(shape) < 3 / (shape[-1] * shape[-2])
+        x = np.where(some, rng.choice(ODD, shape), x)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype)
+
+
+def operands(rng, static, shape, dtype, sizes=(), special=False) -> list[np.ndarray]:
+    """What a kernel takes to quantise x [b, m, k], poison in rows past the groups."""
+    b, m, k = shape
+    end = int(reference.group_ends(jnp.array(sizes, jnp.int32), m)[-1]) if static.grouped else m
+    x_rows = m // 2 + 1 if static.gather else m
+    x = values(rng, (b, x_rows, k * (1 + (static.source == "swiglu"))), dtype, special)
+    index = rng.integers(-3, x_rows + 3, m).astype(np.int32)
+    if not static.gather:
+        x[:, end:] = np.nan
+    found = [x]
+    if static.source == "fp8":
+        q, scale = reference.quantize(jnp.asarray(x, jnp.float32), ROW_BLOCKS, static.scale)
+        scale = np.array(reference.scale_to_kernel(scale, ROW_BLOCKS))
+        scale[:, :, x_rows:] = np.nan  # the padding
+        found = [np.array(q), scale]
+    if static.gather:
+        found.append(index)
+    if static.source == "swiglu":
+        weight = rng.normal(size=m).astype(np.float32)
+        weight[end:] = np.nan
+        found.append(weight)
+    if static.grouped:
+        found.append(np.array(sizes, np.int32))
+    return found
+
+
+# ---- Comparing -----------------------------------------------------------------------------------
+
+right_results = jax.jit(_reference, static_argnames="static")
+
+
+def bits(x) -> np.ndarray:
+    """Bit patterns, with one NaN."""
+    x = np.asarray(x)
+    if x.dtype == np.float32:
+        return np.where(np.isnan(x), np.uint32(0x7FC00000), x.view(np.uint32))
+    return np.where(x.view(np.uint8) == 0xFF, np.uint8(0x7F), x.view(np.uint8))
+
+
+def raw(x) -> np.ndarray:
+    return np.asarray(x).view(np.uint32 if x.dtype == np.float32 else np.uint8)
+
+
+def limits(static, operands) -> dict[str, int]:
+    """How many rows, and tokens of the transposed copy, a kernel writes."""
+    _, m, _, tokens = static.sizes(operands)
+    if not static.grouped:
+        return {"rows": m, "transposed": tokens}
+    ends = np.asarray(reference.group_ends(jnp.asarray(operands[-1]), m))
+    own = np.diff(ends, prepend=0)
+    return {"rows": int(ends[-1]), "transposed": int((-(-own // 128) * 128).sum())}
+
+
+def logical(static, results) -> dict[str, np.ndarray]:
+    """Results by name, scales by rows."""
+    found = {}
+    for name in ("rows", "transposed"):
+        if name in results:
+            q, scale = np.asarray(results[name]), np.asarray(results[name + "_scale"])
+            found[name] = q
+            scale = reference.scale_from_kernel(scale, q.shape, static.tile)
+            found[name + "_scale"] = np.asarray(scale)
+    return found
+
+
+def check(folder, static, operands) -> None:
+    """Both orders of threads give the reference's bits, and leave alone what is not theirs."""
+    library = emulate.build(static, operands[0].dtype, folder)
+    right = right_results(*operands, static=static)
+    right = logical(static, dict(zip(emulate.result_names(static), right, strict=True)))
+    first = emulate.run(library, static, operands, False)
+    again = emulate.run(library, static, operands, True)
+    for name, x in first.items():
+        np.testing.assert_array_equal(raw(x), raw(again[name]), f"{name}: order of threads")
+    for name, x in logical(static, first).items():
+        limit = limits(static, operands)[name.removesuffix("_scale")]
+        axis = 1 if name.startswith("rows") else 2
+        per = 128 if name == "transposed_scale" or static.tile == BLOCKS and "scale" in name else 1
+        written, rest = np.split(raw(x), [-(-limit // per)], axis)
+        expected = np.split(bits(right[name]), [-(-limit // per)], axis)[0]
+        np.testing.assert_array_equal(written, expected, name)
+        assert not np.any(~rest), f"{name}: written past the groups"
+
+
+# ---- Tests ---------------------------------------------------------------------------------------
+
+FLOAT = functools.partial(QuantizeStatic, "float")
+FP8 = functools.partial(QuantizeStatic, "fp8", rows=False, transposed=True)
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+SPECS = {
+    "rows_bf16": (FLOAT(), BF16),
+    "rows_f32_scale": (FLOAT(scale="float32"), F32),
+    "transposed_f16": (FLOAT(rows=False, transposed=True), F16),
+    "both_bf16_f32_scale": (FLOAT(scale="float32", transposed=True), BF16),
+    "both_f32": (FLOAT(transposed=True), F32),
+    "blocks_bf16": (FLOAT(BLOCKS), BF16),
+    "blocks_both_bf16": (FLOAT(BLOCKS, transposed=True), BF16),
+    "blocks_both_f16_f32_scale": (FLOAT(BLOCKS, "float32", transposed=True), F16),
+    "blocks_transposed_f32_f32_scale": (FLOAT(BLOCKS, "float32", False, True), F32),
+    "fp8": (FP8(), BF16),
+    "fp8_f32_scale": (FP8(scale="float32"), BF16),
+}
+# One element's worth of everything; less than a tile; odd everything; tiles of 128 and 16 bytes.
+SHAPES = [(1, 1, 16), (3, 7, 130), (2, 129, 77), (1, 200, 264), (1, 256, 128), (2, 144, 8)]
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["finite", "nan_inf"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_dense(folder, spec, special):
+    static, dtype = SPECS[spec]
+    for shape in SHAPES:
+        rng = np.random.default_rng(shape)
+        check(folder, static, operands(rng, static, shape, dtype, special=special))
+
+
+GROUPED = {
+    "both_bf16": (FLOAT(transposed=True, grouped=True), BF16),
+    "both_gather_f16": (FLOAT(transposed=True, grouped=True, gather=True), F16),
+    "rows": (FLOAT(grouped=True), BF16),
+    "rows_gather": (FLOAT(grouped=True, gather=True), BF16),
+    "transposed_f32": (FLOAT(rows=False, transposed=True, grouped=True), F32),
+    "fp8": (FP8(grouped=True), BF16),
+    "fp8_gather": (FP8(grouped=True, gather=True), BF16),
+}
+
+
+@pytest.mark.parametrize("spec", GROUPED)
+def test_grouped(folder, spec):
+    static, dtype = GROUPED[spec]
+    for i, groups in enumerate(GROUPS):
+        if not groups.m:  # no call
+            continue
+        rng = np.random.default_rng(i)
+        k = (136, 77, 200)[i % 3]
+        check(folder, static, operands(rng, static, (1, groups.m, k), dtype, groups.sizes))
