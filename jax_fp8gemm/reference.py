@@ -10,6 +10,7 @@ from jax_fp8gemm.qarray import BLOCK, FP8, FP8_MAX, ROW_BLOCKS, ROWS, Tile, scal
 from jax_fp8gemm.variants import VARIANTS
 
 EXPONENT_MASK = 0x7F800000  # of a float32
+MAGNITUDE_MASK = 0x7FFFFFFF  # likewise, without the sign
 SMALLEST_NORMAL = 2.0**-126  # float32; scales stay normal, since GPUs and XLA may flush others
 
 
@@ -51,7 +52,9 @@ def scale_of(amax: jax.Array, mode: str) -> jax.Array:
 def quantize(x: jax.Array, tile: Tile, mode: str) -> tuple[jax.Array, jax.Array]:
     """Returns (qvalue, scale): qvalue = e4m3(clip(x / scale, ±448)), a division in float32."""
     tiles, shape = _tiled(x.astype(jnp.float32), tile)
-    amax = jnp.max(jnp.abs(tiles), axis=(-3, -1))  # NaN wins over every number
+    # NOTE: a maximum of floats loses NaN on CPUs. Among bit patterns NaN is above every number.
+    bits = jax.lax.bitcast_convert_type(tiles, jnp.int32) & MAGNITUDE_MASK
+    amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1)), jnp.float32)
     scale = scale_of(amax, mode)
     # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
     values = jnp.clip(tiles / scale[..., :, None, :, None], -FP8_MAX, FP8_MAX)

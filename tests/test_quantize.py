@@ -74,6 +74,15 @@ def test_extreme_magnitudes(scale):
         np.testing.assert_allclose(back, x, rtol=2.0**-4)
 
 
+@pytest.mark.parametrize("tile", [ROW_BLOCKS, BLOCKS], ids=str)
+def test_nan_counts_wherever_it_lies(tile):
+    x = jnp.ones((256, 256)).at[jnp.arange(256), jnp.arange(256)].set(jnp.nan)
+    scale = np.asarray(jax.jit(fp8.quantize, static_argnums=1)(x, tile).scale)
+    lines = np.arange(len(scale))
+    expected = lines[:, None] * 256 // len(scale) // 128 == np.arange(2)
+    np.testing.assert_array_equal(np.isnan(scale), expected)
+
+
 def test_denormals_do_not_make_nan():
     back = fp8.dequantize(fp8.quantize(jnp.full((1, 128), 1e-42, jnp.float32)))
     assert np.isfinite(np.asarray(back)).all() and np.all(np.asarray(back) <= 1e-41)
