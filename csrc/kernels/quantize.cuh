@@ -47,11 +47,12 @@ struct Scale {
   // x / value, rounded correctly: twice the remainder is added (Markstein, "Computation of
   // elementary functions on the IBM RISC System/6000 processor", 1990). A reciprocal of a power of
   // two is exact.
+  // NOTE: the remainder is of quotient · value − x, whose zero keeps the sign of a zero quotient.
   FP8GEMM_DEVICE float apply(float x) const {
     float quotient = x * reciprocal;
     if constexpr (!kPow2) {
-      quotient = fma_rn(fma_rn(-quotient, value, x), reciprocal, quotient);
-      quotient = fma_rn(fma_rn(-quotient, value, x), reciprocal, quotient);
+      quotient = fma_rn(-fma_rn(quotient, value, -x), reciprocal, quotient);
+      quotient = fma_rn(-fma_rn(quotient, value, -x), reciprocal, quotient);
     }
     return quotient;
   }
