@@ -169,7 +169,7 @@ void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     auto weights = buffers.result("the gradient to row weights", ffi::F32, {k / 128, m});
     if (weights) p.row_weight_gradient = pointer<float>(weights);
   }
-  call.tiles = ceil_div(spec.grouped ? p.pitch : m, 128);
+  call.tiles = row_tiles(spec, p);
 }
 
 ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,

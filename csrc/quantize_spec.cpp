@@ -52,7 +52,7 @@ ProgramText program_text(const QuantizeSpec& spec) {
                 spec.aligned ? "" : "_unaligned");
   // 16-bit floats stay packed, so that a third CTA finds room.
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
-                      spec.tile == ScaleTile::k1x128;
+                      spec.tile == ScaleTile::k1x128 && spec.aligned;
   const std::string text =
       "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec) +
       "\n}  // namespace fp8gemm\n\n#include \"quantize.cuh\"\n\n"

@@ -41,7 +41,7 @@ def _check_token_dims(op: str, x: jax.Array, tile: Tile, token_dims: int) -> Non
 def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> QArray:
     """Quantises to FP8 with one scale for each tile of the last two dims.
 
-    qvalue = e4m3(clip(x / scale, ±448)), scale ≈ max|tile| / 448.
+    qvalue = e4m3(clip(x · (1/scale), ±448)), scale ≈ max|tile| / 448.
 
     Args:
       x: bf16, f16 or f32 [..., rows, k].

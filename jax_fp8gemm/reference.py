@@ -5,6 +5,7 @@ It is also what runs where there is no Hopper GPU.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fp8gemm.qarray import BLOCK, FP8, FP8_MAX, ROW_BLOCKS, ROWS, Tile, scale_shape
 from jax_fp8gemm.variants import VARIANTS
@@ -33,31 +34,35 @@ def _untiled(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def scale_of(amax: jax.Array, mode: str) -> jax.Array:
     """Returns the scale that brings values up to `amax` within ±448.
 
-    "float32": amax / 448. "pow2": the smallest power of two that is not below it, found by bits,
-    never by log2. An all-zero tile has scale 1; a tile with NaN or Inf has scale NaN.
+    "float32": amax · (1/448), a product since XLA makes one of a division by a constant. "pow2":
+    the smallest power of two that is not below amax / 448, found by bits, never by log2. An
+    all-zero tile has scale 1; a tile with NaN or Inf has scale NaN.
 
     Args:
       amax: f32, the largest magnitude of a tile, ≥ 0, NaN or Inf.
     """
-    scale = amax / FP8_MAX
     if mode == "pow2":
-        bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-        floor = bits & EXPONENT_MASK
-        exponent = jnp.where(bits == floor, floor, floor + (1 << 23))
-        scale = jax.lax.bitcast_convert_type(exponent, jnp.float32)
-    scale = jnp.maximum(scale, SMALLEST_NORMAL)
+        # 448 = 1.75 · 2^8: one binade up where the mantissa is above 1.75.
+        bits = jax.lax.bitcast_convert_type(amax, jnp.int32) + 0x1FFFFF
+        power = (bits & EXPONENT_MASK) - (8 << 23)
+        scale = jax.lax.bitcast_convert_type(jnp.maximum(power, 1 << 23), jnp.float32)
+    else:
+        scale = jnp.maximum(amax * np.float32(1 / FP8_MAX), SMALLEST_NORMAL)
     return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
 
 
 def quantize(x: jax.Array, tile: Tile, mode: str) -> tuple[jax.Array, jax.Array]:
-    """Returns (qvalue, scale): qvalue = e4m3(clip(x / scale, ±448)), a division in float32."""
+    """Returns (qvalue, scale): qvalue = e4m3(clip(x · (1/scale), ±448)), in float32.
+
+    A product, since XLA may make one of the division anyway; with powers of two both are exact.
+    """
     tiles, shape = _tiled(x.astype(jnp.float32), tile)
     # NOTE: a maximum of floats loses NaN on CPUs. Among bit patterns NaN is above every number.
     bits = jax.lax.bitcast_convert_type(tiles, jnp.int32) & MAGNITUDE_MASK
     amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1)), jnp.float32)
     scale = scale_of(amax, mode)
     # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
-    values = jnp.clip(tiles / scale[..., :, None, :, None], -FP8_MAX, FP8_MAX)
+    values = jnp.clip(tiles * (1 / scale)[..., :, None, :, None], -FP8_MAX, FP8_MAX)
     return _untiled(values.astype(FP8), shape), scale
 
 

@@ -156,6 +156,12 @@ struct QuantizeParams {
   int32_t groups;
 };
 
+// Tiles of 128 rows that a kernel visits: every group begins one, so any sizes of groups must fit.
+constexpr int row_tiles(const QuantizeSpec& spec, const QuantizeParams& params) {
+  const int parts = !spec.grouped ? 1 : params.groups < params.m ? params.groups : params.m;
+  return static_cast<int>((params.m + int64_t{127} * parts) / 128);
+}
+
 // What a CTA of kSwigluBackward keeps in dynamic shared memory: a tile of its operands, which are
 // read three times.
 struct BackwardOperands {

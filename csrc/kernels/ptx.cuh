@@ -15,6 +15,12 @@ FP8GEMM_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What the launch gives a CTA beyond its static shared memory.
+FP8GEMM_DEVICE uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t bytes[];
+  return bytes;
+}
+
 // Special registers: %cluster_ctarank
 FP8GEMM_DEVICE uint32_t cluster_ctarank() {
   uint32_t rank;

@@ -19,7 +19,7 @@ namespace fp8gemm {
 constexpr float kLargest = 448.0f;           // finite e4m3
 constexpr float kSmallestNormal = 0x1p-126f;  // fp32
 
-// What values are divided by.
+// What a value is multiplied by to become FP8, and what undoes it.
 template <bool kPow2>
 struct Scale {
   float value, reciprocal;
@@ -36,35 +36,23 @@ struct Scale {
       const uint32_t power = static_cast<uint32_t>(max(above, smallest));
       scale = {bits_to_float(power), bits_to_float((254u << 23) - power)};
     } else {
-      const float value = max(div_rn(largest, kLargest), kSmallestNormal);
+      const float value = max(largest * (1.0f / kLargest), kSmallestNormal);
       scale = {value, div_rn(1.0f, value)};
     }
     if (largest == 0) scale = {1.0f, 1.0f};
     if (bits >= kInfinity) scale = {bits_to_float(0x7fc00000u), bits_to_float(0x7fc00000u)};
     return scale;
   }
-
-  // x / value, rounded correctly: twice the remainder is added (Markstein, "Computation of
-  // elementary functions on the IBM RISC System/6000 processor", 1990). A reciprocal of a power of
-  // two is exact.
-  // NOTE: the remainder is of quotient · value − x, whose zero keeps the sign of a zero quotient.
-  FP8GEMM_DEVICE float apply(float x) const {
-    float quotient = x * reciprocal;
-    if constexpr (!kPow2) {
-      quotient = fma_rn(-fma_rn(quotient, value, -x), reciprocal, quotient);
-      quotient = fma_rn(-fma_rn(quotient, value, -x), reciprocal, quotient);
-    }
-    return quotient;
-  }
 };
 
-// Eight values of get(0) ... get(7), each divided by the scale of its index.
+// Eight values of get(0) ... get(7), each scaled by the scale of its index.
 template <class Get, class ScaleOf>
 FP8GEMM_DEVICE Words2 pack8(Get get, ScaleOf scale) {
   uint32_t two[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    two[i] = cvt_e4m3x2(scale(2 * i).apply(get(2 * i)), scale(2 * i + 1).apply(get(2 * i + 1)));
+    two[i] = cvt_e4m3x2(get(2 * i) * scale(2 * i).reciprocal,
+                        get(2 * i + 1) * scale(2 * i + 1).reciprocal);
   }
   return {two[0] | two[1] << 16, two[2] | two[3] << 16};
 }
@@ -343,8 +331,7 @@ FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
   TokenTile tile;
   if (!find_tile<spec>(params, blockIdx.y, tile)) return;
   if constexpr (spec.source == Source::kSwigluBackward) {
-    extern __shared__ __align__(1024) uint8_t dynamic_shared[];
-    BackwardOperands& operands = *reinterpret_cast<BackwardOperands*>(dynamic_shared);
+    BackwardOperands& operands = *reinterpret_cast<BackwardOperands*>(dynamic_shared());
     copy_operands(params, operands, tile.first, tile.count, blockIdx.x * 128);
     cp_async_wait_all();
     __syncthreads();

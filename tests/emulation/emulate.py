@@ -15,11 +15,9 @@ import re
 import shutil
 import subprocess
 
-import jax.numpy as jnp
 import numpy as np
 
 from jax_fp8gemm import _native
-from jax_fp8gemm.qarray import ceil_div
 from jax_fp8gemm.quantize_primitive import QuantizeStatic, attributes
 
 HERE = pathlib.Path(__file__).parent
@@ -47,15 +45,16 @@ def params_type() -> type[ctypes.Structure]:
 Params = params_type()
 
 
-def specification(static: QuantizeStatic, dtype) -> dict[str, int | str]:
+def specification(static: QuantizeStatic, dtype, m: int, k: int) -> dict[str, int | str]:
     """Returns the attributes as `_native.compile` takes them."""
-    found = attributes(static, dtype)
+    found = attributes(static, dtype, m, k)
     return {k: v if isinstance(v, str) else int(v) for k, v in found.items()}
 
 
-def build(static: QuantizeStatic, dtype, folder: pathlib.Path) -> ctypes.CDLL:
-    """Compiles the kernel of a specification for the CPU, or finds it in `folder`."""
-    wanted = specification(static, dtype)
+def build(static: QuantizeStatic, operands, folder: pathlib.Path) -> ctypes.CDLL:
+    """Compiles the kernel for these operands for the CPU, or finds it in `folder`."""
+    _, m, k, _ = static.sizes(operands)
+    wanted = specification(static, operands[0].dtype, m, k)
     own = folder / "_".join(map(str, wanted.values()))
     if not own.exists():
         own.mkdir()
@@ -96,13 +95,17 @@ class Buffer:
 def result_names(static: QuantizeStatic) -> list[str]:
     """Returns the fields of QuantizeParams that take the results, in order."""
     copies = [name for name in ("rows", "transposed") if getattr(static, name)]
-    return [name + part for name in copies for part in ("", "_scale")]
+    last = []
+    if static.source == "swiglu_backward":
+        copies += ["up_transposed", "activation"]
+        last = ["row_weight_gradient"]
+    return [name + part for name in copies for part in ("", "_scale")] + last
 
 
 def run(
     library: ctypes.CDLL, static: QuantizeStatic, operands: list[np.ndarray], reverse: bool
 ) -> dict[str, np.ndarray]:
-    """Launches the kernel as ffi_quantize.cpp does and returns its results by name.
+    """Runs the kernel on the grid of ffi_quantize.cpp and returns its results by name.
 
     Args:
       operands: as quantize_p takes them, scales in the kernel's layout.
@@ -117,11 +120,11 @@ def run(
     batch, m, k, tokens = static.sizes(operands)
     groups = len(named["group_sizes"]) if static.grouped else 0
     pitch = tokens if static.transposed else m
+    k = k // 2 if static.source == "swiglu_backward" else k
     params = Params(m=m, k=k, x_rows=named["x"].shape[1], pitch=pitch, groups=groups)
     for name, buffer in {**inputs, **results}.items():
         setattr(params, FIELDS.get(name, name), buffer.address)
-    tiles = ceil_div(pitch if static.grouped else m, 128)
-    message = library.launch(ctypes.byref(params), ceil_div(k, 128), tiles, batch, int(reverse))
+    message = library.launch(ctypes.byref(params), batch, int(reverse))
     assert not message, message.decode()
     for name, buffer in {**inputs, **results}.items():
         assert buffer.intact(), f"the kernel wrote beyond {name}"

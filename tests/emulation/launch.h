@@ -3,11 +3,12 @@
 
 // Returns what went wrong, or "".
 extern "C" __attribute__((visibility("default"))) const char* launch(
-    const fp8gemm::QuantizeParams* params, int columns, int tiles, int batch, int reversed) {
+    const fp8gemm::QuantizeParams* params, int batch, int reversed) {
   static const fp8gemm::QuantizeParams* arguments;
   arguments = params;
   emulation::failure[0] = 0;
   emulation::body = [] { fp8_quantize(*arguments); };
+  const int columns = (params->k + 127) / 128, tiles = row_tiles(fp8gemm::kSpec, *params);
   for (int z = 0; z < batch; ++z) {
     for (int y = 0; y < tiles; ++y) {
       for (int x = 0; x < columns && !emulation::failure[0]; ++x) {

@@ -1,6 +1,6 @@
 // Stands in for csrc/kernels/ptx.cuh where a kernel runs on a CPU: what CUDA C++ adds to C++, and
 // every instruction that the quantising kernels use, bit for bit.
-// NOTE: ex2.approx is not: it may be off by 2 units in the last place, exp2 is not.
+// NOTE: ex2.approx and rcp.approx are not: they may be off by a unit or two in the last place.
 #pragma once
 
 #include <bit>
@@ -49,7 +49,7 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
 
 namespace fp8gemm {
 
-// ---- Global memory ------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;
@@ -58,6 +58,19 @@ struct alignas(16) Words4 {
 struct alignas(8) Words2 {
   uint32_t x, y;
 };
+
+// Copies are done at once, so a missing wait does not show.
+inline uint8_t* dynamic_shared() {
+  alignas(1024) static uint8_t bytes[1 << 17];
+  return bytes;
+}
+inline void* shared_address(void* pointer) { return pointer; }
+inline void cp_async(void* destination, const void* source, bool exists) {
+  for (int i = 0; i < 16; ++i) {
+    static_cast<uint8_t*>(destination)[i] = exists ? static_cast<const uint8_t*>(source)[i] : 0;
+  }
+}
+inline void cp_async_wait_all() {}
 
 inline Words2 ld_global_stream_v2(const void* address) {
   return *static_cast<const Words2*>(address);
@@ -75,6 +88,8 @@ inline float max_nan(float a, float b) {
   if (std::isnan(a) || std::isnan(b)) return bits_to_float(0x7fffffffu);
   return a < b ? b : a;
 }
+inline float rcp_approx(float x) { return 1 / x; }
+inline void forget(uint32_t& value, uint32_t zero) { value ^= zero; }
 inline float magnitude(float x) { return std::fabs(x); }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float div_rn(float a, float b) { return a / b; }
@@ -115,6 +130,24 @@ inline float cvt_f32_f16(uint32_t half) {
                      : exponent == 0 ? std::ldexp(float(mantissa), -24)
                                      : std::ldexp(float(1024 + mantissa), exponent - 25);
   return half >> 15 & 1 ? -size : size;
+}
+
+// Two 16-bit floats in one word; to_float reads the low one.
+template <class ToFloat>
+uint32_t larger_of_halves(uint32_t a, uint32_t b, ToFloat to_float) {
+  uint32_t both = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint32_t x = a >> shift & 0xffff, y = b >> shift & 0xffff;
+    const bool nan = std::isnan(to_float(x)) || std::isnan(to_float(y));
+    both |= (nan ? 0x7fffu : to_float(x) < to_float(y) ? y : x) << shift;
+  }
+  return both;
+}
+inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  return larger_of_halves(a, b, [](uint32_t half) { return bits_to_float(half << 16); });
+}
+inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  return larger_of_halves(a, b, cvt_f32_f16);
 }
 
 }  // namespace fp8gemm
