@@ -50,14 +50,16 @@ ProgramText program_text(const QuantizeSpec& spec) {
                 spec.transposed ? "_transposed" : "", spec.grouped ? "_grouped" : "",
                 spec.gather ? "_gather" : "", spec.pair ? "_pair" : "",
                 spec.aligned ? "" : "_unaligned");
-  // 16-bit floats stay packed, so that a third CTA finds room.
+  // CTAs that share a multiprocessor: as many as registers allow without spills. 16-bit floats stay
+  // packed, and leave room for a third.
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
-                      spec.tile == ScaleTile::k1x128 && spec.aligned;
+                      spec.tile == ScaleTile::k1x128;
+  const char* residents = !spec.aligned ? "1" : packed ? "3" : "2";
   const std::string text =
       "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec) +
       "\n}  // namespace fp8gemm\n\n#include \"quantize.cuh\"\n\n"
       "extern \"C\" __global__ void __launch_bounds__(" +
-      std::to_string(kQuantizeThreads) + ", " + (packed ? "3" : "2") + ") " + kEntryPoint +
+      std::to_string(kQuantizeThreads) + ", " + residents + ") " + kEntryPoint +
       "(const __grid_constant__ fp8gemm::QuantizeParams params) {\n"
       "  fp8gemm::quantize_kernel<fp8gemm::kSpec>(params);\n}\n";
   const bool backward = spec.source == Source::kSwigluBackward;

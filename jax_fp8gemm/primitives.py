@@ -263,6 +263,8 @@ def _batchable(static: Static):
                 if i in which
             ]
 
+        if size == 0:
+            return empty_batch(call, batched, operands), True
         if static.variant in ("batched", "masked"):  # more groups
             merged = [x.reshape(-1, *x.shape[2:]) for x in spread(0, 1, 2, 3, 4, 5)]
             out = _batchable(static)(*merged)
@@ -280,6 +282,15 @@ def _batchable(static: Static):
         )
 
     return call
+
+
+def empty_batch(call, batched, operands):
+    """Returns what a vmap of size 0 gives, of as many dims as any other."""
+    one = [
+        jax.ShapeDtypeStruct(x.shape[own:], x.dtype)
+        for x, own in zip(operands, batched, strict=True)
+    ]
+    return jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), jax.eval_shape(call, *one))
 
 
 def _vmap_dense(static: Static, size: int, batched, operands, spread):

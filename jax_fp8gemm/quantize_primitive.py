@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_fp8gemm import meshes, reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET
 from jax_fp8gemm.config import TILE_NAMES
-from jax_fp8gemm.primitives import no_derivative
+from jax_fp8gemm.primitives import empty_batch, no_derivative
 from jax_fp8gemm.qarray import (
     BLOCK,
     BLOCKS,
@@ -319,6 +319,9 @@ def _batchable(static: QuantizeStatic):
 
     @many.def_vmap
     def rule(size, batched, *operands):
+        if size == 0:
+            out = empty_batch(many, batched, operands)
+            return out, [True] * len(out)
         spread = [
             x if own else jnp.broadcast_to(x, (size, *x.shape))
             for x, own in zip(operands, batched, strict=True)

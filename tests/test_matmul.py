@@ -65,6 +65,16 @@ def test_gradient_to_w_is_exact_for_powers_of_two():
     np.testing.assert_allclose(dx, dy @ w.T, rtol=1e-6)
 
 
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_vmap_of_nothing(axes):
+    x, w = jnp.ones((4, 16)), jnp.ones((16, 8))
+    x, w = (y if axis is None else y[None][:0] for y, axis in zip((x, w), axes, strict=True))
+    grad = jax.grad(lambda x, w: fp8.fp8_matmul(x, w).sum(), (0, 1))
+    assert jax.vmap(fp8.fp8_matmul, axes)(x, w).shape == (0, 4, 8)
+    dx, dw = jax.vmap(grad, axes)(x, w)
+    assert (dx.shape, dw.shape) == ((0, 4, 16), (0, 16, 8))
+
+
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2)])
 def test_vmap_and_vmap_of_grad(key, axes):
     xs = jax.random.normal(key, (3, 32, 64))

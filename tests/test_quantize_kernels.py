@@ -116,25 +116,34 @@ def logical(static, results) -> dict[str, np.ndarray]:
     return found
 
 
+def compare(static, operands, got, right) -> dict[str, np.ndarray]:
+    """What a kernel writes has the reference's bits; returns what it leaves alone."""
+    right, rest = logical(static, right), {}
+    for name, x in logical(static, got).items():
+        limit = limits(static, operands)[name.removesuffix("_scale")]
+        axis = 1 if name.startswith("rows") else 2
+        by_blocks = static.tile == BLOCKS and "scale" in name
+        per = 128 if name == "transposed_scale" or by_blocks else 1
+        written, rest[name] = np.split(raw(x), [-(-limit // per)], axis)
+        expected = np.split(bits(right[name]), [-(-limit // per)], axis)[0]
+        np.testing.assert_array_equal(written, expected, name)
+    return rest
+
+
+def reference_of(static, operands) -> dict[str, np.ndarray]:
+    found = right_results(*operands, static=static)
+    return dict(zip(emulate.result_names(static), found, strict=True))
+
+
 def check(folder, static, operands) -> None:
     """Both orders of threads give the reference's bits, and leave alone what is not theirs."""
     library = emulate.build(static, operands, folder)
-    right = right_results(*operands, static=static)
-    right = logical(static, dict(zip(emulate.result_names(static), right, strict=True)))
     first = emulate.run(library, static, operands, False)
-    again = emulate.run(library, static, operands, True)
-    for name, x in first.items():
-        np.testing.assert_array_equal(raw(x), raw(again[name]), f"{name}: order of threads")
-    for name, x in logical(static, first).items():
-        limit = limits(static, operands)[name.removesuffix("_scale")]
-        axis = 1 if name.startswith("rows") else 2
-        per = (
-            128 if name == "transposed_scale" or (static.tile == BLOCKS and "scale" in name) else 1
-        )
-        written, rest = np.split(raw(x), [-(-limit // per)], axis)
-        expected = np.split(bits(right[name]), [-(-limit // per)], axis)[0]
-        np.testing.assert_array_equal(written, expected, name)
-        assert not np.any(~rest), f"{name}: written past the groups"
+    for name, x in emulate.run(library, static, operands, True).items():
+        np.testing.assert_array_equal(raw(x), raw(first[name]), f"{name}: order of threads")
+    rest = compare(static, operands, first, reference_of(static, operands))
+    for name, x in rest.items():
+        assert not np.any(~x), f"{name}: written past the groups"
 
 
 # ---- Tests ---------------------------------------------------------------------------------------
@@ -182,6 +191,12 @@ GROUPED_SPECS = {
 }
 
 
+def grouped_operands(static, dtype, index: int) -> list[np.ndarray]:
+    groups, k = GROUPS[index], (136, 77, 200)[index % 3]
+    rng = np.random.default_rng(index)
+    return operands(rng, static, (1, groups.m, k), dtype, groups.sizes)
+
+
 @pytest.mark.parametrize("spec", GROUPED_SPECS)
 def test_grouped(folder, spec):
     static, dtype = GROUPED_SPECS[spec]
@@ -220,21 +235,28 @@ SWIGLU = {
 }
 
 
+SWIGLU_SIZES = [(60, 0, 80, 3), (200,), (0, 1, 128, 71)]
+
+
+def swiglu_operands(static, index: int) -> list[np.ndarray]:
+    backward, rng = static.source == "swiglu_backward", np.random.default_rng(index)
+    shape = (1, 200, 256 if backward else 200)
+    given = operands(rng, static, shape, BF16, SWIGLU_SIZES[index])
+    if backward:
+        given[0] = reference_rows(rng, given)
+    return given
+
+
 @pytest.mark.parametrize("spec", SWIGLU)
 def test_swiglu(folder, spec):
     static = SWIGLU[spec]
-    for i, sizes in enumerate([(60, 0, 80, 3), (200,), (0, 1, 128, 71)]):
-        rng, m = np.random.default_rng(i), 200
-        given = operands(rng, static, (1, m, 256 if "backward" in spec else 200), BF16, sizes)
-        if "backward" in spec:
-            given[0] = reference_rows(rng, given)
+    for i in range(len(SWIGLU_SIZES)):
+        given = swiglu_operands(static, i)
         library = emulate.build(static, given, folder)
         first = emulate.run(library, static, given, False)
         for name, x in emulate.run(library, static, given, True).items():
             np.testing.assert_array_equal(raw(x), raw(first[name]), f"{name}: order of threads")
-        names = emulate.result_names(static)
-        right = dict(zip(names, right_results(*given, static=static), strict=True))
-        compare_swiglu(static, given, first, right)
+        compare_swiglu(static, given, first, reference_of(static, given))
 
 
 def reference_rows(rng, given) -> np.ndarray:

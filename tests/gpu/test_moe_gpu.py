@@ -1,0 +1,77 @@
+"""The expert block and prepared weights on the GPU, beside the reference on the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import calc_diff
+
+import jax_fp8gemm as fp8
+
+T, H, F, E, TOP_K = 300, 256, 384, 6, 2
+
+
+def layer(dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = (T, H), (T, H), (E, H, F), (E, H, F), (E, F, H)
+    dy, x, *kernels = (
+        jax.random.normal(key, shape).astype(dtype) * shape[-2] ** -0.5
+        for key, shape in zip(keys[:5], shapes, strict=True)
+    )
+    return dy, x, fp8.route(2 * jax.random.normal(keys[5], (T, E)), TOP_K), kernels
+
+
+@functools.partial(jax.jit, static_argnames=("capacity",))
+def both(dy, x, routing, kernels, capacity=None):
+    def block(x, weights, *kernels):
+        return fp8.expert_ffn(x, routing.experts, weights, *kernels, capacity=capacity)
+
+    y, pull = jax.vjp(block, x, routing.weights, *kernels)
+    return y, *pull(dy)
+
+
+@pytest.mark.parametrize("capacity", [None, 64])
+def test_results_and_gradients_are_those_of_the_reference(capacity):
+    given = layer()
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        expected = both(*jax.device_put(given, cpu), capacity)
+    for got, right in zip(both(*given, capacity), expected, strict=True):
+        # Sums in another order round bf16 numbers differently, some of which then change in FP8.
+        assert calc_diff(got.astype(jnp.float32), right.astype(jnp.float32)) < 5e-4
+
+
+def test_two_runs_give_the_same_bits():
+    for a, b in zip(both(*layer()), both(*layer()), strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (a, b)))
+
+
+def test_other_choices_between_two_runs_of_one_program():
+    """Group sizes live on the device: one executable, captured or not, serves them all."""
+    dy, x, routing, kernels = layer()
+    first = both(dy, x, routing, kernels)[0]
+    turned = fp8.Routing(
+        (routing.experts + 1) % E, routing.weights, routing.scores, routing.aux_loss, routing.z_loss
+    )
+    other = both(dy, x, turned, [jnp.roll(w, 1, axis=0) for w in kernels])[0]
+    np.testing.assert_array_equal(*(np.asarray(y, np.float32) for y in (first, other)))
+
+
+@pytest.mark.parametrize("residuals", ["fp8_t", "fp8", "input"])
+def test_residuals_and_prepared_weights(residuals):
+    dy, x, _, kernels = layer()
+    w, dy = kernels[0][0], jnp.ones((T, F), jnp.bfloat16)
+
+    @jax.jit
+    def gradients(x, w):
+        plain = lambda x, w: fp8.fp8_matmul(x, w, residuals=residuals)  # noqa: E731
+        prepared = lambda x, w: plain(x, fp8.prepare_weight(w))  # noqa: E731
+        return [jax.vjp(f, x, w)[1](dy) for f in (plain, prepared)]
+
+    plain, prepared = gradients(x, w)
+    for a, b in zip(plain, prepared, strict=True):
+        np.testing.assert_array_equal(*(np.asarray(y, np.float32) for y in (a, b)))
+    exact = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32)
+    assert calc_diff(plain[1].astype(jnp.float32), exact) < 2e-3

@@ -1,0 +1,134 @@
+"""Quantising kernels on the GPU: the reference's bits, on poisoned memory, twice the same."""
+
+import functools
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulation import emulate
+from shapes import GROUPS
+from test_gemm_gpu import poison
+from test_quantize_kernels import (
+    GROUPED_SPECS,
+    SHAPES,
+    SPECS,
+    SWIGLU,
+    SWIGLU_SIZES,
+    compare,
+    compare_swiglu,
+    grouped_operands,
+    operands,
+    raw,
+    reference_of,
+    swiglu_operands,
+)
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm.qarray import BLOCKS
+from jax_fp8gemm.quantize_primitive import quantize_p
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def kernel(*operands, static):
+    return quantize_p.bind(*operands, static=static)
+
+
+def run(static, given) -> dict[str, np.ndarray]:
+    """Results by name; twice, to the bit where something is written, on poisoned memory."""
+    poison()
+    names = emulate.result_names(static)
+    return dict(zip(names, map(np.asarray, kernel(*given, static=static)), strict=True))
+
+
+def on_cpu(static, given) -> dict[str, np.ndarray]:
+    with jax.default_device(jax.devices("cpu")[0]):
+        return reference_of(static, given)
+
+
+def check(static, given) -> None:
+    right = on_cpu(static, given)
+    for _ in range(2):
+        compare(static, given, run(static, given), right)
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["finite", "nan_inf"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_dense(spec, special):
+    static, dtype = SPECS[spec]
+    for shape in SHAPES if not static.pair else [(2, 129, 256), (1, 144, 512)]:
+        check(static, operands(np.random.default_rng(shape), static, shape, dtype, special=special))
+
+
+@pytest.mark.parametrize("spec", GROUPED_SPECS)
+def test_grouped(spec):
+    static, dtype = GROUPED_SPECS[spec]
+    for i, groups in enumerate(GROUPS):
+        if groups.m:
+            check(static, grouped_operands(static, dtype, i))
+
+
+@pytest.mark.parametrize("spec", SWIGLU)
+def test_swiglu(spec):
+    static = SWIGLU[spec]
+    for i in range(len(SWIGLU_SIZES)):
+        given = swiglu_operands(static, i)
+        compare_swiglu(static, given, run(static, given), on_cpu(static, given))
+
+
+@pytest.mark.parametrize("tile", [(1, 128), BLOCKS], ids=str)
+def test_large_arrays_have_the_bits_of_the_reference(tile):
+    """[4096, 7168] on the GPU by the kernel and by XLA."""
+    from jax_fp8gemm import reference
+
+    x = jax.random.normal(jax.random.key(0), (4096, 7168), jnp.bfloat16)
+    rows, columns = jax.jit(lambda x: fp8.quantize_both(x, tile))(x)
+    again = jax.jit(lambda x: fp8.quantize_both(x, tile))(x)
+    for y, (turned, got) in zip((x, x.T), enumerate((rows, columns)), strict=True):
+        q, scale = jax.jit(lambda y: reference.quantize(y, tile, "pow2"))(y)
+        np.testing.assert_array_equal(raw(got.qvalue), raw(q))
+        np.testing.assert_array_equal(np.asarray(got.scale), np.asarray(scale))
+        np.testing.assert_array_equal(raw(got.qvalue), raw(again[turned].qvalue))
+
+
+def test_rows_past_two_to_the_31():
+    """More elements than an int32 counts: [300000, 7424] has 2.2e9."""
+    x = jnp.ones((300_000, 7424), jnp.bfloat16).at[-1, -1].set(3.0)
+    rows, columns = jax.jit(fp8.quantize_both)(x)
+    assert float(fp8.dequantize(fp8.QArray(rows.qvalue[-1:], rows.scale[-1:]))[0, -1]) == 3.0
+    last = fp8.QArray(columns.qvalue[-1:], columns.scale[-1:])
+    assert float(fp8.dequantize(last)[0, 299_999]) == 3.0
+    assert not np.asarray(columns.qvalue[-1, 300_000:], np.float32).any()
+
+
+SANITIZED = """
+import jax, jax.numpy as jnp, jax_fp8gemm as fp8
+x = jax.random.normal(jax.random.key(0), (300, 272), jnp.bfloat16)
+h, weight = x[:, :256], jnp.ones(300)
+sizes, index = jnp.array([131, 0, 40, 70]), jnp.arange(300)[::-1]
+done = [
+    fp8.quantize_both(x), fp8.quantize_both(x, (128, 128)), fp8.quantize_both(x[:, :131]),
+    fp8.quantize_both(x, group_sizes=sizes, index=index),
+    fp8.requantize(fp8.quantize(x), group_sizes=sizes),
+    fp8.swiglu_quantize_both(h, weight, group_sizes=sizes),
+    fp8.swiglu_backward(fp8.quantize(h), h[:, :128], weight, sizes),
+]
+jax.block_until_ready(done)
+print("finished")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_sanitizer_finds_nothing(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if not sanitizer:
+        pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--kernel-name", "kernel_substring=fp8_quantize",
+               "--error-exitcode", "9", sys.executable, "-c", SANITIZED]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and "finished" in done.stdout, (
+        done.stdout[-2000:] + done.stderr[-500:]
+    )
