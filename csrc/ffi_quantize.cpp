@@ -84,16 +84,16 @@ T* pointer(const Buffers::Buffer& buffer) {
 
 struct Call {
   QuantizeParams params{};
-  int64_t batch = 1, tiles = 0;  // of rows
+  int64_t batch = 1, columns = 0, tiles = 0;  // the grid
 };
 
 // Shapes of scales, as the copies of ScaleTile lie.
 struct ScaleShape {
   int64_t lines, columns;
 };
-ScaleShape scale_shape(bool blocks, int64_t rows, int64_t columns) {
-  if (blocks) return {ceil_div(rows, 128), round_up(ceil_div(columns, 128), 4)};
-  return {ceil_div(columns, 128), round_up(rows, 4)};
+ScaleShape scale_shape(ScaleTile tile, int64_t rows, int64_t columns) {
+  if (tile == ScaleTile::k128x128) return {ceil_div(rows, 128), round_up(ceil_div(columns, 128), 4)};
+  return {tile == ScaleTile::k1xK ? 1 : ceil_div(columns, 128), round_up(rows, 4)};
 }
 
 // In the order of quantize_primitive.py.
@@ -112,7 +112,7 @@ void read_operands(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     if (beside) p.beside = pointer<void>(beside);
   }
   if (spec.source == Source::kFp8 || backward) {
-    const ScaleShape shape = scale_shape(false, x_rows, width);
+    const ScaleShape shape = scale_shape(ScaleTile::k1x128, x_rows, width);
     auto scale = buffers.operand("the scales of x", ffi::F32, {batch, shape.lines, shape.columns});
     if (scale) p.x_scale = pointer<float>(scale);
   }
@@ -139,10 +139,9 @@ void read_operands(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
 void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
   QuantizeParams& p = call.params;
   const bool backward = spec.source == Source::kSwigluBackward;
-  const bool blocks = spec.tile == ScaleTile::k128x128;
   const int64_t batch = call.batch, m = p.m, k = p.k, width = backward ? 2 * k : k;
   if (spec.rows) {
-    const ScaleShape shape = scale_shape(blocks, m, width);
+    const ScaleShape shape = scale_shape(spec.tile, m, width);
     auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, width});
     auto scale = buffers.result("scales of rows", ffi::F32, {batch, shape.lines, shape.columns});
     if (rows && scale) p.rows = pointer<uint8_t>(rows), p.rows_scale = pointer<float>(scale);
@@ -152,13 +151,13 @@ void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     auto copy = buffers.result("the transposed copy", ffi::F8E4M3FN, {batch, k, -1});
     if (!copy) return;
     p.pitch = int32_t(copy->dimensions()[2]), p.transposed = pointer<uint8_t>(copy);
-    const ScaleShape shape = scale_shape(blocks, k, p.pitch);
+    const ScaleShape shape = scale_shape(spec.tile, k, p.pitch);
     auto scale = buffers.result("scales of the transposed copy", ffi::F32,
                                 {batch, shape.lines, shape.columns});
     if (scale) p.transposed_scale = pointer<float>(scale);
   }
   if (backward) {
-    const ScaleShape shape = scale_shape(false, k, p.pitch);
+    const ScaleShape shape = scale_shape(ScaleTile::k1x128, k, p.pitch);
     auto copy = [&](const char* name, uint8_t*& values, float*& scale) {
       auto q = buffers.result(name, ffi::F8E4M3FN, {batch, k, p.pitch});
       auto s = buffers.result(name, ffi::F32, {batch, shape.lines, shape.columns});
@@ -169,7 +168,7 @@ void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     auto weights = buffers.result("the gradient to row weights", ffi::F32, {k / 128, m});
     if (weights) p.row_weight_gradient = pointer<float>(weights);
   }
-  call.tiles = row_tiles(spec, p);
+  call.columns = grid_x(spec, p), call.tiles = grid_y(spec, p);
 }
 
 ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,
@@ -179,8 +178,7 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   read_operands(state->spec, buffers, call);
   if (buffers.status().ok()) read_results(state->spec, buffers, call);
   if (!buffers.status().ok()) return to_error(buffers.status());
-  const int64_t columns = ceil_div(call.params.k, 128);
-  if (call.batch == 0 || call.tiles == 0 || columns == 0) return ffi::Error::Success();
+  if (call.batch == 0 || call.tiles == 0 || call.columns == 0) return ffi::Error::Success();
   if (call.tiles > 65535 || call.batch > 65535) {
     return to_error(wrong_operand("quantize: too many rows", std::to_string(call.tiles) + " tiles, " +
                                       std::to_string(call.batch) + " matrices",
@@ -189,7 +187,7 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   auto kernel = state->program->load(stream, device);
   if (!kernel.ok()) return to_error(kernel.status());
   const Driver& driver = **fp8gemm::driver();
-  CUlaunchConfig config = {unsigned(columns), unsigned(call.tiles), unsigned(call.batch),
+  CUlaunchConfig config = {unsigned(call.columns), unsigned(call.tiles), unsigned(call.batch),
                            unsigned(kQuantizeThreads), 1, 1,
                            unsigned(state->program->source.shared_bytes), stream, nullptr, 0};
   void* arguments[] = {&call.params};

@@ -13,7 +13,9 @@ const Names kSources = {
     {"swiglu", "Source::kSwiglu"},
     {"swiglu_backward", "Source::kSwigluBackward"}};
 const Names kFloats = {{"bf16", "Float::kBf16"}, {"f16", "Float::kF16"}, {"f32", "Float::kF32"}};
-const Names kTiles = {{"1x128", "ScaleTile::k1x128"}, {"128x128", "ScaleTile::k128x128"}};
+const Names kTiles = {{"1x128", "ScaleTile::k1x128"},
+                      {"128x128", "ScaleTile::k128x128"},
+                      {"1xk", "ScaleTile::k1xK"}};
 
 std::string spec_text(const QuantizeSpec& s) {
   return "constexpr QuantizeSpec kSpec = {\n" + field("source", kSources[int(s.source)].code) +

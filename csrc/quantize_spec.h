@@ -11,6 +11,4 @@ Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes);
 
 ProgramText program_text(const QuantizeSpec& spec);
 
-constexpr int kQuantizeThreads = 256;
-
 }  // namespace fp8gemm

@@ -32,6 +32,7 @@ from jax_fp8gemm.qarray import (
     BLOCKS,
     FP8,
     ROW_BLOCKS,
+    ROWS,
     Tile,
     ceil_div,
     round_up,
@@ -113,7 +114,7 @@ class QuantizeStatic:
         found = []
         for shape in shapes:
             lead, lines, columns = shape
-            steps = ceil_div(columns, BLOCK)
+            steps = 1 if self.tile == ROWS else ceil_div(columns, BLOCK)
             scales = (steps, round_up(lines, 4))
             if self.tile == BLOCKS:
                 scales = (ceil_div(lines, BLOCK), round_up(steps, 4))
@@ -241,6 +242,7 @@ def sharding_rule(static: QuantizeStatic, rank: int, whole_tokens: bool) -> Rule
     names = string.ascii_uppercase[: rank - 2]
     lead, tokens = names[: rank - 1 - static.token_dims], names[rank - 1 - static.token_dims :]
     paired = static.pair or static.source.startswith("swiglu")
+    uncut = paired or static.tile == ROWS
     rows, k = lead + tokens + "m", "h" if paired else "k"
     padded = static.grouped or (static.tile == ROW_BLOCKS and not whole_tokens)
     last = "t" if padded else tokens + "m"  # what a transposed copy has last
@@ -261,7 +263,12 @@ def sharding_rule(static: QuantizeStatic, rank: int, whole_tokens: bool) -> Rule
         tuple(operands.values()),
         tuple(results),
         deciding=(0,) * 10,  # x outvotes its copies: rather these travel, being smaller
-        whole=frozenset("rtgp" + "m" * (static.grouped or static.gather) + "hkf" * paired),
+        whole=frozenset(
+            "rtgp"
+            + "m" * (static.grouped or static.gather)
+            + "hkf" * paired
+            + "k" * (static.tile == ROWS)
+        ),
         blocked=blocked_letters(*operands.values(), *results) | set("m" * static.transposed),
     )
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jax_fp8gemm import reference
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.qarray import BLOCK, BLOCKS, ROW_BLOCKS, TILES, QArray, Tile
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, ROW_BLOCKS, TENSOR, TILES, QArray, Tile
 from jax_fp8gemm.quantize_primitive import QuantizeStatic, call
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -62,7 +62,7 @@ def quantize(x: jax.Array, tile: Tile = ROW_BLOCKS, *, scale: str = "pow2") -> Q
         fail("quantize", "unknown tile.", f"tile {tile}", f"one of {TILES}", "choose one of these")
     _check_scale("quantize", scale)
     _check_matrix("quantize", x)
-    if tile not in (ROW_BLOCKS, BLOCKS):  # a reduction and a cast, which XLA fuses well
+    if tile == TENSOR:  # a reduction and a cast: no kernel could do it in one pass
         return QArray(*reference.quantize(x, tile, scale))
     return _copies(QuantizeStatic(tile=tile, scale=scale), x)[0]
 

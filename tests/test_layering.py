@@ -45,8 +45,9 @@ DEVICE = [
     ["ptx.cuh"],
     ["shared_memory.cuh"],
     ["group_walk.cuh", "promotion.cuh"],
-    ["scheduler.cuh", "quantize_source.cuh"],
-    ["producer.cuh", "epilogue.cuh", "quantize.cuh"],
+    ["scheduler.cuh", "quantize_source.cuh", "quantize_scale.cuh"],
+    ["producer.cuh", "epilogue.cuh", "quantize_whole_rows.cuh"],
+    ["quantize.cuh"],
     ["gemm.cuh", "gemm_few_rows.cuh"],
 ]
 

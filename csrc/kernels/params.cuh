@@ -99,6 +99,8 @@ struct GemmParams {
 
 // ---- Quantising ---------------------------------------------------------------------------------
 
+constexpr int kQuantizeThreads = 256;
+
 // What is quantised.
 enum class Source : int {
   kFloat,   // x [batch, m, k]
@@ -121,7 +123,7 @@ enum class Float : int { kBf16, kF16, kF32 };
 struct QuantizeSpec {
   Source source;
   Float type;      // of x, where that is not FP8
-  ScaleTile tile;  // k1x128 along what the copy contracts over, or k128x128
+  ScaleTile tile;  // k1x128 along what the copy contracts over; k128x128; or k1xK
   bool pow2;       // scales are powers of two
   bool rows;       // write [m, k]
   bool transposed; // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
@@ -156,8 +158,14 @@ struct QuantizeParams {
   int32_t groups;
 };
 
-// Tiles of 128 rows that a kernel visits: every group begins one, so any sizes of groups must fit.
-constexpr int row_tiles(const QuantizeSpec& spec, const QuantizeParams& params) {
+// A kernel's grid in x and y. Whole rows: one each. Else tiles of 128 columns and of 128 rows.
+constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
+  return spec.tile == ScaleTile::k1xK ? params.m : (params.k + 127) / 128;
+}
+
+// Tiles of rows that a kernel visits: every group begins one, so any sizes of groups must fit.
+constexpr int grid_y(const QuantizeSpec& spec, const QuantizeParams& params) {
+  if (spec.tile == ScaleTile::k1xK) return 1;
   const int parts = !spec.grouped ? 1 : params.groups < params.m ? params.groups : params.m;
   return static_cast<int>((params.m + int64_t{127} * parts) / 128);
 }

@@ -12,50 +12,11 @@
 #include "group_walk.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "quantize_scale.cuh"
 #include "quantize_source.cuh"
+#include "quantize_whole_rows.cuh"
 
 namespace fp8gemm {
-
-constexpr float kLargest = 448.0f;           // finite e4m3
-constexpr float kSmallestNormal = 0x1p-126f;  // fp32
-
-// What a value is multiplied by to become FP8, and what undoes it.
-template <bool kPow2>
-struct Scale {
-  float value, reciprocal;
-
-  // As reference.scale_of: 1 for zeros, NaN where there is a NaN or an infinity.
-  FP8GEMM_DEVICE static Scale of(float largest) {
-    const uint32_t kInfinity = 0x7f800000u, bits = float_to_bits(largest);
-    Scale scale;
-    if constexpr (kPow2) {
-      // largest / 448 is 2^-8 · (mantissa / 1.75) · 2^exponent: one binade up where the mantissa is
-      // above 1.75, and no rounding of the quotient changes that.
-      const int above = static_cast<int>((bits + 0x001fffffu) & kInfinity) - (8 << 23);
-      const int smallest = 1 << 23;  // exponent of the smallest normal number
-      const uint32_t power = static_cast<uint32_t>(max(above, smallest));
-      scale = {bits_to_float(power), bits_to_float((254u << 23) - power)};
-    } else {
-      const float value = max(largest * (1.0f / kLargest), kSmallestNormal);
-      scale = {value, div_rn(1.0f, value)};
-    }
-    if (largest == 0) scale = {1.0f, 1.0f};
-    if (bits >= kInfinity) scale = {bits_to_float(0x7fc00000u), bits_to_float(0x7fc00000u)};
-    return scale;
-  }
-};
-
-// Eight values of get(0) ... get(7), each scaled by the scale of its index.
-template <class Get, class ScaleOf>
-FP8GEMM_DEVICE Words2 pack8(Get get, ScaleOf scale) {
-  uint32_t two[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    two[i] = cvt_e4m3x2(get(2 * i) * scale(2 * i).reciprocal,
-                        get(2 * i + 1) * scale(2 * i + 1).reciprocal);
-  }
-  return {two[0] | two[1] << 16, two[2] | two[3] << 16};
-}
 
 // The rows of one tile.
 struct TokenTile {
@@ -271,7 +232,7 @@ struct Quantizer {
   FP8GEMM_DEVICE void store_row(uint8_t* to, int i, ScaleOf scale) {
     const Words2 bytes =
         pack8([&](int j) { return values.get(i, j); }, [&](int) { return scale; });
-    if (has_row(i)) store8(to, bytes, rows.k - rows.column - column);
+    if (has_row(i)) store8<spec.aligned>(to, bytes, rows.k - rows.column - column);
   }
 
   // ---- The transposed copy ----
@@ -301,8 +262,8 @@ struct Quantizer {
       if constexpr (spec.aligned || !kBlocks) {
         if (chunk * 16 < room) *reinterpret_cast<Words4*>(to) = {low.x, low.y, high.x, high.y};
       } else {
-        store8(to, low, room - chunk * 16);
-        store8(to + 8, high, room - chunk * 16 - 8);
+        store8<spec.aligned>(to, low, room - chunk * 16);
+        store8<spec.aligned>(to + 8, high, room - chunk * 16 - 8);
       }
     }
   }
@@ -310,23 +271,10 @@ struct Quantizer {
   FP8GEMM_DEVICE static int place(int column, int chunk, int half) {
     return column * 16 + (chunk ^ (column / 8 % 8)) * 2 + (half ^ (column / 64));
   }
-
-  // Writes eight bytes, as many as there is room for.
-  FP8GEMM_DEVICE static void store8(uint8_t* to, Words2 bytes, int room) {
-    if constexpr (spec.aligned) {
-      if (room > 0) *reinterpret_cast<Words2*>(to) = bytes;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t word = i < 4 ? bytes.x : bytes.y;
-        if (i < room) to[i] = static_cast<uint8_t>(word >> 8 * (i % 4));
-      }
-    }
-  }
 };
 
 template <QuantizeSpec spec>
-FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
+FP8GEMM_DEVICE void quantize_tile(const QuantizeParams& params) {
   __shared__ QuantizeShared<spec> shared;
   TokenTile tile;
   if (!find_tile<spec>(params, blockIdx.y, tile)) return;
@@ -342,6 +290,15 @@ FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
     Quantizer<spec, Part::kActivation>(params, shared, tile).run(operands);
   } else {
     Quantizer<spec, Part::kWhole>(params, shared, tile).run();
+  }
+}
+
+template <QuantizeSpec spec>
+FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
+  if constexpr (spec.tile == ScaleTile::k1xK) {
+    quantize_whole_row<spec>(params);
+  } else {
+    quantize_tile<spec>(params);
   }
 }
 

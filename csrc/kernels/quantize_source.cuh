@@ -16,6 +16,18 @@ FP8GEMM_DEVICE int64_t source_row(const QuantizeParams& params, int batch, int r
   return int64_t{batch} * params.x_rows + row;
 }
 
+// How a number of x lies in memory.
+template <Float type>
+struct NumberOf {
+  using Type = uint16_t;
+};
+template <>
+struct NumberOf<Float::kF32> {
+  using Type = float;
+};
+template <Float type>
+using Number = typename NumberOf<type>::Type;
+
 // Floats of 16 bits stay packed: half the registers.
 template <Float type>
 FP8GEMM_DEVICE float unpack(uint32_t two, bool high) {

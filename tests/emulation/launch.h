@@ -8,7 +8,7 @@ extern "C" __attribute__((visibility("default"))) const char* launch(
   arguments = params;
   emulation::failure[0] = 0;
   emulation::body = [] { fp8_quantize(*arguments); };
-  const int columns = (params->k + 127) / 128, tiles = row_tiles(fp8gemm::kSpec, *params);
+  const int columns = grid_x(fp8gemm::kSpec, *params), tiles = grid_y(fp8gemm::kSpec, *params);
   for (int z = 0; z < batch; ++z) {
     for (int y = 0; y < tiles; ++y) {
       for (int x = 0; x < columns && !emulation::failure[0]; ++x) {

@@ -1,0 +1,64 @@
+// Scales, and eight numbers at a time from floats to FP8 in memory.
+#pragma once
+
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace fp8gemm {
+
+constexpr float kLargest = 448.0f;           // finite e4m3
+constexpr float kSmallestNormal = 0x1p-126f;  // fp32
+
+// What a value is multiplied by to become FP8, and what undoes it.
+template <bool kPow2>
+struct Scale {
+  float value, reciprocal;
+
+  // As reference.scale_of: 1 for zeros, NaN where there is a NaN or an infinity.
+  FP8GEMM_DEVICE static Scale of(float largest) {
+    const uint32_t kInfinity = 0x7f800000u, bits = float_to_bits(largest);
+    Scale scale;
+    if constexpr (kPow2) {
+      // largest / 448 is 2^-8 · (mantissa / 1.75) · 2^exponent: one binade up where the mantissa is
+      // above 1.75, and no rounding of the quotient changes that.
+      const int above = static_cast<int>((bits + 0x001fffffu) & kInfinity) - (8 << 23);
+      const int smallest = 1 << 23;  // exponent of the smallest normal number
+      const uint32_t power = static_cast<uint32_t>(max(above, smallest));
+      scale = {bits_to_float(power), bits_to_float((254u << 23) - power)};
+    } else {
+      const float value = max(largest * (1.0f / kLargest), kSmallestNormal);
+      scale = {value, div_rn(1.0f, value)};
+    }
+    if (largest == 0) scale = {1.0f, 1.0f};
+    if (bits >= kInfinity) scale = {bits_to_float(0x7fc00000u), bits_to_float(0x7fc00000u)};
+    return scale;
+  }
+};
+
+// Eight values of get(0) ... get(7), each scaled by the scale of its index.
+template <class Get, class ScaleOf>
+FP8GEMM_DEVICE Words2 pack8(Get get, ScaleOf scale) {
+  uint32_t two[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    two[i] = cvt_e4m3x2(get(2 * i) * scale(2 * i).reciprocal,
+                        get(2 * i + 1) * scale(2 * i + 1).reciprocal);
+  }
+  return {two[0] | two[1] << 16, two[2] | two[3] << 16};
+}
+
+// Writes eight bytes, as many as there is room for. Aligned: a multiple of eight.
+template <bool kAligned>
+FP8GEMM_DEVICE void store8(uint8_t* to, Words2 bytes, int room) {
+  if constexpr (kAligned) {
+    if (room > 0) *reinterpret_cast<Words2*>(to) = bytes;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t word = i < 4 ? bytes.x : bytes.y;
+      if (i < room) to[i] = static_cast<uint8_t>(word >> 8 * (i % 4));
+    }
+  }
+}
+
+}  // namespace fp8gemm
