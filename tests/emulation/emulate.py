@@ -103,13 +103,19 @@ def result_names(static: QuantizeStatic) -> list[str]:
 
 
 def run(
-    library: ctypes.CDLL, static: QuantizeStatic, operands: list[np.ndarray], reverse: bool
+    library: ctypes.CDLL,
+    static: QuantizeStatic,
+    operands: list[np.ndarray],
+    *,
+    reverse: bool,
+    harm: dict[str, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Runs the kernel on the grid of ffi_quantize.cpp and returns its results by name.
 
     Args:
       operands: as quantize_p takes them, scales in the kernel's layout.
       reverse: the last thread first.
+      harm: added to fields of QuantizeParams, to see whether errors show.
     """
     named = static.named(operands)
     inputs = {name: Buffer(x.shape, x.dtype, x) for name, x in named.items()}
@@ -124,6 +130,8 @@ def run(
     params = Params(m=m, k=k, x_rows=named["x"].shape[1], pitch=pitch, groups=groups)
     for name, buffer in {**inputs, **results}.items():
         setattr(params, FIELDS.get(name, name), buffer.address)
+    for name, change in (harm or {}).items():
+        setattr(params, name, getattr(params, name) + change)
     message = library.launch(ctypes.byref(params), batch, int(reverse))
     assert not message, message.decode()
     for name, buffer in {**inputs, **results}.items():
