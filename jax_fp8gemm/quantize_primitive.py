@@ -263,12 +263,7 @@ def sharding_rule(static: QuantizeStatic, rank: int, whole_tokens: bool) -> Rule
         tuple(operands.values()),
         tuple(results),
         deciding=(0,) * 10,  # x outvotes its copies: rather these travel, being smaller
-        whole=frozenset(
-            "rtgp"
-            + "m" * (static.grouped or static.gather)
-            + "hkf" * paired
-            + "k" * (static.tile == ROWS)
-        ),
+        whole=frozenset("rtgp" + "m" * (static.grouped or static.gather) + "hkf" * uncut),
         blocked=blocked_letters(*operands.values(), *results) | set("m" * static.transposed),
     )
 

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 from numerics import clamped
 
-from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS
+from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS
 from jax_fp8gemm.quantize_primitive import QuantizeStatic
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
@@ -18,6 +18,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 def quantized(x, tile, mode) -> tuple[np.ndarray, np.ndarray]:
     """reference.quantize of [b, rows, columns]."""
     b, rows, columns = x.shape
+    tile = tile[0], tile[1] or columns
     padded = np.pad(x, [(0, 0), (0, -rows % tile[0]), (0, -columns % tile[1])])
     tiles = padded.reshape(b, -(-rows // tile[0]), tile[0], -(-columns // tile[1]), tile[1])
     largest = np.abs(tiles).max((2, 4), initial=0)
@@ -169,9 +170,9 @@ def written(static, operands, results) -> tuple[dict, np.ndarray]:
     for name, right in expected(static, operands).items():
         q, scale = results.pop(name), results.pop(name + "_scale")
         b, rows, columns = right.shape
-        if static.tile == ROW_BLOCKS:
+        if static.tile != BLOCKS:
             scale = scale.swapaxes(1, 2)[:, : q.shape[1]]
-            scale = cut(scale, (b, rows, -(-columns // 128)))
+            scale = cut(scale, (b, rows, -(-columns // (static.tile[1] or columns))))
         else:
             scale = scale[:, :, : -(-columns // 128)]
         found[name] = cut(q, right.shape), scale
@@ -252,6 +253,8 @@ DENSE = {
     "blocks_both_bf16": (floats(BLOCKS), BF16),
     "blocks_both_f16_f32_scale": (floats(BLOCKS, "float32"), F16),
     "blocks_transposed_f32_f32_scale": (floats(BLOCKS, "float32", "transposed"), F32),
+    "whole_rows_bf16": (floats(ROWS, copies="rows"), BF16),
+    "whole_rows_f32_scale": (floats(ROWS, "float32", "rows"), F32),
     "pair_bf16": (floats(pair=True), BF16),
     "blocks_pair_f32": (floats(BLOCKS, pair=True), F32),
     "fp8": (fp8(), BF16),
@@ -260,10 +263,11 @@ DENSE = {
 # One row, less than a tile, odd everything, two tiles and a bit, whole tiles, sixteens.
 SHAPES = [(1, 1, 16), (3, 7, 130), (2, 129, 77), (1, 200, 264), (1, 256, 128), (2, 144, 8)]
 PAIRS = [(2, 129, 256), (1, 144, 512)]
+LONG_ROWS = [(1, 1, 16), (3, 7, 130), (2, 3, 4400)]
 
 
 def dense_cases(static, dtype, extremes: bool):
-    for shape in PAIRS if static.pair else SHAPES:
+    for shape in PAIRS if static.pair else LONG_ROWS if static.tile == ROWS else SHAPES:
         yield operands(shape, static, shape, dtype, extremes=extremes)
 
 
