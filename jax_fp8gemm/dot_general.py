@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.ops import fp8_matmul
@@ -36,7 +37,7 @@ def fp8_dot_general(
         theirs always.
       preferred_element_type: bf16, f16 or f32, of the result; default: the promoted dtype.
       out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
-        a NamedSharding. On meshes with Explicit axes it is resharded to, on others a constraint.
+        a NamedSharding. On meshes without Explicit axes a constraint.
 
     Returns:
       The batch dims, lhs's other dims, rhs's other dims. Gradients have the dtypes of lhs and rhs.
@@ -61,11 +62,19 @@ def fp8_dot_general(
     _check(lhs, rhs, (contract, rhs_contract), (batch, rhs_batch))
     dtype = _result_dtype(lhs, rhs, preferred_element_type)
     free, rhs_free = _others(lhs, contract, batch), _others(rhs, rhs_contract, rhs_batch)
-    shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
-    x = _matrices(lhs, batch, free, contract)
-    w = _matrices(rhs, rhs_batch, rhs_contract, rhs_free)
-    y = jnp.zeros(shape, dtype) if 0 in shape else _product(x, w, dtype).reshape(shape)
-    return y if out_sharding is None else _put(y, out_sharding)
+    numbers = (contract, rhs_contract), (batch, rhs_batch)
+
+    def run(lhs, rhs):
+        x, w = (
+            _ordered(lhs, batch, free, contract),
+            _ordered(rhs, rhs_batch, rhs_contract, rhs_free),
+        )
+        shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
+        if 0 in shape:
+            return jnp.zeros(shape, dtype)
+        return _product(x, w, len(batch), len(contract), dtype).reshape(shape)
+
+    return _sharded(run, lhs, rhs, numbers, out_sharding)
 
 
 def dot_general_like_lhs(
@@ -77,20 +86,40 @@ def dot_general_like_lhs(
     return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, out_sharding=out_sharding)
 
 
-def _product(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[b, m, k] times [b, k, n]. One batch is none: then k and n keep their scale blocks whole."""
+def _product(x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.dtype) -> jax.Array:
+    """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n].
+
+    Rows stay apart, since a mesh may cut each of their dims. One batch is none: then k and n keep
+    their scale blocks whole.
+    """
+    sizes, rows, k = x.shape[:batch], x.shape[batch : x.ndim - contract], x.shape[-contract:]
+    k, n = math.prod(k), math.prod(w.shape[batch + contract :])
 
     def multiply(x, w):
         return fp8_matmul(x, w, preferred_element_type=dtype)
 
-    return multiply(x[0], w[0])[None] if x.shape[0] == 1 else jax.vmap(multiply)(x, w)
+    if math.prod(sizes) == 1:
+        return multiply(x.reshape(*rows, k), w.reshape(k, n))
+    return jax.vmap(multiply)(x.reshape(-1, *rows, k), w.reshape(-1, k, n))
 
 
-def _put(y: jax.Array, sharding) -> jax.Array:
-    mesh = getattr(sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
-    if jax.sharding.AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(y, sharding)
-    return jax.lax.with_sharding_constraint(y, sharding)
+def _sharded(run, lhs, rhs, numbers, out_sharding) -> jax.Array:
+    """Calls `run` and shards its result. On Explicit axes what merges dims, or is to be sharded
+    otherwise than fp8_matmul does, is left to the partitioner: JAX types no such reshapes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types
+    dense = numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
+    if explicit and not (dense and out_sharding is None):
+        if out_sharding is None:
+            like = jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, numbers), lhs, rhs)
+            out_sharding = like.sharding.spec
+        return jax.sharding.auto_axes(run, out_sharding=out_sharding)(lhs, rhs)
+    y = run(lhs, rhs)
+    if out_sharding is None:
+        return y
+    if AxisType.Explicit in getattr(out_sharding, "mesh", mesh).axis_types:
+        return jax.sharding.reshard(y, out_sharding)
+    return jax.lax.with_sharding_constraint(y, out_sharding)
 
 
 # ---- dims ---------------------------------------------------------------------------------------
@@ -109,10 +138,8 @@ def _sizes(x: jax.Array, dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(x.shape[d] for d in dims)
 
 
-def _matrices(x: jax.Array, batch, rows, columns) -> jax.Array:
-    """Returns x as [batch, rows, columns]."""
-    sizes = [math.prod(_sizes(x, dims)) for dims in (batch, rows, columns)]
-    return x.transpose(*batch, *rows, *columns).reshape(sizes)
+def _ordered(x: jax.Array, *dims: tuple[int, ...]) -> jax.Array:
+    return x.transpose(*(d for group in dims for d in group))
 
 
 # ---- checks -------------------------------------------------------------------------------------

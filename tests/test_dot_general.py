@@ -124,7 +124,7 @@ def test_out_sharding(key, axis_type, named):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType[axis_type],))
     spec = PartitionSpec("x", None)
     sharding = NamedSharding(mesh, spec)
-    x, w = jax.random.normal(key, (16, 64)), jax.random.normal(key, (64, 24))
+    x, w = jax.random.normal(key, (512, 64)), jax.random.normal(key, (64, 24))
 
     def multiply(x, w):
         where = sharding if named else spec
@@ -136,6 +136,57 @@ def test_out_sharding(key, axis_type, named):
     assert y.sharding.is_equivalent_to(sharding, 2)
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     np.testing.assert_allclose(dw, jax.grad(_energy(fp8.fp8_matmul))(w, x), rtol=1e-5, atol=1e-4)
+
+
+# lhs, rhs, dimension numbers; how lhs and rhs are sharded, and the result as in lax.dot_general.
+# Shards are whole blocks of 128: others are gathered, with a warning.
+SHARDED = {
+    "dense": (
+        *((2, 256, 128), (128, 256), (((2,), (0,)), ((), ()))),
+        *((None, "x"), (None, "y"), (None, "x", "y")),
+    ),
+    "two_features": (
+        *((2, 256, 128), (128, 2, 128), (((2,), (0,)), ((), ()))),
+        *((None, "x"), (None, "y"), (None, "x", "y")),
+    ),
+    "axes_crossed": (
+        *((4, 256, 32), (32, 256, 4), (((2, 0), (0, 2)), ((), ()))),
+        *((None, "x"), (None, "y"), ("x", "y")),
+    ),
+    "batch": (
+        *((2, 128, 2, 64), (2, 128, 2, 64), (((3,), (3,)), ((0, 2), (0, 2)))),
+        *(("x",), ("x",), ("x",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("pattern, wish", [*((p, True) for p in SHARDED), ("two_features", False)])
+def test_sharded_operands_on_explicit_axes(key, pattern, wish):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    left_shape, right_shape, numbers, left, right, result = SHARDED[pattern]
+    keys = jax.random.split(key)
+    lhs, rhs = jax.random.normal(keys[0], left_shape), jax.random.normal(keys[1], right_shape)
+
+    def run(lhs, rhs, out_sharding=None):
+        def energy(lhs, rhs):
+            y = fp8.fp8_dot_general(lhs, rhs, numbers, out_sharding=out_sharding)
+            return (y**2).sum(), y
+
+        grads, y = jax.grad(energy, (0, 1), has_aux=True)(lhs, rhs)
+        return y, *grads
+
+    specs = [PartitionSpec(*left), PartitionSpec(*right)]
+    with jax.set_mesh(mesh):
+        cut = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip((lhs, rhs), specs, strict=True)
+        ]
+        where = PartitionSpec(*result) if wish else None
+        got = jax.jit(lambda *xy: run(*xy, out_sharding=where))(*cut)
+    wanted = [PartitionSpec(*result), *specs]
+    for one, expected, spec in zip(got, jax.jit(run)(lhs, rhs), wanted, strict=True):
+        assert one.sharding.is_equivalent_to(NamedSharding(mesh, spec), one.ndim)
+        np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-3)
 
 
 def _energy(multiply):
