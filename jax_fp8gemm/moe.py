@@ -1,5 +1,6 @@
 """A whole mixture-of-experts layer: router, experts, shared experts; on one device or on many."""
 
+import functools
 import math
 
 import jax
@@ -123,5 +124,6 @@ def _exchanged(tokens, routing, prepared, via, devices: int, capacity_factor: fl
 
 def _shared(x: jax.Array, kernels: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     x, (wi_0, wi_1, wo) = vary_alike(x, kernels)
-    gate, up = (fp8_matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
-    return fp8_matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)
+    matmul = functools.partial(fp8_matmul, preferred_element_type=x.dtype)
+    gate, up = (matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
+    return matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)

@@ -231,3 +231,47 @@ def test_moe_over_devices_equals_that_of_one(x):
     assert calc_diff(y, alone) < 1e-5  # roundings to bf16 of sums over devices
     with pytest.raises(ValueError, match="no mesh axis 'x' here"):
         layer.apply(params, x)
+
+
+@pytest.mark.parametrize("axis", [-1, (-2, -1)])
+def test_a_gpu_program_has_our_products_and_no_others(x, axis):
+    layer = Fp8DenseGeneral(48, axis=axis, dtype=jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    energy = lambda params, x: (layer.apply(params, x) ** 2).sum()  # noqa: E731
+    traced = jax.jit(jax.grad(energy, (0, 1))).trace(params, x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @jax_fp8gemm_gemm_v1") == 3  # forward, dx, dw
+    assert "dot_general" not in text
+
+
+def test_layers_on_explicit_axes():
+    """Data and tensor parallel: tokens over x, features over y."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    x = jax.random.normal(jax.random.key(0), (4, 128, 128))
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Fp8DenseGeneral((2, 128), use_bias=False)(x), Fp8Dense(256)(x)
+
+    model = Two()
+    params = model.init(jax.random.key(1), x)
+
+    def run(params, x):
+        h, y = model.apply(params, x)
+        return (h**2).sum() + (y**2).sum(), (h, y)
+
+    run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    expected = run(params, x)
+    with jax.set_mesh(mesh):
+        cut = jax.tree.map(
+            lambda w: jax.sharding.reshard(w, P(*[None] * (w.ndim - 1), "y")), params
+        )
+        kernel = params["params"]["DenseGeneral_0"]["kernel"]
+        cut["params"]["DenseGeneral_0"]["kernel"] = jax.sharding.reshard(kernel, P(None, "y"))
+        got = run(cut, jax.sharding.reshard(x, P("x")))
+    (_, (h, y)), (_, dx) = got
+    assert h.sharding.spec == P("x", None, "y", None) and y.sharding.spec == P("x", None, "y")
+    assert dx.sharding.spec == P("x", None, None)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and calc_diff(a, b) < 1e-5

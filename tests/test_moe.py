@@ -358,6 +358,15 @@ def test_leading_dims_and_types_are_kept(key):
     np.testing.assert_array_equal(y.reshape(T, H), flat)
 
 
+def test_shared_experts_of_float32_answer_in_the_tokens_dtype(key):
+    """bf16 tokens, float32 kernels: what layers with `dtype=` pass."""
+    x, _, (*kernels, shared) = layer(key)
+    y, _ = jax.eval_shape(
+        lambda x: fp8.moe(x, *kernels, top_k=2, shared=shared), x.astype(jnp.bfloat16)
+    )
+    assert y.dtype == jnp.bfloat16
+
+
 def test_capacity_factor_is_a_share_of_the_rows(key):
     x, _, (gate_kernel, *kernels, _) = layer(key)
     y, routing = jitted_moe(x, gate_kernel, *kernels, top_k=2, capacity_factor=0.5)
