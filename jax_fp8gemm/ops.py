@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,9 @@ def _matmul_backward(how: How, residuals, dy):
 
 def _tokens(x: jax.Array) -> jax.Array:
     """Merges dims of tokens, unless blocks of 128 lie inside the last: then all may be sharded."""
-    return x if x.shape[-2] % BLOCK == 0 else x.reshape(-1, x.shape[-1])
+    if x.shape[-2] % BLOCK == 0:
+        return x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # no -1: a dim may be empty
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -54,6 +54,15 @@ def test_leading_dims_and_empty_batch(key):
     assert dx.shape == (0, 64) and not np.asarray(dw).any()
 
 
+@pytest.mark.parametrize("k, n", [(0, 48), (64, 0)])
+def test_nothing_to_sum_and_no_columns(k, n):
+    x, w = jnp.ones((4, k)), jnp.ones((k, n))
+    y, pull = jax.vjp(fp8.fp8_matmul, x, w)
+    np.testing.assert_array_equal(y, jnp.zeros((4, n)))
+    for gradient, like in zip(pull(jnp.ones((4, n))), (x, w), strict=True):
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(like))
+
+
 def test_gradient_to_w_is_exact_for_powers_of_two():
     x = jnp.exp2(jnp.arange(32 * 64) % 5).reshape(32, 64)
     dy = jnp.exp2(-(jnp.arange(32 * 48) % 7.0)).reshape(32, 48)
