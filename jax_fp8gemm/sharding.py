@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_fp8gemm import _native
 from jax_fp8gemm.errors import message
@@ -254,8 +254,7 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
             for i, dims in enumerate(rule.operands)
         ]
         out = [NamedSharding(mesh, spec_of(dims, after)) for dims in rule.results]
-        body = local if total is None else functools.partial(local, total=total)
-        return mesh, body, jax.tree.unflatten(tree, out), tuple(at)
+        return mesh, _on_one_device(local, total), jax.tree.unflatten(tree, out), tuple(at)
 
     call.def_partition(
         partition,
@@ -271,6 +270,17 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     run.__name__ = run.__qualname__ = f"{rule.op.replace(' ', '_')}_{digest}"
     return jax.jit(run)
+
+
+def _on_one_device(local: Callable, total: Total | None) -> Callable:
+    """Returns `local` for the shards of a device, whatever mesh is in use around the program."""
+    body = local if total is None else functools.partial(local, total=total)
+
+    def run(*shards):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return body(*shards)
+
+    return run
 
 
 def _plan(rule: Rule, mesh, operands, results) -> tuple[Mesh, dict[str, Axes], list]:
