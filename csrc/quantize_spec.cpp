@@ -25,6 +25,21 @@ std::string spec_text(const QuantizeSpec& s) {
          field("aligned", s.aligned) + "};\n";
 }
 
+int dynamic_shared_bytes(const QuantizeSpec& spec) {
+  if (spec.source == Source::kSwiglu) return sizeof(SwigluOperands);
+  return spec.source == Source::kSwigluBackward ? sizeof(BackwardOperands) : 0;
+}
+
+// CTAs that share a multiprocessor: as many as registers and shared memory allow without spills.
+// 16-bit floats stay packed, and leave room for a third.
+int residents(const QuantizeSpec& spec) {
+  if (!spec.aligned) return 1;
+  const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
+                      spec.tile == ScaleTile::k1x128;
+  const bool small = spec.source == Source::kSwiglu && !spec.transposed;
+  return packed || small ? 3 : 2;
+}
+
 }  // namespace
 
 Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes) {
@@ -52,20 +67,14 @@ ProgramText program_text(const QuantizeSpec& spec) {
                 spec.transposed ? "_transposed" : "", spec.grouped ? "_grouped" : "",
                 spec.gather ? "_gather" : "", spec.pair ? "_pair" : "",
                 spec.aligned ? "" : "_unaligned");
-  // CTAs that share a multiprocessor: as many as registers allow without spills. 16-bit floats stay
-  // packed, and leave room for a third.
-  const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
-                      spec.tile == ScaleTile::k1x128;
-  const char* residents = !spec.aligned ? "1" : packed ? "3" : "2";
   const std::string text =
       "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec) +
       "\n}  // namespace fp8gemm\n\n#include \"quantize.cuh\"\n\n"
       "extern \"C\" __global__ void __launch_bounds__(" +
-      std::to_string(kQuantizeThreads) + ", " + residents + ") " + kEntryPoint +
+      std::to_string(kQuantizeThreads) + ", " + std::to_string(residents(spec)) + ") " + kEntryPoint +
       "(const __grid_constant__ fp8gemm::QuantizeParams params) {\n"
       "  fp8gemm::quantize_kernel<fp8gemm::kSpec>(params);\n}\n";
-  const bool backward = spec.source == Source::kSwigluBackward;
-  return {name, text, kEntryPoint, backward ? int(sizeof(BackwardOperands)) : 0};
+  return {name, text, kEntryPoint, dynamic_shared_bytes(spec)};
 }
 
 }  // namespace fp8gemm

@@ -170,8 +170,13 @@ constexpr int grid_y(const QuantizeSpec& spec, const QuantizeParams& params) {
   return static_cast<int>((params.m + int64_t{127} * parts) / 128);
 }
 
-// What a CTA of kSwigluBackward keeps in dynamic shared memory: a tile of its operands, which are
-// read three times.
+// Dynamic shared memory of a CTA of kSwiglu: its tile of x.
+struct SwigluOperands {
+  uint16_t gate[128][128];
+  uint16_t up[128][128];
+};
+
+// That of kSwigluBackward: its tile of the operands, which are read three times.
 struct BackwardOperands {
   uint8_t gate[128][128];
   uint8_t up[128][128];

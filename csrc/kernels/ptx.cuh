@@ -379,10 +379,13 @@ FP8GEMM_DEVICE uint32_t float_to_bits(float value) {
 
 // ---- Conversion (cvt) ---------------------------------------------------------------------------
 
-// Two fp32 to two e4m3 in 16 bits, `low` in the low byte; saturates at ±448, keeps NaN.
-FP8GEMM_DEVICE uint32_t cvt_e4m3x2(float low, float high) {
-  uint16_t packed;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+// Four fp32 to four e4m3, the first in the lowest byte; saturates at ±448, keeps NaN.
+FP8GEMM_DEVICE uint32_t cvt_e4m3x4(float a, float b, float c, float d) {
+  uint32_t packed;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
   return packed;
 }
 

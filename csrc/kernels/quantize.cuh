@@ -42,7 +42,7 @@ FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, int index, TokenTile
 
 template <QuantizeSpec spec>
 struct QuantizeShared {
-  float largest[8][128];           // of a column, in each warp's rows
+  alignas(16) float largest[8][128];  // of a column, in each warp's rows
   Scale<spec.pow2> column[128];    // of the transposed copy
   alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
 };
@@ -122,7 +122,8 @@ struct Quantizer {
         __syncthreads();
         if (threadIdx.x < 128) make_column_scale(threadIdx.x);
         __syncthreads();
-        store_transposed([&](int j) { return shared.column[column + j]; });
+        const ScaleOf* own = shared.column + column;
+      store_transposed([&](int j) { return own[j]; });
       }
     }
   }
@@ -152,9 +153,12 @@ struct Quantizer {
     values.largest_of_columns(largest);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float of_warp = max_nan(largest[j], __shfl_xor_sync(~0u, largest[j], 16));
-      if (threadIdx.x % 32 < 16) shared.largest[threadIdx.x / 32][column + j] = of_warp;
+      largest[j] = max_nan(largest[j], __shfl_xor_sync(~0u, largest[j], 16));
     }
+    Float4* to = reinterpret_cast<Float4*>(&shared.largest[threadIdx.x / 32][column]);
+    if (threadIdx.x % 32 >= 16) return;
+    to[0] = {largest[0], largest[1], largest[2], largest[3]};
+    to[1] = {largest[4], largest[5], largest[6], largest[7]};
   }
 
   FP8GEMM_DEVICE void make_column_scale(int at) {
@@ -187,6 +191,8 @@ struct Quantizer {
 
   // The part of the gradient to row weights that these 128 columns give.
   FP8GEMM_DEVICE void store_row_sums() {
+    const int lane = threadIdx.x % 16;
+    float own = 0;  // thread i of the sixteen writes the sum of row i
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float sum = values.row_sum[i];
@@ -194,9 +200,10 @@ struct Quantizer {
       for (int distance = 8; distance > 0; distance /= 2) {
         sum += __shfl_xor_sync(~0u, sum, distance);
       }
-      if (column == 0 && has_row(i)) {
-        params.row_weight_gradient[int64_t{blockIdx.x} * params.m + row(i)] = sum;
-      }
+      if (lane == i) own = sum;
+    }
+    if (lane < 8 && has_row(lane)) {
+      params.row_weight_gradient[int64_t{blockIdx.x} * params.m + row(lane)] = own;
     }
   }
 
@@ -242,10 +249,11 @@ struct Quantizer {
   // that neither side meets itself in a bank.
   template <class ScaleOfColumn>
   FP8GEMM_DEVICE void store_transposed(ScaleOfColumn scale) {
+    Words2* to_column = shared.tile + place(column, slot / 2, slot % 2);  // one of eight
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 8; ++j, to_column += 16) {
       const ScaleOf own = scale(j);
-      shared.tile[place(column + j, slot / 2, slot % 2)] =
+      *to_column =
           pack8([&](int i) { return values.get(i, j); }, [&](int) { return own; });
     }
     __syncthreads();

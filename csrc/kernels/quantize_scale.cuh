@@ -38,13 +38,9 @@ struct Scale {
 // Eight values of get(0) ... get(7), each scaled by the scale of its index.
 template <class Get, class ScaleOf>
 FP8GEMM_DEVICE Words2 pack8(Get get, ScaleOf scale) {
-  uint32_t two[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    two[i] = cvt_e4m3x2(get(2 * i) * scale(2 * i).reciprocal,
-                        get(2 * i + 1) * scale(2 * i + 1).reciprocal);
-  }
-  return {two[0] | two[1] << 16, two[2] | two[3] << 16};
+  auto scaled = [&](int i) { return get(i) * scale(i).reciprocal; };
+  return {cvt_e4m3x4(scaled(0), scaled(1), scaled(2), scaled(3)),
+          cvt_e4m3x4(scaled(4), scaled(5), scaled(6), scaled(7))};
 }
 
 // Writes eight bytes, as many as there is room for. Aligned: a multiple of eight.

@@ -227,9 +227,12 @@ struct Values<spec> : FloatTile {
     float scale[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool exists = row + i < end && column < params.k;
-      const int64_t at = exists ? source_row<spec>(params, batch, row + i) : 0;
-      scale[i] = exists ? scales[at - int64_t{batch} * params.x_rows] : 0.0f;
+      // A row that exists stands in for those that do not: behind a branch for each row, one row's
+      // index and scale would be waited for before the next one's are asked for.
+      const bool exists = row + i < end;
+      const int64_t at = source_row<spec>(params, batch, min(row + i, end - 1));
+      scale[i] = scales[at - int64_t{batch} * params.x_rows];
+      if (!exists) scale[i] = 0;
       const uint8_t* from = static_cast<const uint8_t*>(params.x) + at * params.k + column;
       load8<spec.aligned>(four[i], from, exists ? params.k - column : 0);
     }
@@ -242,37 +245,59 @@ struct Values<spec> : FloatTile {
   }
 };
 
-FP8GEMM_DEVICE float sigmoid(float x) {
-  const float kLog2E = 1.4426950408889634f;
-  return rcp_approx(1.0f + exp2_approx(-x * kLog2E));
+constexpr float kLog2E = 1.4426950408889634f;
+
+// sigmoid(x) = 1 / (1 + 2^power), power = −x · log₂ e; 0 where it is below 2⁻¹²⁶.
+FP8GEMM_DEVICE float sigmoid_of_power(float power) {
+  return rcp_approx(1.0f + exp2_approx(power));
 }
 
 // silu(gate) · up · row weight, in fp32. x: [rows, 2k], gate beside up.
+//
+// NOTE: x goes through shared memory, so that all of it is on its way at once. In registers the
+// assembler moves the loads of a row down to where it is used, whatever the source says (it has not
+// enough of them for all), and a thread waits for memory eight times over.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kSwiglu)
 struct Values<spec> : FloatTile {
   static_assert(spec.type != Float::kF32, "SwiGLU takes 16-bit floats");
 
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
-    uint32_t gate[8][4], up[8][4];
-    float weight[8];
+    auto& tile = *reinterpret_cast<SwigluOperands*>(dynamic_shared());
+    const int first = threadIdx.x / 16 * 8, at = threadIdx.x % 16 * 8;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool exists = row + i < end;
-      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * 2 * params.k : 0;
-      const uint16_t* x = static_cast<const uint16_t*>(params.x) + at + column;
+      const int64_t from = exists ? source_row<spec>(params, batch, row + i) * 2 * params.k : 0;
+      const uint16_t* x = static_cast<const uint16_t*>(params.x) + from + column;
       const int count = exists ? params.k - column : 0;
-      load8<spec.aligned>(gate[i], x, count);
-      load8<spec.aligned>(up[i], x + params.k, count);
-      weight[i] = exists ? params.row_weight[row + i] : 0.0f;
+      copy8(tile.gate[first + i] + at, x, count);
+      copy8(tile.up[first + i] + at, x + params.k, count);
     }
+    cp_async_wait_all();  // every thread reads what it copied itself
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+      const float weight = row + i < end ? params.row_weight[row + i] : 0.0f;
+      const Words4 gate = *reinterpret_cast<const Words4*>(tile.gate[first + i] + at);
+      const Words4 up = *reinterpret_cast<const Words4*>(tile.up[first + i] + at);
+      const uint32_t gates[4] = {gate.x, gate.y, gate.z, gate.w};
+      const uint32_t ups[4] = {up.x, up.y, up.z, up.w};
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float g = unpack<spec.type>(gate[i][j / 2], j % 2);
-        one[i][j] = g * sigmoid(g) * unpack<spec.type>(up[i][j / 2], j % 2) * weight[i];
+        const float g = unpack<spec.type>(gates[j / 2], j % 2);
+        one[i][j] = g * sigmoid_of_power(g * -kLog2E) * unpack<spec.type>(ups[j / 2], j % 2) * weight;
       }
+    }
+  }
+
+ private:
+  FP8GEMM_DEVICE static void copy8(uint16_t* to, const uint16_t* from, int count) {
+    if constexpr (spec.aligned) {
+      cp_async(shared_address(to), from, count > 0);
+    } else {
+      uint32_t two[4];
+      load8<false>(two, from, count);
+      *reinterpret_cast<Words4*>(to) = {two[0], two[1], two[2], two[3]};
     }
   }
 };
@@ -343,7 +368,7 @@ struct Values<spec, part> : FloatTile {
  private:
   // But for the row's factor: gate and up are not yet scaled.
   FP8GEMM_DEVICE static float value(float gate, float scale, float up, float dy, float& sum) {
-    const float s = sigmoid(gate * scale);
+    const float s = sigmoid_of_power(gate * (scale * -kLog2E));
     if constexpr (part == Part::kGate) {
       return dy * up * (s * fma_rn(gate * scale, 1.0f - s, 1.0f));
     }

@@ -5,6 +5,8 @@
 
 #include <bit>
 #include <cmath>
+#include <cstring>
+#include <vector>
 
 #include "fibers.h"
 #include "params.cuh"
@@ -51,6 +53,9 @@ namespace fp8gemm {
 
 // ---- Memory -------------------------------------------------------------------------------------
 
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;
 };
@@ -65,12 +70,25 @@ inline uint8_t* dynamic_shared() {
   return bytes;
 }
 inline void* shared_address(void* pointer) { return pointer; }
+
+// What was copied is there once it was waited for, and poison until then.
+struct Copy {
+  void* destination;
+  const void* source;
+};
+static std::vector<Copy> copies[emulation::kThreads];
+
 inline void cp_async(void* destination, const void* source, bool exists) {
-  for (int i = 0; i < 16; ++i) {
-    static_cast<uint8_t*>(destination)[i] = exists ? static_cast<const uint8_t*>(source)[i] : 0;
-  }
+  static const Words4 zeros{};
+  std::memset(destination, 0xff, 16);
+  copies[emulation::current].push_back({destination, exists ? source : &zeros});
 }
-inline void cp_async_wait_all() {}
+inline void cp_async_wait_all() {
+  for (const Copy& copy : copies[emulation::current]) {
+    std::memcpy(copy.destination, copy.source, 16);
+  }
+  copies[emulation::current].clear();
+}
 
 inline Words2 ld_global_stream_v2(const void* address) {
   return *static_cast<const Words2*>(address);
@@ -107,7 +125,9 @@ inline uint32_t cvt_e4m3(float x) {
   const float units = std::nearbyint(std::ldexp(size, 3 - exponent));  // of the last place
   return sign | (8 * (exponent + 6) + uint32_t(units));
 }
-inline uint32_t cvt_e4m3x2(float low, float high) { return cvt_e4m3(low) | cvt_e4m3(high) << 8; }
+inline uint32_t cvt_e4m3x4(float a, float b, float c, float d) {
+  return cvt_e4m3(a) | cvt_e4m3(b) << 8 | cvt_e4m3(c) << 16 | cvt_e4m3(d) << 24;
+}
 
 inline uint32_t cvt_f16_e4m3(uint32_t byte) {
   const uint32_t sign = (byte & 0x80) << 8;
