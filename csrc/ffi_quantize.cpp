@@ -1,5 +1,7 @@
 #include "ffi_quantize.h"
 
+#include <algorithm>
+
 #include "ffi_common.h"
 #include "quantize_spec.h"
 
@@ -50,7 +52,7 @@ class Buffers {
     const auto dims = buffer.dimensions();
     bool fits = buffer.element_type() == type && dims.size() == shape.size();
     for (size_t i = 0; fits && i < shape.size(); ++i) {
-      fits = shape.begin()[i] < 0 || shape.begin()[i] == dims[i];
+      fits = dims[i] <= INT32_MAX && (shape.begin()[i] < 0 || shape.begin()[i] == dims[i]);
     }
     if (fits) return buffer;
     return fail(name, "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
@@ -61,7 +63,8 @@ class Buffers {
     std::string expected = "element type " + std::to_string(int(type)) + ", shape [";
     for (int64_t size : shape) expected += size < 0 ? " any" : " " + std::to_string(size);
     if (status_.ok()) {
-      status_ = wrong_operand(std::string("quantize: ") + name + " does not fit", got, expected + " ]");
+      status_ = wrong_operand(std::string("quantize: ") + name + " does not fit", got,
+                              expected + " ], each below 2^31");
     }
     return {};
   }
@@ -84,7 +87,7 @@ T* pointer(const Buffers::Buffer& buffer) {
 
 struct Call {
   QuantizeParams params{};
-  int64_t batch = 1, columns = 0, tiles = 0;  // the grid
+  int64_t columns = 0, tiles = 0;  // tiles: of rows, in all matrices
 };
 
 // Shapes of scales, as the copies of ScaleTile lie.
@@ -133,13 +136,13 @@ void read_operands(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     if (sizes) p.group_data = pointer<int32_t>(sizes), p.groups = int32_t(sizes->dimensions()[0]);
   }
   p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows);
-  call.batch = batch;
+  p.batch = int32_t(batch);
 }
 
 void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
   QuantizeParams& p = call.params;
   const bool backward = spec.source == Source::kSwigluBackward;
-  const int64_t batch = call.batch, m = p.m, k = p.k, width = backward ? 2 * k : k;
+  const int64_t batch = p.batch, m = p.m, k = p.k, width = backward ? 2 * k : k;
   if (spec.rows) {
     const ScaleShape shape = scale_shape(spec.tile, m, width);
     auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, width});
@@ -168,7 +171,7 @@ void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
     auto weights = buffers.result("the gradient to row weights", ffi::F32, {k / 128, m});
     if (weights) p.row_weight_gradient = pointer<float>(weights);
   }
-  call.columns = grid_x(spec, p), call.tiles = grid_y(spec, p);
+  call.columns = grid_x(spec, p), call.tiles = batch * row_tiles(spec, p);
 }
 
 ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,
@@ -178,16 +181,17 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   read_operands(state->spec, buffers, call);
   if (buffers.status().ok()) read_results(state->spec, buffers, call);
   if (!buffers.status().ok()) return to_error(buffers.status());
-  if (call.batch == 0 || call.tiles == 0 || call.columns == 0) return ffi::Error::Success();
-  if (call.tiles > 65535 || call.batch > 65535) {
-    return to_error(wrong_operand("quantize: too many rows", std::to_string(call.tiles) + " tiles, " +
-                                      std::to_string(call.batch) + " matrices",
-                                  "65535 of each"));
+  if (call.tiles == 0 || call.columns == 0) return ffi::Error::Success();
+  const int64_t most = 65535, y = std::min(call.tiles, most), z = ceil_div(call.tiles, y);
+  if (z > most) {
+    return to_error(wrong_operand("quantize: too many rows", std::to_string(call.tiles) + " tiles",
+                                  "at most " + std::to_string(most * most)));
   }
+  call.params.grid_y = int32_t(y);
   auto kernel = state->program->load(stream, device);
   if (!kernel.ok()) return to_error(kernel.status());
   const Driver& driver = **fp8gemm::driver();
-  CUlaunchConfig config = {unsigned(call.columns), unsigned(call.tiles), unsigned(call.batch),
+  CUlaunchConfig config = {unsigned(call.columns), unsigned(y), unsigned(z),
                            unsigned(kQuantizeThreads), 1, 1,
                            unsigned(state->program->source.shared_bytes), stream, nullptr, 0};
   void* arguments[] = {&call.params};

@@ -156,15 +156,18 @@ struct QuantizeParams {
   int32_t x_rows;  // of x: m, but where rows are gathered
   int32_t pitch;   // columns of the transposed copy
   int32_t groups;
+  int32_t batch;
+  int32_t grid_y;  // CTAs along y; see row_tiles
 };
 
-// A kernel's grid in x and y. Whole rows: one each. Else tiles of 128 columns and of 128 rows.
+// A kernel's grid in x. Whole rows: one each. Else tiles of 128 columns.
 constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
   return spec.tile == ScaleTile::k1xK ? params.m : (params.k + 127) / 128;
 }
 
-// Tiles of rows that a kernel visits: every group begins one, so any sizes of groups must fit.
-constexpr int grid_y(const QuantizeSpec& spec, const QuantizeParams& params) {
+// Tiles of rows of one matrix: every group begins one, so any sizes of groups must fit. Those of all
+// matrices are numbered along y, and on along z, since y ends at 65535.
+constexpr int row_tiles(const QuantizeSpec& spec, const QuantizeParams& params) {
   if (spec.tile == ScaleTile::k1xK) return 1;
   const int parts = !spec.grouped ? 1 : params.groups < params.m ? params.groups : params.m;
   return static_cast<int>((params.m + int64_t{127} * parts) / 128);

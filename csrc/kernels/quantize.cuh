@@ -20,22 +20,27 @@ namespace fp8gemm {
 
 // The rows of one tile.
 struct TokenTile {
+  int batch;     // matrix
   int first;     // row
   int count;     // rows that exist; the others are zeros, and only in the transposed copy
   int position;  // of the first row in the transposed copy
 };
 
 template <QuantizeSpec spec>
-FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, int index, TokenTile& tile) {
+FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, TokenTile& tile) {
+  const uint32_t tiles = row_tiles(spec, params);
+  const uint32_t number = blockIdx.z * params.grid_y + blockIdx.y;
+  const int batch = number / tiles, index = number % tiles;
+  if (batch >= params.batch) return false;
   if constexpr (!spec.grouped) {
-    tile = {index * 128, min(128, params.m - index * 128), index * 128};
+    tile = {batch, index * 128, min(128, params.m - index * 128), index * 128};
     return true;
   } else {
     GroupWalk<Variant::kRagged> walk{};
     walk.find(params, index, 1, 128);
     if (walk.past_end || walk.group == params.groups) return false;
     const int before = (index - walk.first_block) * 128;
-    tile = {walk.start + before, min(128, walk.extent - before), index * 128};
+    tile = {batch, walk.start + before, min(128, walk.extent - before), index * 128};
     return true;
   }
 }
@@ -43,7 +48,7 @@ FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, int index, TokenTile
 template <QuantizeSpec spec>
 struct QuantizeShared {
   alignas(16) float largest[8][128];  // of a column, in each warp's rows
-  Scale<spec.pow2> column[128];    // of the transposed copy
+  Scale<spec.pow2> column[128];       // of the transposed copy
   alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
 };
 
@@ -91,7 +96,7 @@ struct Quantizer {
         tokens(t),
         rows(rows_target<part>(p, blockIdx.x * 128)),
         transposed(transposed_target<part>(p, blockIdx.x * 128)),
-        batch(blockIdx.z),
+        batch(t.batch),
         slot(threadIdx.x / 16),
         column(threadIdx.x % 16 * 8) {}
 
@@ -118,7 +123,7 @@ struct Quantizer {
       if constexpr (spec.transposed) share_largest_of_columns();
       if constexpr (kRows) quantize_rows();
       if constexpr (spec.transposed) {
-          values.unpack_again(tokens.position % 128);
+        values.unpack_again(tokens.position % 128);
         __syncthreads();
         if (threadIdx.x < 128) make_column_scale(threadIdx.x);
         __syncthreads();
@@ -253,8 +258,7 @@ struct Quantizer {
 #pragma unroll
     for (int j = 0; j < 8; ++j, to_column += 16) {
       const ScaleOf own = scale(j);
-      *to_column =
-          pack8([&](int i) { return values.get(i, j); }, [&](int) { return own; });
+      *to_column = pack8([&](int i) { return values.get(i, j); }, [&](int) { return own; });
     }
     __syncthreads();
     const int room = params.pitch - tokens.position;  // columns of the transposed copy, here on
@@ -285,7 +289,7 @@ template <QuantizeSpec spec>
 FP8GEMM_DEVICE void quantize_tile(const QuantizeParams& params) {
   __shared__ QuantizeShared<spec> shared;
   TokenTile tile;
-  if (!find_tile<spec>(params, blockIdx.y, tile)) return;
+  if (!find_tile<spec>(params, tile)) return;
   if constexpr (spec.source == Source::kSwigluBackward) {
     BackwardOperands& operands = *reinterpret_cast<BackwardOperands*>(dynamic_shared());
     copy_operands(params, operands, tile.first, tile.count, blockIdx.x * 128);

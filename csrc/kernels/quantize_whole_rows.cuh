@@ -49,7 +49,9 @@ FP8GEMM_DEVICE void quantize_whole_row(const QuantizeParams& params) {
   static_assert(spec.source == Source::kFloat && spec.rows && !spec.transposed && !spec.grouped &&
                     !spec.gather && !spec.pair,
                 "1xk scales: only of floats, as they lie");
-  const int64_t batch = blockIdx.z, row = batch * params.m + blockIdx.x;
+  const int64_t batch = int64_t{blockIdx.z} * params.grid_y + blockIdx.y;
+  if (batch >= params.batch) return;
+  const int64_t row = batch * params.m + blockIdx.x;
   float largest = 0;
   each_eight<spec>(params, row, [&](int, const Values<spec>& values) {
     largest = max_nan(largest, values.largest_of_row(0));

@@ -28,6 +28,7 @@ FLAGS = (
 ).split()
 GUARD = 4096  # bytes on either side
 POISON = 0xFF
+GRID_Y = 3  # few, so that tiles go on along z
 
 # Fields of QuantizeParams that are not named as the operand is.
 FIELDS = {"group_sizes": "group_data"}
@@ -127,12 +128,13 @@ def run(
     groups = len(named["group_sizes"]) if static.grouped else 0
     pitch = tokens if static.transposed else m
     k = k // 2 if static.source == "swiglu_backward" else k
-    params = Params(m=m, k=k, x_rows=named["x"].shape[1], pitch=pitch, groups=groups)
+    params = Params(m=m, k=k, x_rows=named["x"].shape[1], pitch=pitch, groups=groups, batch=batch)
+    params.grid_y = GRID_Y
     for name, buffer in {**inputs, **results}.items():
         setattr(params, FIELDS.get(name, name), buffer.address)
     for name, change in (harm or {}).items():
         setattr(params, name, getattr(params, name) + change)
-    message = library.launch(ctypes.byref(params), batch, int(reverse))
+    message = library.launch(ctypes.byref(params), int(reverse))
     assert not message, message.decode()
     for name, buffer in {**inputs, **results}.items():
         assert buffer.intact(), f"the kernel wrote beyond {name}"

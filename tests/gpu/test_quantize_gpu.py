@@ -92,6 +92,13 @@ def test_rows_past_two_to_the_31():
     assert not np.asarray(columns.qvalue[-1, 300_000:], np.float32).any()
 
 
+def test_more_tiles_than_a_grid_has_in_y():
+    x = jax.random.normal(jax.random.key(0), (70_000, 2, 16), jnp.bfloat16)
+    many, one = jax.jit(fp8.quantize)(x), jax.jit(fp8.quantize)(x.reshape(-1, 16))
+    np.testing.assert_array_equal(raw(many.qvalue).reshape(-1, 16), raw(one.qvalue))
+    np.testing.assert_array_equal(np.asarray(many.scale).reshape(-1, 1), np.asarray(one.scale))
+
+
 SANITIZED = """
 import jax, jax.numpy as jnp, jax_fp8gemm as fp8
 x = jax.random.normal(jax.random.key(0), (300, 272), jnp.bfloat16)
