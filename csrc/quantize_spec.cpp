@@ -36,8 +36,9 @@ int residents(const QuantizeSpec& spec) {
   if (!spec.aligned) return 1;
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
                       spec.tile == ScaleTile::k1x128;
-  const bool small = spec.source == Source::kSwiglu && !spec.transposed;
-  return packed || small ? 3 : 2;
+  const bool one_copy = spec.source == Source::kFp8 ||
+                        (spec.source == Source::kSwiglu && !spec.transposed);
+  return packed || one_copy ? 3 : 2;
 }
 
 }  // namespace
