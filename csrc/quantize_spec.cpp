@@ -36,9 +36,8 @@ int residents(const QuantizeSpec& spec) {
   if (!spec.aligned) return 1;
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
                       spec.tile == ScaleTile::k1x128;
-  const bool one_copy = spec.source == Source::kFp8 ||
-                        (spec.source == Source::kSwiglu && !spec.transposed);
-  return packed || one_copy ? 3 : 2;
+  const bool swiglu_rows = spec.source == Source::kSwiglu && !spec.transposed && spec.pow2;
+  return packed || swiglu_rows || spec.source == Source::kFp8 ? 3 : 2;
 }
 
 }  // namespace

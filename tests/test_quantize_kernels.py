@@ -140,6 +140,8 @@ COMPILED = [
     *[(floats(tile, pair=True), BF16) for tile in (ROW_BLOCKS, BLOCKS)],
     *[(fp8(**t), FP8) for t in TOKENS],
     *[(swiglu(transposed=t, grouped=True), d) for t in (False, True) for d in (BF16, F16)],
+    *[(swiglu(transposed=t, scale="float32"), BF16) for t in (False, True)],
+    *[(fp8(scale="float32", **t), FP8) for t in TOKENS],
     *[(backward(scale=s, grouped=True), FP8) for s in ("pow2", "float32")],
 ]
 SIZES = [(spec, 512) for spec in COMPILED] + [(spec, 509) for spec in COMPILED[::3]]
