@@ -128,7 +128,7 @@ struct Quantizer {
         if (threadIdx.x < 128) make_column_scale(threadIdx.x);
         __syncthreads();
         const ScaleOf* own = shared.column + column;
-      store_transposed([&](int j) { return own[j]; });
+        store_transposed([&](int j) { return own[j]; });
       }
     }
   }
