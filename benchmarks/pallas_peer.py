@@ -3,7 +3,9 @@
 jax.lax.ragged_dot is expanded by XLA into a much larger dense product, so it is no fair peer alone.
 """
 
+import concurrent.futures
 import functools
+import os
 import statistics
 from collections.abc import Callable
 
@@ -72,12 +74,13 @@ def tuned(m: int, k: int, n: int, g: int, reps: int = 3) -> Callable | None:
         "dlhs": (functools.partial(forward, transpose_rhs=True), (dy, rhs, sizes), FORWARD),
         "drhs": (weight_gradient, (lhs, dy, sizes), WEIGHT_GRADIENT),
     }
-    contenders = {}
-    for name, (product, operands, configs) in products.items():
-        for config in configs:
-            run = jax.jit(functools.partial(product, config=config))
-            if _runs(run, operands):
-                contenders[name, config] = functools.partial(run, *operands)
+    made = {}
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for name, (product, operands, configs) in products.items():
+            for config in configs:
+                run = functools.partial(product, config=config)
+                made[name, config] = pool.submit(_compiled, run, operands)
+    contenders = {key: future.result() for key, future in made.items() if future.result()}
     times = tuning.device_microseconds(contenders, reps) if contenders else {}
     best = {}
     for (name, config), us in sorted(times.items(), key=lambda item: statistics.median(item[1])):
@@ -89,9 +92,10 @@ def tuned(m: int, k: int, n: int, g: int, reps: int = 3) -> Callable | None:
     return differentiable(*(best[name][0] for name in products))
 
 
-def _runs(function, operands) -> bool:
+def _compiled(function, operands) -> Callable | None:
     try:
-        jax.block_until_ready(function(*operands))
+        run = jax.jit(function).lower(*operands).compile()
+        jax.block_until_ready(run(*operands))
     except Exception:  # a config that does not fit, or kernels that are not there
-        return False
-    return True
+        return None
+    return functools.partial(run, *operands)

@@ -15,6 +15,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +61,8 @@ def initial(seed: int, size: moe_lm.Size, noise: float) -> dict:
     return jax.tree.unflatten(tree, moved)
 
 
-def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -> dict:
-    """Returns the losses of one run and what it cost."""
-    text, digest = moe_lm.corpus()
-    train_text, held_out = text[:-HELD_OUT], text[-HELD_OUT:]
-    arm, rule = arm_of(name, size, sequences), optimizer(steps)
-    params = initial(seed, size, NOISE if name == "control" else 0.0)
-    state = rule.init(params)
+def step_of(arm: moe_lm.Arm, size: moe_lm.Size, rule: optax.GradientTransformation) -> Callable:
+    """Returns one step, (params, state, tokens) -> (params, state, cross entropy), jitted."""
     objective = functools.partial(moe_lm.loss, size=size, arm=arm)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -75,9 +71,19 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
         updates, state = rule.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, entropy
 
+    return step
+
+
+def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -> dict:
+    """Returns the losses of one run and what it cost."""
+    text, digest = moe_lm.corpus()
+    train_text, held_out = text[:-HELD_OUT], text[-HELD_OUT:]
+    arm, rule = arm_of(name, size, sequences), optimizer(steps)
+    params = initial(seed, size, NOISE if name == "control" else 0.0)
+    state = rule.init(params)
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
-    compiled = step.lower(params, state, tokens).compile()
+    compiled = step_of(arm, size, rule).lower(params, state, tokens).compile()
     memory, losses, times = compiled.memory_analysis(), [], []
     for index in range(steps):
         start = time.perf_counter()

@@ -11,6 +11,7 @@ import pytest
 
 from jax_fp8gemm import tuning
 
+SCRIPTS = "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm"
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
@@ -26,7 +27,7 @@ def load(monkeypatch):
 
     monkeypatch.setattr(tuning, "device_kernels", standing_clock)
     yield importlib.import_module
-    for name in ("quantize", "moe_layer", "train_moe", "protocol", "pallas_peer", "moe_lm"):
+    for name in SCRIPTS:
         sys.modules.pop(name, None)
 
 
@@ -68,3 +69,10 @@ def test_training_runs_are_stored_one_by_one_and_reported(load, tmp_path, monkey
     assert all(run["cosine"]["all"] > 0.99 for run in stored)
     table = capsys.readouterr().out
     assert "| fp8 | 0 |" in table and path.with_suffix(".png").exists()
+
+
+def test_a_training_step_beside_bf16(load, monkeypatch):
+    script = load("train_step")
+    bf16, ours = script.rows(importlib.import_module("train_moe").TINY, 2)
+    assert bf16["peer"] == "fp8" and ours["tokens"] == 64
+    assert all(row["us"] > 0 and row["bytes_peak"] > 0 for row in (bf16, ours))

@@ -58,6 +58,7 @@ struct Consumer {
 
   const GemmParams& params;
   Shared& shared;
+  int rank;  // in the cluster
   int warpgroup, warp, lane;
   uint32_t lhs_low, rhs_low;  // descriptors of stage 0
   typename Traits::Ring at{0, 0};
@@ -68,9 +69,10 @@ struct Consumer {
   int pending = 0;      // its sub-tiles, if the last of them was not stored yet
   float sums[kSubTiles][kRegisters];
 
-  FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s)
+  FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s, uint32_t cta_rank)
       : params(p),
         shared(s),
+        rank(cta_rank),
         warpgroup(warp_uniform(threadIdx.x / 128)),
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
@@ -83,8 +85,7 @@ struct Consumer {
     while (true) {
       if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
       landed = true;
-      const Block block = shared.block[at.stage];
-      __syncwarp();  // one lane gives the stage back for all
+      const Block block = read_note();
       const int steps = warp_uniform(block.steps);
       if (steps < 0) break;
       if (steps > 0) {
@@ -100,6 +101,15 @@ struct Consumer {
   }
 
  private:
+  // The lane that reads is the one that gives the stage back to this CTA's producer.
+  FP8GEMM_DEVICE Block read_note() const {
+    Block note{};
+    if (lane == rank) note = shared.block[at.stage];
+    const auto tell = [&](int value) { return __shfl_sync(~0u, value, rank); };
+    return {.group = tell(note.group), .m = tell(note.m), .m_end = tell(note.m_end),
+            .n = tell(note.n), .steps = tell(note.steps)};
+  }
+
   // The sub-tiles of this warpgroup that have rows of the block's group; the others cost nothing
   // but their copies.
   FP8GEMM_DEVICE void multiply_sub_tiles(const Block& block, int steps) {
@@ -325,7 +335,7 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
     if (warp == kMathWarpgroups * 4) produce<spec>(params, shared, rank);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    Consumer<spec>(params, shared).run();
+    Consumer<spec>(params, shared, rank).run();
   }
   __syncwarp();
   if constexpr (Traits::kCtas > 1) {  // the other CTA may still arrive at this one's barriers
