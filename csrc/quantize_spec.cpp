@@ -34,6 +34,7 @@ int dynamic_shared_bytes(const QuantizeSpec& spec) {
 // 16-bit floats stay packed, and leave room for a third.
 int residents(const QuantizeSpec& spec) {
   if (!spec.aligned) return 1;
+  if (tile_rows(spec) < 128) return spec.type == Float::kF32 ? 4 : 6;
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
                       spec.tile == ScaleTile::k1x128;
   const bool swiglu_rows = spec.source == Source::kSwiglu && !spec.transposed && spec.pow2;

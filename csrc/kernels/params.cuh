@@ -165,12 +165,19 @@ constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
   return spec.tile == ScaleTile::k1xK ? params.m : (params.k + 127) / 128;
 }
 
+// Rows of a tile. Where nothing needs 128 of them, smaller tiles let more CTAs take turns at memory.
+constexpr int tile_rows(const QuantizeSpec& spec) {
+  const bool plain_rows = spec.source == Source::kFloat && spec.tile == ScaleTile::k1x128 &&
+                          !spec.transposed && !spec.grouped;
+  return plain_rows ? 64 : 128;
+}
+
 // Tiles of rows of one matrix: every group begins one, so any sizes of groups must fit. Those of all
 // matrices are numbered along y, and on along z, since y ends at 65535.
 constexpr int row_tiles(const QuantizeSpec& spec, const QuantizeParams& params) {
   if (spec.tile == ScaleTile::k1xK) return 1;
   const int parts = !spec.grouped ? 1 : params.groups < params.m ? params.groups : params.m;
-  return static_cast<int>((params.m + int64_t{127} * parts) / 128);
+  return static_cast<int>((params.m + int64_t{tile_rows(spec) - 1} * parts) / tile_rows(spec));
 }
 
 // Dynamic shared memory of a CTA of kSwiglu: its tile of x.

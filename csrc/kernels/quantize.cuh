@@ -1,10 +1,10 @@
 // Quantising: every CTA reads a tile of 128 rows × 128 columns once, and writes it as it lies, or
-// transposed, or both.
+// transposed, or both. Where nothing needs 128 rows, a tile has 64 (tile_rows).
 //
-// 256 threads; 16 of them share a row. A thread holds eight neighbouring columns of eight
+// 256 threads; 16 of them share a row. A thread holds eight neighbouring columns of eight (or four)
 // neighbouring rows, so that it can write eight bytes of either copy at once:
 //
-//   lane % 16: which eight columns    slot = thread / 16: which eight rows
+//   lane % 16: which eight columns    slot = thread / 16: which rows
 //
 // Largest magnitudes of rows meet by shuffles, those of columns in shared memory.
 #pragma once
@@ -28,19 +28,20 @@ struct TokenTile {
 
 template <QuantizeSpec spec>
 FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, TokenTile& tile) {
+  constexpr int kRows = tile_rows(spec);
   const uint32_t tiles = row_tiles(spec, params);
   const uint32_t number = blockIdx.z * params.grid_y + blockIdx.y;
   const int batch = number / tiles, index = number % tiles;
   if (batch >= params.batch) return false;
   if constexpr (!spec.grouped) {
-    tile = {batch, index * 128, min(128, params.m - index * 128), index * 128};
+    tile = {batch, index * kRows, min(kRows, params.m - index * kRows), index * kRows};
     return true;
   } else {
     GroupWalk<Variant::kRagged> walk{};
-    walk.find(params, index, 1, 128);
+    walk.find(params, index, 1, kRows);
     if (walk.past_end || walk.group == params.groups) return false;
-    const int before = (index - walk.first_block) * 128;
-    tile = {batch, walk.start + before, min(128, walk.extent - before), index * 128};
+    const int before = (index - walk.first_block) * kRows;
+    tile = {batch, walk.start + before, min(kRows, walk.extent - before), index * kRows};
     return true;
   }
 }
@@ -80,14 +81,15 @@ struct Quantizer {
   using Shared = QuantizeShared<spec>;
   using ScaleOf = Scale<spec.pow2>;
   static constexpr bool kBlocks = spec.tile == ScaleTile::k128x128;
-  static constexpr bool kRows = spec.rows && part != Part::kActivation;
+  static constexpr bool kWritesRows = spec.rows && part != Part::kActivation;
+  static constexpr int kRows = kThreadRows<spec>;
 
   const QuantizeParams& params;
   Shared& shared;
   TokenTile tokens;
   Target rows, transposed;
   int batch;
-  int slot, column;  // this thread's first row / 8 and first column, in the tile
+  int slot, column;  // this thread's rows, and its first column in the tile
   Values<spec, part> values;
 
   FP8GEMM_DEVICE Quantizer(const QuantizeParams& p, Shared& s, const TokenTile& t)
@@ -101,13 +103,13 @@ struct Quantizer {
         column(threadIdx.x % 16 * 8) {}
 
   FP8GEMM_DEVICE void run() {
-    values.load(params, batch, tokens.first + slot * 8, tokens.first + tokens.count,
+    values.load(params, batch, tokens.first + slot * kRows, tokens.first + tokens.count,
                 blockIdx.x * 128 + column);
     quantize();
   }
 
   FP8GEMM_DEVICE void run(const BackwardOperands& operands) {
-    values.load(operands, slot * 8, column);
+    values.load(operands, slot * kRows, column);
     if constexpr (part == Part::kActivation) store_row_sums();
     quantize();
   }
@@ -117,11 +119,11 @@ struct Quantizer {
     if constexpr (kBlocks) {
       const ScaleOf scale = ScaleOf::of(largest_of_tile());
       if (threadIdx.x == 0) store_block_scale(scale.value);
-      if constexpr (kRows) store_rows(scale);
+      if constexpr (kWritesRows) store_rows(scale);
       if constexpr (spec.transposed) store_transposed([&](int) { return scale; });
     } else {
       if constexpr (spec.transposed) share_largest_of_columns();
-      if constexpr (kRows) quantize_rows();
+      if constexpr (kWritesRows) quantize_rows();
       if constexpr (spec.transposed) {
         values.unpack_again(tokens.position % 128);
         __syncthreads();
@@ -133,15 +135,15 @@ struct Quantizer {
     }
   }
 
-  FP8GEMM_DEVICE int row(int i) const { return tokens.first + slot * 8 + i; }
-  FP8GEMM_DEVICE bool has_row(int i) const { return slot * 8 + i < tokens.count; }
+  FP8GEMM_DEVICE int row(int i) const { return tokens.first + slot * kRows + i; }
+  FP8GEMM_DEVICE bool has_row(int i) const { return slot * kRows + i < tokens.count; }
 
   // ---- Scales ----
 
   FP8GEMM_DEVICE float largest_of_tile() {
     float largest = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max_nan(largest, values.largest_of_row(i));
+    for (int i = 0; i < kRows; ++i) largest = max_nan(largest, values.largest_of_row(i));
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
@@ -182,7 +184,7 @@ struct Quantizer {
   FP8GEMM_DEVICE void store_block_scale(float scale) {
     const int row_tile = tokens.first / 128, column_tile = blockIdx.x;
     const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
-    if constexpr (kRows) {
+    if constexpr (kWritesRows) {
       const int64_t line = int64_t{batch} * row_tiles + row_tile;
       rows.scale[line * round_up4(column_tiles) + column_tile] = scale;
     }
@@ -219,14 +221,14 @@ struct Quantizer {
     float* scales = rows.scale + line * round_up4(params.m) + tokens.first;
     uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < 8; ++i, to += rows.k) {
+    for (int i = 0; i < kRows; ++i, to += rows.k) {
       float largest = values.largest_of_row(i);
 #pragma unroll
       for (int distance = 8; distance > 0; distance /= 2) {
         largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
       }
       const ScaleOf scale = ScaleOf::of(largest);
-      if (column == 0 && has_row(i)) scales[slot * 8 + i] = scale.value;
+      if (column == 0 && has_row(i)) scales[slot * kRows + i] = scale.value;
       store_row(to, i, scale);
     }
   }
@@ -234,7 +236,7 @@ struct Quantizer {
   FP8GEMM_DEVICE void store_rows(ScaleOf scale) {
     uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < 8; ++i, to += rows.k) store_row(to, i, scale);
+    for (int i = 0; i < kRows; ++i, to += rows.k) store_row(to, i, scale);
   }
 
   FP8GEMM_DEVICE uint8_t* first_row() const {

@@ -1,4 +1,4 @@
-// What quantize.cuh quantises: eight rows × eight columns of a thread, loaded all at once.
+// What quantize.cuh quantises: eight (or four) rows × eight columns of a thread, loaded all at once.
 //
 // Values<spec, part>: load() takes rows from `row` and columns from `column` on, of which rows from
 // `end` on are zeros; the rest is that of a PackedTile or FloatTile.
@@ -43,11 +43,15 @@ FP8GEMM_DEVICE uint32_t larger_of_two(uint32_t a, uint32_t b) {
   return type == Float::kBf16 ? max_nan_bf16x2(a, b) : max_nan_f16x2(a, b);
 }
 
-// 64 numbers of a thread, and the largest magnitudes in a row or a column of them. Two forms: 16-bit
+// Rows of a thread: sixteen threads have as many rows of the tile.
+template <QuantizeSpec spec>
+constexpr int kThreadRows = tile_rows(spec) / 16;
+
+// Numbers of a thread, and the largest magnitudes in a row or a column of them. Two forms: 16-bit
 // floats stay packed, which halves their registers and the instructions that compare them.
-template <Float type>
+template <Float type, int kRows>
 struct PackedTile {
-  uint32_t two[8][4];
+  uint32_t two[kRows][4];
 
   FP8GEMM_DEVICE float get(int i, int j) const { return unpack<type>(two[i][j / 2], j % 2); }
 
@@ -63,7 +67,7 @@ struct PackedTile {
     for (int j = 0; j < 4; ++j) {
       uint32_t both = magnitudes(two[0][j]);
 #pragma unroll
-      for (int i = 1; i < 8; ++i) both = larger_of_two<type>(both, magnitudes(two[i][j]));
+      for (int i = 1; i < kRows; ++i) both = larger_of_two<type>(both, magnitudes(two[i][j]));
       largest[2 * j] = unpack<type>(both, false), largest[2 * j + 1] = unpack<type>(both, true);
     }
   }
@@ -72,7 +76,7 @@ struct PackedTile {
   // needs.
   FP8GEMM_DEVICE void unpack_again(uint32_t zero) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) forget(two[i][j], zero);
     }
@@ -82,8 +86,9 @@ struct PackedTile {
   FP8GEMM_DEVICE static uint32_t magnitudes(uint32_t both) { return both & 0x7fff7fffu; }
 };
 
+template <int kRows>
 struct FloatTile {
-  float one[8][8];
+  float one[kRows][8];
 
   FP8GEMM_DEVICE float get(int i, int j) const { return one[i][j]; }
 
@@ -99,7 +104,7 @@ struct FloatTile {
     for (int j = 0; j < 8; ++j) {
       largest[j] = magnitude(one[0][j]);
 #pragma unroll
-      for (int i = 1; i < 8; ++i) largest[j] = max_nan(largest[j], magnitude(one[i][j]));
+      for (int i = 1; i < kRows; ++i) largest[j] = max_nan(largest[j], magnitude(one[i][j]));
     }
   }
 
@@ -175,11 +180,11 @@ struct Values;
 
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type != Float::kF32)
-struct Values<spec> : PackedTile<spec.type> {
+struct Values<spec> : PackedTile<spec.type, kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     const auto x = columns_of<spec, uint16_t>(params, column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kThreadRows<spec>; ++i) {
       const bool exists = row + i < end;
       const int64_t at = exists ? source_row<spec>(params, batch, row + i) * x.pitch : 0;
       load8<spec.aligned>(this->two[i], x.first + at, exists ? x.count : 0);
@@ -189,14 +194,14 @@ struct Values<spec> : PackedTile<spec.type> {
 
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type == Float::kF32)
-struct Values<spec> : FloatTile {
+struct Values<spec> : FloatTile<kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     const auto x = columns_of<spec, float>(params, column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kThreadRows<spec>; ++i) {
       const bool exists = row + i < end;
       const int64_t at = exists ? source_row<spec>(params, batch, row + i) * x.pitch : 0;
-      load8<spec.aligned>(one[i], x.first + at, exists ? x.count : 0);
+      load8<spec.aligned>(this->one[i], x.first + at, exists ? x.count : 0);
     }
   }
 };
@@ -220,7 +225,7 @@ FP8GEMM_DEVICE const float* scales_of(const QuantizeParams& params, int batch, i
 // FP8 rows with one scale for each 128 columns.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFp8)
-struct Values<spec> : FloatTile {
+struct Values<spec> : FloatTile<kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     const float* scales = scales_of(params, batch, params.k, column);
     uint32_t four[8][2];
@@ -238,9 +243,9 @@ struct Values<spec> : FloatTile {
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      unpack_fp8(one[i], {four[i][0], four[i][1]});
+      unpack_fp8(this->one[i], {four[i][0], four[i][1]});
 #pragma unroll
-      for (int j = 0; j < 8; ++j) one[i][j] *= scale[i];
+      for (int j = 0; j < 8; ++j) this->one[i][j] *= scale[i];
     }
   }
 };
@@ -259,7 +264,7 @@ FP8GEMM_DEVICE float sigmoid_of_power(float power) {
 // enough of them for all), and a thread waits for memory eight times over.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kSwiglu)
-struct Values<spec> : FloatTile {
+struct Values<spec> : FloatTile<kThreadRows<spec>> {
   static_assert(spec.type != Float::kF32, "SwiGLU takes 16-bit floats");
 
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
@@ -285,7 +290,7 @@ struct Values<spec> : FloatTile {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float g = unpack<spec.type>(gates[j / 2], j % 2);
-        one[i][j] = g * sigmoid_of_power(g * -kLog2E) * unpack<spec.type>(ups[j / 2], j % 2) * weight;
+        this->one[i][j] = g * sigmoid_of_power(g * -kLog2E) * unpack<spec.type>(ups[j / 2], j % 2) * weight;
       }
     }
   }
@@ -337,7 +342,7 @@ FP8GEMM_DEVICE void copy_operands(const QuantizeParams& params, BackwardOperands
 //   kActivation  y; and for each row dy · gate · s · up, summed over the tile's columns
 template <QuantizeSpec spec, Part part>
   requires(spec.source == Source::kSwigluBackward)
-struct Values<spec, part> : FloatTile {
+struct Values<spec, part> : FloatTile<kThreadRows<spec>> {
   float row_sum[8];  // kActivation: of this thread's columns
 
   FP8GEMM_DEVICE void load(const BackwardOperands& from, int row, int column) {
@@ -354,13 +359,13 @@ struct Values<spec, part> : FloatTile {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float gradient = unpack<Float::kBf16>(two[j / 2], j % 2);
-        one[i][j] = value(gate[j], gate_scale, up[j], gradient, row_sum[i]);
+        this->one[i][j] = value(gate[j], gate_scale, up[j], gradient, row_sum[i]);
       }
       const float factor = from.row_weight[at] * (part == Part::kUp     ? gate_scale
                                                   : part == Part::kGate ? up_scale
                                                                         : gate_scale * up_scale);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) one[i][j] *= factor;
+      for (int j = 0; j < 8; ++j) this->one[i][j] *= factor;
       row_sum[i] *= gate_scale * up_scale;
     }
   }

@@ -10,11 +10,14 @@
 namespace fp8gemm {
 
 // Where a tile's first row goes.
-template <Float type>
-FP8GEMM_DEVICE auto first_row(PackedTile<type>& tile) -> uint32_t (&)[4] {
+template <Float type, int kRows>
+FP8GEMM_DEVICE auto first_row(PackedTile<type, kRows>& tile) -> uint32_t (&)[4] {
   return tile.two[0];
 }
-FP8GEMM_DEVICE auto first_row(FloatTile& tile) -> float (&)[8] { return tile.one[0]; }
+template <int kRows>
+FP8GEMM_DEVICE auto first_row(FloatTile<kRows>& tile) -> float (&)[8] {
+  return tile.one[0];
+}
 
 // Calls use(column, values) for this thread's columns of a row, eight at a time.
 template <QuantizeSpec spec, class Use>
