@@ -36,9 +36,12 @@ NOISE = 1e-5
 EVERY = 10  # steps between stored losses
 
 
+@functools.cache
 def arm_of(name: str, size: moe_lm.Size, sequences: int) -> moe_lm.Arm:
     if name == "fp8":
         return moe_lm.FP8
+    if name == "control":
+        return arm_of("bf16", size, sequences)
     rows = sequences * size.context * size.top_k
     on_gpu = jax.devices()[0].platform == "gpu"
     pallas = tuned(rows, size.width, size.hidden, size.experts) if on_gpu else None
@@ -46,6 +49,7 @@ def arm_of(name: str, size: moe_lm.Size, sequences: int) -> moe_lm.Arm:
     return moe_lm.Arm("bf16", moe_lm.BF16.dot, experts)
 
 
+@functools.cache
 def optimizer(steps: int) -> optax.GradientTransformation:
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 10 + 1), steps, 2e-4)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95))
@@ -61,8 +65,11 @@ def initial(seed: int, size: moe_lm.Size, noise: float) -> dict:
     return jax.tree.unflatten(tree, moved)
 
 
-def step_of(arm: moe_lm.Arm, size: moe_lm.Size, rule: optax.GradientTransformation) -> Callable:
-    """Returns one step, (params, state, tokens) -> (params, state, cross entropy), jitted."""
+@functools.cache
+def compiled_step(
+    arm: moe_lm.Arm, size: moe_lm.Size, rule: optax.GradientTransformation, sequences: int
+) -> jax.stages.Compiled:
+    """Returns one step: (params, state, tokens) -> (params, state, cross entropy)."""
     objective = functools.partial(moe_lm.loss, size=size, arm=arm)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -71,7 +78,9 @@ def step_of(arm: moe_lm.Arm, size: moe_lm.Size, rule: optax.GradientTransformati
         updates, state = rule.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, entropy
 
-    return step
+    params = jax.eval_shape(lambda: moe_lm.init(jax.random.key(0), size))
+    tokens = jax.ShapeDtypeStruct((sequences, size.context + 1), jnp.uint8)
+    return step.lower(params, jax.eval_shape(rule.init, params), tokens).compile()
 
 
 def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -> dict:
@@ -83,11 +92,11 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
     state = rule.init(params)
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
-    compiled = step_of(arm, size, rule).lower(params, state, tokens).compile()
-    memory, losses, times = compiled.memory_analysis(), [], []
+    step = compiled_step(arm, size, rule, sequences)
+    losses, times = [], []
     for index in range(steps):
         start = time.perf_counter()
-        params, state, entropy = compiled(params, state, tokens)
+        params, state, entropy = step(params, state, tokens)
         tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
         losses.append(float(entropy))
         times.append(time.perf_counter() - start)
@@ -103,38 +112,49 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
         "cosine": cosine(params, tokens[:2], size, arm),
         "ms_a_step": round(1e3 * float(np.median(times)), 2),
         "tokens_per_s": round(sequences * size.context / float(np.median(times))),
-        "bytes_temporary": memory.temp_size_in_bytes, "corpus_sha256": digest,
+        "bytes_temporary": step.memory_analysis().temp_size_in_bytes, "corpus_sha256": digest,
         "corpus_bytes": len(text), **facts(),
     }  # fmt: skip
 
 
+@functools.cache
+def loss_of(arm: moe_lm.Arm, size: moe_lm.Size) -> Callable:
+    return jax.jit(lambda params, tokens: moe_lm.loss(params, tokens, size, arm)[1])
+
+
+@functools.cache
+def gradient_of(arm: moe_lm.Arm, size: moe_lm.Size) -> Callable:
+    return jax.jit(jax.grad(lambda params, tokens: moe_lm.loss(params, tokens, size, arm)[0]))
+
+
 def evaluate(params, text, size: moe_lm.Size, arm: moe_lm.Arm, sequences: int) -> float:
     """Returns the mean loss of text that was never trained on."""
-    loss = jax.jit(lambda p, t: moe_lm.loss(p, t, size, arm)[1])
+    loss = loss_of(arm, size)
     draw, count = np.random.default_rng(12345), 8
     batches = [jnp.asarray(moe_lm.batch(text, draw, sequences, size.context)) for _ in range(count)]
     return float(np.mean([float(loss(params, tokens)) for tokens in batches]))
 
 
+@jax.jit
+def sums_of_products(got: dict, exact: dict) -> dict:
+    def three(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.stack([jnp.sum(a * b), jnp.sum(a * a), jnp.sum(b * b)])
+
+    return jax.tree.map(three, got, exact)
+
+
 def cosine(params, tokens, size: moe_lm.Size, arm: moe_lm.Arm) -> dict[str, float]:
     """Returns how alike the arm's gradients are to float32's, per parameter and over all."""
-
-    def gradient(arm):
-        return jax.jit(jax.grad(lambda p: moe_lm.loss(p, tokens, size, arm)[0]))(params)
-
     with jax.default_matmul_precision("highest"):
-        exact = gradient(moe_lm.F32)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(gradient(arm)), jax.tree.leaves(exact), strict=True
-    )
-    found, sums = {}, np.zeros(3)
-    for (path, got), right in pairs:
-        a, b = (np.asarray(x, np.float64).ravel() for x in (got, right))
-        products = np.array([a @ b, a @ a, b @ b])
-        sums += products
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found[name] = round(float(products[0] / np.sqrt(products[1] * products[2])), 6)
-    return {"all": round(float(sums[0] / np.sqrt(sums[1] * sums[2])), 6), **found}
+        exact = gradient_of(moe_lm.F32, size)(params, tokens)
+    sums = sums_of_products(gradient_of(arm, size)(params, tokens), exact)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(three, np.float64)
+        for path, three in jax.tree_util.tree_leaves_with_path(sums)
+    }
+    named = {"all": np.sum(list(named.values()), axis=0), **named}
+    return {name: round(float(ab / np.sqrt(aa * bb)), 6) for name, (ab, aa, bb) in named.items()}
 
 
 # ---- What is stored -----------------------------------------------------------------------------

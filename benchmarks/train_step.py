@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from protocol import RESULTS, progress, save
-from train_moe import arm_of, moe_lm, optimizer, step_of
+from train_moe import arm_of, compiled_step, moe_lm, optimizer
 
 # Width, hidden width and choices of each token: DeepSeek-V3 (arXiv 2412.19437), section 4.2.
-SIZE = moe_lm.Size(
-    width=7168, layers=2, heads=56, experts=16, hidden=2048, context=4096, top_k=8
-)
+SIZE = moe_lm.Size(width=7168, layers=2, heads=56, experts=16, hidden=2048, context=4096, top_k=8)
 SEQUENCES = 4
 WARM, TIMED = 3, 12
 
@@ -35,7 +33,7 @@ def step_seconds(name: str, size: moe_lm.Size, sequences: int) -> tuple[list[flo
     tokens = [
         jnp.asarray(moe_lm.batch(text, draw, sequences, size.context)) for _ in range(WARM + TIMED)
     ]
-    step = step_of(arm, size, rule).lower(params, state, tokens[0]).compile()
+    step = compiled_step(arm, size, rule, sequences)
     progress(f"{name} compiled")
     times = []
     for each in tokens:
@@ -56,13 +54,15 @@ def rows(size: moe_lm.Size, sequences: int) -> list[dict]:
     for name, (times, temporary) in found.items():
         us = sorted(1e6 * t for t in times)
         made.append({
-            "op": f"training step, {what}, {count} tokens: {name}", "us": round(statistics.median(us)),
-            "p10": round(us[1]), "p90": round(us[-2]), "tokens": count, "bytes_peak": temporary,
+            "op": f"training step, {what}, {count} tokens: {name}",
+            "us": round(statistics.median(us)), "p10": round(us[1]), "p90": round(us[-2]), "tokens": count, "bytes_peak": temporary,
             "tokens_per_s": round(1e6 * count / statistics.median(us)),
             **({} if name == "fp8" else {"peer": "fp8", "peer_us": round(ours)}),
         })  # fmt: skip
-        print(f"{made[-1]['op']} {made[-1]['us'] / 1e3:.1f} ms, {made[-1]['tokens_per_s']} tokens/s, "
-              f"temporary {temporary / 2**30:.2f} GiB, {made[-1]['us'] / ours:.3f} x ours")
+        print(
+            f"{made[-1]['op']} {made[-1]['us'] / 1e3:.1f} ms, {made[-1]['tokens_per_s']} tokens/s, "
+            f"temporary {temporary / 2**30:.2f} GiB, {made[-1]['us'] / ours:.3f} x ours"
+        )
     return made
 
 

@@ -46,6 +46,7 @@ class Arm:
     dtype: jnp.dtype = jnp.bfloat16
 
 
+@functools.cache
 def corpus(limit: int | None = None) -> tuple[np.ndarray, str]:
     """Returns the bytes of Python's standard library, in the order of names, and their SHA-256."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
