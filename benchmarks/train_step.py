@@ -55,7 +55,8 @@ def rows(size: moe_lm.Size, sequences: int) -> list[dict]:
         us = sorted(1e6 * t for t in times)
         made.append({
             "op": f"training step, {what}, {count} tokens: {name}",
-            "us": round(statistics.median(us)), "p10": round(us[1]), "p90": round(us[-2]), "tokens": count, "bytes_peak": temporary,
+            "us": round(statistics.median(us)), "p10": round(us[1]), "p90": round(us[-2]),
+            "tokens": count, "bytes_peak": temporary,
             "tokens_per_s": round(1e6 * count / statistics.median(us)),
             **({} if name == "fp8" else {"peer": "fp8", "peer_us": round(ours)}),
         })  # fmt: skip
