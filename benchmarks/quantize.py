@@ -109,12 +109,12 @@ def peak_bytes(function, *operands) -> int:
 
 
 def gradients(product: Callable) -> Callable:
-    """Returns forward and backward of product(x, w, ...), dy given."""
+    """Returns a step of product(x, w, ...) and the loss Σ y² / 2, whose gradient is y."""
 
     @jax.jit
-    def both(dy, x, w, *rest):
+    def both(x, w, *rest):
         y, pull = jax.vjp(lambda x, w: product(x, w, *rest), x, w)
-        return y, pull(dy)
+        return y, pull(y)
 
     return both
 
@@ -147,14 +147,14 @@ def compare(problem: configs.Problem, op: str, contenders: dict, ours: str) -> l
 
 def matmul() -> list[dict]:
     m, k, n = TOKENS, WIDTH, 4096
-    x, w, dy = random(m, k), random(k, n, seed=1), random(m, n, seed=2)
+    x, w = random(m, k), random(k, n, seed=1)
     contenders = {"fp8_matmul": fp8.fp8_matmul, "bf16 jnp.dot": jnp.dot}
     contenders |= {
         f"fp8_matmul, residuals {r}": functools.partial(fp8.fp8_matmul, residuals=r)
         for r in ("fp8", "input")
     }
     problem = configs.Problem("dense", m, n, k)
-    made = {name: (gradients(f), (dy, x, w)) for name, f in contenders.items()}
+    made = {name: (gradients(f), (x, w)) for name, f in contenders.items()}
     return compare(problem, "forward + backward", made, "fp8_matmul")
 
 
@@ -162,7 +162,7 @@ def ragged_dot() -> list[dict]:
     """The weights are quantised once, outside of what is timed."""
     m, k, n = 2 * TOKENS, WIDTH, 4096
     problem = configs.Problem("ragged", m, n, k, EXPERTS)
-    x, w, dy = random(m, k), random(EXPERTS, k, n, seed=1), random(m, n, seed=2)
+    x, w = random(m, k), random(EXPERTS, k, n, seed=1)
     sizes = jnp.asarray(tuning.group_sizes(problem))
     prepared = dataclasses.replace(jax.jit(fp8.prepare_weight)(w), w=None)
 
@@ -170,17 +170,46 @@ def ragged_dot() -> list[dict]:
         return fp8.fp8_ragged_dot(x, dataclasses.replace(prepared, w=w), sizes)
 
     made = {
-        "fp8_ragged_dot": (gradients(ours), (dy, x, w, prepared, sizes)),
-        "jax.lax.ragged_dot": (gradients(jax.lax.ragged_dot), (dy, x, w, sizes)),
+        "fp8_ragged_dot": (gradients(ours), (x, w, prepared, sizes)),
+        "jax.lax.ragged_dot": (gradients(jax.lax.ragged_dot), (x, w, sizes)),
     }
     pallas = tuned(m, k, n, EXPERTS)
     if pallas:
-        made["Pallas ragged_dot_mgpu, tuned"] = gradients(pallas), (dy, x, w, sizes)
+        made["Pallas ragged_dot_mgpu, tuned"] = gradients(pallas), (x, w, sizes)
     return compare(problem, f"ragged forward + backward {n}x{k}", made, "fp8_ragged_dot")
 
 
+def memory() -> list[dict]:
+    """Peak memory of four layers x + gelu(x · up) · down, whose inputs are activations."""
+    width = WIDTH // 2
+    x = random(TOKENS, width)
+    kernels = [(random(width, WIDTH, seed=i), random(WIDTH, width, seed=-i)) for i in range(1, 5)]
+
+    def step(product: Callable) -> Callable:
+        def loss(kernels, x):
+            for up, down in kernels:
+                x = x + product(jax.nn.gelu(product(x, up)), down)
+            return jnp.mean(x.astype(jnp.float32) ** 2)
+
+        return jax.jit(jax.grad(loss))
+
+    contenders = {"bf16 jnp.dot": jnp.dot} | {
+        f"fp8_matmul, residuals {r}": functools.partial(fp8.fp8_matmul, residuals=r)
+        for r in ("fp8_t", "fp8", "input")
+    }
+    peaks = {name: peak_bytes(step(f), kernels, x) for name, f in contenders.items()}
+    for name, peak in peaks.items():
+        print(f"memory of four layers: {name:30} {peak / 2**20:7.0f} MiB", flush=True)
+    return [
+        {"op": f"memory of four layers: {name}", "variant": "dense", "m": TOKENS, "n": WIDTH,
+         "k": width, "bytes_peak": peak, "bytes_peak_bf16": peaks["bf16 jnp.dot"]}
+        for name, peak in peaks.items()
+    ]  # fmt: skip
+
+
 def parts(only: str) -> Iterator[list[dict]]:
-    for name, part in (("casts", time_casts), ("matmul", matmul), ("ragged", ragged_dot)):
+    parts = {"casts": time_casts, "matmul": matmul, "ragged": ragged_dot, "memory": memory}
+    for name, part in parts.items():
         if only in name:
             yield part()
             progress(name)
@@ -189,7 +218,7 @@ def parts(only: str) -> Iterator[list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=str(RESULTS))
-    parser.add_argument("--only", default="", help="casts, matmul or ragged")
+    parser.add_argument("--only", default="", help="casts, matmul, ragged or memory")
     options = parser.parse_args()
     for rows in parts(options.only):
         save(rows, options.out)
