@@ -9,6 +9,7 @@ their size: how far two equal recipes drift apart by chance.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -33,6 +34,7 @@ TINY = moe_lm.Size(width=64, layers=2, heads=2, experts=4, hidden=128, context=3
 RESULTS = pathlib.Path(__file__).parent / "results/train_moe.json"
 HELD_OUT = 1 << 20  # bytes at the end of the text
 NOISE = 1e-5
+RATE = 6e-4  # of learning, at its highest
 EVERY = 10  # steps between stored losses
 
 
@@ -51,7 +53,9 @@ def arm_of(name: str, size: moe_lm.Size, sequences: int) -> moe_lm.Arm:
 
 @functools.cache
 def optimizer(steps: int) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 10 + 1), steps, 2e-4)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, RATE, min(100, steps // 10 + 1), steps, RATE / 10
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, 0.9, 0.95))
 
 
@@ -93,6 +97,7 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
     step = compiled_step(arm, size, rule, sequences)
+    cosines = {"start": cosine(params, tokens[:1], size, arm)}
     losses, times = [], []
     for index in range(steps):
         start = time.perf_counter()
@@ -104,12 +109,13 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
             print(f"\r{name}:{seed} {index + 1}/{steps} loss {losses[-1]:.4f} "
                   f"{1e3 * np.median(times):.1f} ms a step", end="", flush=True)  # fmt: skip
     print()
+    cosines["end"] = cosine(params, tokens[:1], size, arm)
     return {
         "arm": name, "seed": seed, "steps": steps, "tokens_a_step": sequences * size.context,
         "losses": [round(float(np.mean(losses[i : i + EVERY])), 5)
                    for i in range(0, steps, EVERY)],
         "held_out": round(evaluate(params, held_out, size, arm, sequences), 5),
-        "cosine": cosine(params, tokens[:2], size, arm),
+        "cosine": cosines,
         "ms_a_step": round(1e3 * float(np.median(times)), 2),
         "tokens_per_s": round(sequences * size.context / float(np.median(times))),
         "bytes_temporary": step.memory_analysis().temp_size_in_bytes, "corpus_sha256": digest,
@@ -145,7 +151,20 @@ def sums_of_products(got: dict, exact: dict) -> dict:
 
 
 def cosine(params, tokens, size: moe_lm.Size, arm: moe_lm.Arm) -> dict[str, float]:
-    """Returns how alike the arm's gradients are to float32's, per parameter and over all."""
+    """Returns how alike the arm's gradients are to float32's, per parameter and over all.
+
+    Every token goes to every expert: a choice that falls otherwise changes a row's gradient whole,
+    in any precision below float32, and would hide what rounding does. "top_k" is over all
+    parameters, choices included.
+    """
+    every = dataclasses.replace(size, top_k=size.experts)
+    return {
+        **compare_gradients(params, tokens, every, arm),
+        "top_k": compare_gradients(params, tokens, size, arm)["all"],
+    }
+
+
+def compare_gradients(params, tokens, size: moe_lm.Size, arm: moe_lm.Arm) -> dict[str, float]:
     with jax.default_matmul_precision("highest"):
         exact = gradient_of(moe_lm.F32, size)(params, tokens)
     sums = sums_of_products(gradient_of(arm, size)(params, tokens), exact)
@@ -172,14 +191,17 @@ def report(path: pathlib.Path) -> None:
     by_arm: dict[str, dict[int, dict]] = {}
     for run in json.loads(path.read_text()):
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
-    print("| arm | seed | last training loss | held-out loss | gap to bf16 | ms a step | cosine |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| arm | seed | training loss | held-out | gap to bf16 | ms a step | cosine at start | end |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for arm, seed in itertools.product(by_arm, range(10)):
         run = by_arm[arm].get(seed)
         if run:
+            start, end = (run["cosine"][when]["all"] for when in ("start", "end"))
             print(f"| {arm} | {seed} | {last(run):.4f} | {run['held_out']:.4f} | "
                   f"{gap(run, by_arm.get('bf16', {}).get(seed))} | {run['ms_a_step']} | "
-                  f"{run['cosine']['all']:.4f} |")  # fmt: skip
+                  f"{start:.4f} | {end:.4f} |")  # fmt: skip
     plot(by_arm, path.with_suffix(".png"))
 
 

@@ -126,7 +126,8 @@ def init(key: jax.Array, size: Size) -> dict:
 
 
 def norm(x: jax.Array, dtype: jnp.dtype, weight: jax.Array | float = 1.0) -> jax.Array:
-    """RMS norm of float32, as `dtype`."""
+    """RMS norm in float32, as `dtype`."""
+    x = x.astype(jnp.float32)
     scaled = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * weight
     return scaled.astype(dtype)
 
@@ -145,9 +146,10 @@ def layer(x: jax.Array, p: dict, size: Size, arm: Arm) -> tuple[jax.Array, jax.A
     b, s, w = x.shape
     qkv = arm.dot(norm(x, arm.dtype, p["norms"][0]), p["qkv"]).reshape(b, s, 3, size.heads, -1)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    q, k = (rotate(norm(a, arm.dtype)) for a in (q, k))  # keeps logits small, and training stable
     flash = jax.devices()[0].platform == "gpu" and arm.dtype == jnp.bfloat16
     mixed = jax.nn.dot_product_attention(
-        rotate(q), rotate(k), v, is_causal=True, implementation="cudnn" if flash else "xla"
+        q, k, v, is_causal=True, implementation="cudnn" if flash else "xla"
     )
     x = x + arm.dot(mixed.reshape(b, s, w), p["out"])
     tokens = norm(x, arm.dtype, p["norms"][1]).reshape(-1, w)
