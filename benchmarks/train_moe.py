@@ -192,7 +192,7 @@ def report(path: pathlib.Path) -> None:
     for run in json.loads(path.read_text()):
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
     print(
-        "| arm | seed | training loss | held-out | gap to bf16 | ms a step | cosine at start | end |"
+        "| arm | seed | trained | held-out | gap to bf16 | ms a step | cosine at start | at end |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for arm, seed in itertools.product(by_arm, range(10)):
