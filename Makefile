@@ -1,5 +1,6 @@
 # make demo   sets everything up and trains a small language model in FP8 beside its bf16 twin
 # make test   sets everything up and runs the tests
+# make gpu    on an H200: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -16,6 +17,16 @@ demo: $(VENV)/.demo
 # The tests compile kernels and whole programs for a Hopper GPU, with or without one.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
+RESULTS := benchmarks/results/nvidia-h200
+RECORD := JAX_FP8GEMM_COMMIT=$$(git rev-parse --short HEAD)
+gpu: $(VENV)/.test
+	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=$(RESULTS)-tests.json \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 8 tests/gpu
+	for script in gemm grouped quantize moe_layer train_step; do \
+	$(RECORD) $(BIN)/python benchmarks/$$script.py --out $(RESULTS).json || exit 1; done
+	$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
