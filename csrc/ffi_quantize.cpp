@@ -192,8 +192,13 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   if (!kernel.ok()) return to_error(kernel.status());
   const Driver& driver = **fp8gemm::driver();
   CUlaunchConfig config = {unsigned(call.columns), unsigned(y), unsigned(z),
-                           unsigned(kQuantizeThreads), 1, 1,
+                           unsigned(quantize_threads(state->spec)), 1, 1,
                            unsigned(state->program->source.shared_bytes), stream, nullptr, 0};
+  if (is_persistent(state->spec)) {
+    const int64_t all = call.columns * call.tiles;
+    config.grid_x = unsigned(std::min<int64_t>(all, kernel->multiprocessors));
+    config.grid_y = config.grid_z = 1;
+  }
   void* arguments[] = {&call.params};
   return to_error(check(driver, driver.launch(&config, kernel->function, arguments, nullptr),
                         "cuLaunchKernelEx"));

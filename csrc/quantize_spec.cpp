@@ -27,13 +27,13 @@ std::string spec_text(const QuantizeSpec& s) {
 
 int dynamic_shared_bytes(const QuantizeSpec& spec) {
   if (spec.source == Source::kSwiglu) return sizeof(SwigluOperands);
-  return spec.source == Source::kSwigluBackward ? sizeof(BackwardOperands) : 0;
+  return spec.source == Source::kSwigluBackward ? sizeof(BackwardShared) : 0;
 }
 
 // CTAs that share a multiprocessor: as many as registers and shared memory allow without spills.
 // 16-bit floats stay packed, and leave room for a third.
 int residents(const QuantizeSpec& spec) {
-  if (!spec.aligned) return 1;
+  if (!spec.aligned || is_persistent(spec)) return 1;
   if (tile_rows(spec) < 128) return spec.type == Float::kF32 ? 4 : 6;
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
                       spec.tile == ScaleTile::k1x128;
@@ -72,7 +72,8 @@ ProgramText program_text(const QuantizeSpec& spec) {
       "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec) +
       "\n}  // namespace fp8gemm\n\n#include \"quantize.cuh\"\n\n"
       "extern \"C\" __global__ void __launch_bounds__(" +
-      std::to_string(kQuantizeThreads) + ", " + std::to_string(residents(spec)) + ") " + kEntryPoint +
+      std::to_string(quantize_threads(spec)) + ", " + std::to_string(residents(spec)) + ") " +
+      kEntryPoint +
       "(const __grid_constant__ fp8gemm::QuantizeParams params) {\n"
       "  fp8gemm::quantize_kernel<fp8gemm::kSpec>(params);\n}\n";
   return {name, text, kEntryPoint, dynamic_shared_bytes(spec)};

@@ -296,9 +296,15 @@ SWIGLU = {
 }
 
 
+SIXTY = tuple(i * 7 % 5 for i in range(60))  # more groups than a warp has lanes
+
+
 def swiglu_cases(static, dtype):
-    shapes = [(1, 1, 16), (1, 129, 77), (1, 100, 256)]
+    few = (30, 0, 65, 2)
+    cases = [((1, 1, 16), few), ((1, 129, 77), few), ((1, 100, 256), few)]
     if static.source == "swiglu_backward":
-        shapes = [(1, 1, 256), (1, 140, 512)]
-    for shape in shapes:
-        yield operands(shape, static, shape, dtype, (30, 0, 65, 2))
+        cases = [((1, 1, 256), few), ((1, 140, 512), few)]
+        # Some tiles for each CTA: five, and sixteen.
+        cases += [((1, 260, 1280), few), ((1, 130, 256), SIXTY)]
+    for shape, sizes in cases:
+        yield operands(shape, static, shape, dtype, sizes)

@@ -100,6 +100,7 @@ struct GemmParams {
 // ---- Quantising ---------------------------------------------------------------------------------
 
 constexpr int kQuantizeThreads = 256;
+constexpr int kBackwardThreads = 512;  // of kSwigluBackward
 
 // What is quantised.
 enum class Source : int {
@@ -108,14 +109,6 @@ enum class Source : int {
   kSwiglu,  // x [m, 2k], gate beside up: silu(gate) · up · row weight
   // x [m, 2k] in FP8 as above: what follows from the gradient [m, k] to the same product.
   kSwigluBackward,
-};
-
-// The results of a call, one after the other: what of kSwigluBackward is quantised.
-enum class Part : int {
-  kWhole,       // of the other sources
-  kGate,        // the gradient to gate: columns 0 to k of [m, 2k]
-  kUp,          // the gradient to up: columns k to 2k
-  kActivation,  // the product itself, which is recomputed, transposed only
 };
 
 enum class Float : int { kBf16, kF16, kF32 };
@@ -186,14 +179,41 @@ struct SwigluOperands {
   uint16_t up[128][128];
 };
 
-// That of kSwigluBackward: its tile of the operands, which are read three times.
-struct BackwardOperands {
-  uint8_t gate[128][128];
-  uint8_t up[128][128];
-  uint16_t gradient[128][128];
-  float gate_scale[128];
-  float up_scale[128];
-  float row_weight[128];
+// Of kSwigluBackward one CTA stays on each multiprocessor and goes from tile to tile, whatever the
+// grid above.
+constexpr bool is_persistent(const QuantizeSpec& spec) {
+  return spec.source == Source::kSwigluBackward;
+}
+
+constexpr int quantize_threads(const QuantizeSpec& spec) {
+  return spec.source == Source::kSwigluBackward ? kBackwardThreads : kQuantizeThreads;
+}
+
+// A tile of kSwigluBackward.
+struct alignas(16) BackwardTile {
+  int32_t columns;  // number of its 128 columns
+  int32_t tokens;   // number of its 128 tokens in the transposed copies
+  int32_t first;    // row
+  int32_t count;    // rows that exist; the others are zeros, and only in the transposed copies
+};
+
+// Of a tile what one warp copies and reads: eight rows.
+union BackwardOperands {
+  struct alignas(16) Rows {
+    uint8_t gate[8][128];
+    uint8_t up[8][128];
+    uint16_t gradient[8][128];
+    float row_factor[3][8];  // scale of gate, scale of up, row weight
+  } rows;
+  float largest[2][3][128];  // afterwards: of columns, in rows 0 to 3 and 4 to 7
+};
+
+// Dynamic shared memory of a CTA of kSwigluBackward. 3: the gradient to gate, to up, the product.
+struct alignas(128) BackwardShared {
+  BackwardOperands operands[2][16];  // of this tile and the next one
+  uint32_t transposed[3][128][32];   // 128 bytes for each column
+  float reciprocal[3][128];          // of columns' scales
+  BackwardTile tile[4];              // by its number % 4: the last one, this one, the next two
 };
 
 }  // namespace fp8gemm

@@ -309,6 +309,13 @@ FP8GEMM_DEVICE void cp_async(uint32_t destination, const void* source, bool exis
                : "memory");
 }
 
+// The same with 4 bytes.
+FP8GEMM_DEVICE void cp_async_4(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source),
+               "r"(exists ? 4 : 0)
+               : "memory");
+}
+
 FP8GEMM_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- Arithmetic (max, abs, fma, div) ------------------------------------------------------------
@@ -389,10 +396,13 @@ FP8GEMM_DEVICE uint32_t cvt_e4m3x4(float a, float b, float c, float d) {
   return packed;
 }
 
-// Two e4m3 in 16 bits to two f16 in one word.
-FP8GEMM_DEVICE uint32_t cvt_f16x2_e4m3x2(uint32_t two) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(two)));
+// Four e4m3 to four f16, the lower two of them first.
+FP8GEMM_DEVICE Words2 cvt_f16x4_e4m3x4(uint32_t four) {
+  Words2 halves;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(four));
   return halves;
 }
 

@@ -15,6 +15,7 @@
 #include "quantize_scale.cuh"
 #include "quantize_source.cuh"
 #include "quantize_whole_rows.cuh"
+#include "swiglu_backward.cuh"
 
 namespace fp8gemm {
 
@@ -62,26 +63,11 @@ struct Target {
   int column;  // the tile's first
 };
 
-// Gradients to gate and up lie beside each other as rows, but are transposed apart.
-template <Part part>
-FP8GEMM_DEVICE Target rows_target(const QuantizeParams& p, int column) {
-  const int sides = part == Part::kWhole ? 1 : 2;
-  return {p.rows, p.rows_scale, sides * p.k, part == Part::kUp ? p.k + column : column};
-}
-
-template <Part part>
-FP8GEMM_DEVICE Target transposed_target(const QuantizeParams& p, int column) {
-  if constexpr (part == Part::kUp) return {p.up_transposed, p.up_transposed_scale, p.k, column};
-  if constexpr (part == Part::kActivation) return {p.activation, p.activation_scale, p.k, column};
-  return {p.transposed, p.transposed_scale, p.k, column};
-}
-
-template <QuantizeSpec spec, Part part>
+template <QuantizeSpec spec>
 struct Quantizer {
   using Shared = QuantizeShared<spec>;
   using ScaleOf = Scale<spec.pow2>;
   static constexpr bool kBlocks = spec.tile == ScaleTile::k128x128;
-  static constexpr bool kWritesRows = spec.rows && part != Part::kActivation;
   static constexpr int kRows = kThreadRows<spec>;
 
   const QuantizeParams& params;
@@ -90,14 +76,14 @@ struct Quantizer {
   Target rows, transposed;
   int batch;
   int slot, column;  // this thread's rows, and its first column in the tile
-  Values<spec, part> values;
+  Values<spec> values;
 
   FP8GEMM_DEVICE Quantizer(const QuantizeParams& p, Shared& s, const TokenTile& t)
       : params(p),
         shared(s),
         tokens(t),
-        rows(rows_target<part>(p, blockIdx.x * 128)),
-        transposed(transposed_target<part>(p, blockIdx.x * 128)),
+        rows{p.rows, p.rows_scale, p.k, static_cast<int>(blockIdx.x * 128)},
+        transposed{p.transposed, p.transposed_scale, p.k, static_cast<int>(blockIdx.x * 128)},
         batch(t.batch),
         slot(threadIdx.x / 16),
         column(threadIdx.x % 16 * 8) {}
@@ -108,22 +94,16 @@ struct Quantizer {
     quantize();
   }
 
-  FP8GEMM_DEVICE void run(const BackwardOperands& operands) {
-    values.load(operands, slot * kRows, column);
-    if constexpr (part == Part::kActivation) store_row_sums();
-    quantize();
-  }
-
  private:
   FP8GEMM_DEVICE void quantize() {
     if constexpr (kBlocks) {
       const ScaleOf scale = ScaleOf::of(largest_of_tile());
       if (threadIdx.x == 0) store_block_scale(scale.value);
-      if constexpr (kWritesRows) store_rows(scale);
+      if constexpr (spec.rows) store_rows(scale);
       if constexpr (spec.transposed) store_transposed([&](int) { return scale; });
     } else {
       if constexpr (spec.transposed) share_largest_of_columns();
-      if constexpr (kWritesRows) quantize_rows();
+      if constexpr (spec.rows) quantize_rows();
       if constexpr (spec.transposed) {
         values.unpack_again(tokens.position % 128);
         __syncthreads();
@@ -184,7 +164,7 @@ struct Quantizer {
   FP8GEMM_DEVICE void store_block_scale(float scale) {
     const int row_tile = tokens.first / 128, column_tile = blockIdx.x;
     const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
-    if constexpr (kWritesRows) {
+    if constexpr (spec.rows) {
       const int64_t line = int64_t{batch} * row_tiles + row_tile;
       rows.scale[line * round_up4(column_tiles) + column_tile] = scale;
     }
@@ -195,24 +175,6 @@ struct Quantizer {
   }
 
   FP8GEMM_DEVICE static int round_up4(int x) { return (x + 3) / 4 * 4; }
-
-  // The part of the gradient to row weights that these 128 columns give.
-  FP8GEMM_DEVICE void store_row_sums() {
-    const int lane = threadIdx.x % 16;
-    float own = 0;  // thread i of the sixteen writes the sum of row i
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float sum = values.row_sum[i];
-#pragma unroll
-      for (int distance = 8; distance > 0; distance /= 2) {
-        sum += __shfl_xor_sync(~0u, sum, distance);
-      }
-      if (lane == i) own = sum;
-    }
-    if (lane < 8 && has_row(lane)) {
-      params.row_weight_gradient[int64_t{blockIdx.x} * params.m + row(lane)] = own;
-    }
-  }
 
   // ---- The copy as it lies ----
 
@@ -292,24 +254,14 @@ FP8GEMM_DEVICE void quantize_tile(const QuantizeParams& params) {
   __shared__ QuantizeShared<spec> shared;
   TokenTile tile;
   if (!find_tile<spec>(params, tile)) return;
-  if constexpr (spec.source == Source::kSwigluBackward) {
-    BackwardOperands& operands = *reinterpret_cast<BackwardOperands*>(dynamic_shared());
-    copy_operands(params, operands, tile.first, tile.count, blockIdx.x * 128);
-    cp_async_wait_all();
-    __syncthreads();
-    Quantizer<spec, Part::kGate>(params, shared, tile).run(operands);
-    __syncthreads();  // shared memory is used again
-    Quantizer<spec, Part::kUp>(params, shared, tile).run(operands);
-    __syncthreads();
-    Quantizer<spec, Part::kActivation>(params, shared, tile).run(operands);
-  } else {
-    Quantizer<spec, Part::kWhole>(params, shared, tile).run();
-  }
+  Quantizer<spec>(params, shared, tile).run();
 }
 
 template <QuantizeSpec spec>
 FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
-  if constexpr (spec.tile == ScaleTile::k1xK) {
+  if constexpr (spec.source == Source::kSwigluBackward) {
+    swiglu_backward<spec>(params);
+  } else if constexpr (spec.tile == ScaleTile::k1xK) {
     quantize_whole_row<spec>(params);
   } else {
     quantize_tile<spec>(params);

@@ -1,6 +1,6 @@
 // What quantize.cuh quantises: eight (or four) rows × eight columns of a thread, loaded all at once.
 //
-// Values<spec, part>: load() takes rows from `row` and columns from `column` on, of which rows from
+// Values<spec>: load() takes rows from `row` and columns from `column` on, of which rows from
 // `end` on are zeros; the rest is that of a PackedTile or FloatTile.
 #pragma once
 
@@ -175,7 +175,7 @@ FP8GEMM_DEVICE Columns<T> columns_of(const QuantizeParams& params, int column) {
   return {x + column, params.k, params.k - column};
 }
 
-template <QuantizeSpec spec, Part part = Part::kWhole>
+template <QuantizeSpec spec>
 struct Values;
 
 template <QuantizeSpec spec>
@@ -209,10 +209,10 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
 // Eight FP8 numbers, not yet scaled, as floats.
 FP8GEMM_DEVICE void unpack_fp8(float (&to)[8], Words2 eight) {
 #pragma unroll
-  for (int j = 0; j < 8; j += 2) {
-    const uint32_t halves = cvt_f16x2_e4m3x2((j < 4 ? eight.x : eight.y) >> 8 * (j % 4));
-    to[j] = cvt_f32_f16(halves & 0xffffu);
-    to[j + 1] = cvt_f32_f16(halves >> 16);
+  for (int j = 0; j < 8; j += 4) {
+    const Words2 halves = cvt_f16x4_e4m3x4(j < 4 ? eight.x : eight.y);
+    to[j] = cvt_f32_f16(halves.x & 0xffffu), to[j + 1] = cvt_f32_f16(halves.x >> 16);
+    to[j + 2] = cvt_f32_f16(halves.y & 0xffffu), to[j + 3] = cvt_f32_f16(halves.y >> 16);
   }
 }
 
@@ -304,83 +304,6 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
       load8<false>(two, from, count);
       *reinterpret_cast<Words4*>(to) = {two[0], two[1], two[2], two[3]};
     }
-  }
-};
-
-// Starts copying the operands of kSwigluBackward's tile; rows from `count` on become zeros.
-FP8GEMM_DEVICE void copy_operands(const QuantizeParams& params, BackwardOperands& to, int row,
-                                  int count, int column) {
-  const int64_t k = params.k;
-  const uint8_t* x = static_cast<const uint8_t*>(params.x) + column;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // 256 threads: eight for a row of 128 bytes
-    const int at = threadIdx.x / 8 + 32 * i, chunk = threadIdx.x % 8;
-    const bool exists = at < count;
-    const int64_t from = exists ? row + at : 0;
-    cp_async(shared_address(&to.gate[at][16 * chunk]), x + from * 2 * k + 16 * chunk, exists);
-    cp_async(shared_address(&to.up[at][16 * chunk]), x + from * 2 * k + k + 16 * chunk, exists);
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int at = threadIdx.x / 16 + 16 * i, chunk = threadIdx.x % 16;
-    const bool exists = at < count;
-    const uint16_t* from = params.gradient + (exists ? row + at : 0) * k + column;
-    cp_async(shared_address(&to.gradient[at][8 * chunk]), from + 8 * chunk, exists);
-  }
-  const int at = threadIdx.x;
-  if (at < 128) {
-    const bool exists = at < count;
-    to.gate_scale[at] = exists ? scales_of(params, 0, 2 * k, column)[row + at] : 0.0f;
-    to.up_scale[at] = exists ? scales_of(params, 0, 2 * k, column + k)[row + at] : 0.0f;
-    to.row_weight[at] = exists ? params.row_weight[row + at] : 0.0f;
-  }
-}
-
-// With s = sigmoid(gate), and y = row weight · gate · s · up:
-//   kGate        dy · row weight · up · (s + gate · s · (1 − s))
-//   kUp          dy · row weight · gate · s
-//   kActivation  y; and for each row dy · gate · s · up, summed over the tile's columns
-template <QuantizeSpec spec, Part part>
-  requires(spec.source == Source::kSwigluBackward)
-struct Values<spec, part> : FloatTile<kThreadRows<spec>> {
-  float row_sum[8];  // kActivation: of this thread's columns
-
-  FP8GEMM_DEVICE void load(const BackwardOperands& from, int row, int column) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int at = row + i;
-      float gate[8], up[8];
-      unpack_fp8(gate, *reinterpret_cast<const Words2*>(&from.gate[at][column]));
-      unpack_fp8(up, *reinterpret_cast<const Words2*>(&from.up[at][column]));
-      const Words4 dy = *reinterpret_cast<const Words4*>(&from.gradient[at][column]);
-      const uint32_t two[4] = {dy.x, dy.y, dy.z, dy.w};
-      const float gate_scale = from.gate_scale[at], up_scale = from.up_scale[at];
-      row_sum[i] = 0;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float gradient = unpack<Float::kBf16>(two[j / 2], j % 2);
-        this->one[i][j] = value(gate[j], gate_scale, up[j], gradient, row_sum[i]);
-      }
-      const float factor = from.row_weight[at] * (part == Part::kUp     ? gate_scale
-                                                  : part == Part::kGate ? up_scale
-                                                                        : gate_scale * up_scale);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) this->one[i][j] *= factor;
-      row_sum[i] *= gate_scale * up_scale;
-    }
-  }
-
- private:
-  // But for the row's factor: gate and up are not yet scaled.
-  FP8GEMM_DEVICE static float value(float gate, float scale, float up, float dy, float& sum) {
-    const float s = sigmoid_of_power(gate * (scale * -kLog2E));
-    if constexpr (part == Part::kGate) {
-      return dy * up * (s * fma_rn(gate * scale, 1.0f - s, 1.0f));
-    }
-    if constexpr (part == Part::kUp) return dy * (gate * s);
-    const float product = gate * s * up;
-    sum = fma_rn(dy, product, sum);
-    return product;
   }
 };
 

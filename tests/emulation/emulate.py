@@ -1,7 +1,7 @@
 """Runs the quantising kernels on the CPU, without a GPU: what they compute, and what they touch.
 
 The text that NVRTC gets is compiled by g++ instead, with ptx.cuh of this folder in the place of the
-kernels' own: every instruction of a GPU is there, as plain C++. fibers.h runs the 256 threads of a
+kernels' own: every instruction of a GPU is there, as plain C++. fibers.h runs the threads of a
 CTA. So indices, layouts, rounding and synchronisation are those of the kernel; its speed, its
 memory's ordering and the instructions themselves are not looked at.
 

@@ -1,4 +1,5 @@
-// The threads of a CTA as fibers: 256 functions with a stack each that take turns on one CPU thread.
+// The threads of a CTA as fibers: up to 512 functions with a stack each that take turns on one CPU
+// thread.
 //
 // A fiber runs until it calls wait(), and goes on once everybody it waits for has come as far: the
 // lanes of its warp, or the whole CTA. A warp runs as far as it can before the next one begins, in
@@ -12,7 +13,7 @@
 
 namespace emulation {
 
-constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kMaxThreads = 512, kLanes = 32;
 
 struct Index {
   unsigned x, y, z;
@@ -27,12 +28,13 @@ struct Fiber {
   int exchanges;  // with other lanes, so far
 };
 
-static Fiber fibers[kThreads];
-alignas(64) static char stacks[kThreads][1 << 16];
+static Fiber fibers[kMaxThreads];
+alignas(64) static char stacks[kMaxThreads][1 << 16];
 static std::jmp_buf scheduler;
 static int current;  // fiber
 static void (*body)();
-static Index thread_index, block_index;
+static Index thread_index, block_index, grid;
+static int threads;  // of a CTA
 static char failure[256];  // the first one; empty: all is well
 
 inline void fail(const char* what, const char* where = "", int line = 0) {
@@ -78,18 +80,20 @@ static void run_warp(int first, bool reversed) {
 }
 
 static void run_block(bool reversed) {
+  const int warps = threads / kLanes;
   for (Fiber& fiber : fibers) fiber = {};
   do {
-    for (int i = 0; i < kWarps && !failure[0]; ++i) {
-      run_warp((reversed ? kWarps - 1 - i : i) * kLanes, reversed);
+    for (int i = 0; i < warps && !failure[0]; ++i) {
+      run_warp((reversed ? warps - 1 - i : i) * kLanes, reversed);
     }
-  } while (!failure[0] && common_wait(0, kThreads) == Wait::kBlock);
+  } while (!failure[0] && common_wait(0, threads) == Wait::kBlock);
 }
 
 // Every lane gives a value and gets that of lane `source`.
 template <class T>
 T exchange(T value, int source) {
-  static T given[kWarps][2][kLanes];  // two: the next exchange begins before the last has read
+  // Two: the next exchange begins before the last has read.
+  static T given[kMaxThreads / kLanes][2][kLanes];
   const int warp = current / kLanes, turn = fibers[current].exchanges++ % 2;
   given[warp][turn][current % kLanes] = value;
   wait(Wait::kWarp);

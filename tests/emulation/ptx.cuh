@@ -20,6 +20,7 @@
 #define FP8GEMM_DEVICE inline
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
+#define gridDim emulation::grid
 
 template <class T>
 constexpr T min(T a, T b) { return b < a ? b : a; }
@@ -29,9 +30,12 @@ constexpr T max(T a, T b) { return a < b ? b : a; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline void __syncthreads() { emulation::wait(emulation::Wait::kBlock); }
+inline void __syncwarp() { emulation::wait(emulation::Wait::kWarp); }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) { return emulation::exchange(value, lane); }
+T __shfl_sync(unsigned, T value, int lane, int width = 32) {
+  return emulation::exchange(value, threadIdx.x % 32 / width * width + lane);
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
   return emulation::exchange(value, threadIdx.x % 32 ^ distance);
@@ -64,28 +68,35 @@ struct alignas(8) Words2 {
   uint32_t x, y;
 };
 
-// Copies are done at once, so a missing wait does not show.
 inline uint8_t* dynamic_shared() {
-  alignas(1024) static uint8_t bytes[1 << 17];
+  alignas(1024) static uint8_t bytes[227 << 10];
   return bytes;
 }
 inline void* shared_address(void* pointer) { return pointer; }
 
-// What was copied is there once it was waited for, and poison until then.
+// What was copied is there once it was waited for, and poison until then. Where it does not exist it
+// is not read.
 struct Copy {
   void* destination;
   const void* source;
+  int bytes;
 };
-static std::vector<Copy> copies[emulation::kThreads];
+static std::vector<Copy> copies[emulation::kMaxThreads];
 
-inline void cp_async(void* destination, const void* source, bool exists) {
+inline void start_copy(void* destination, const void* source, bool exists, int bytes) {
   static const Words4 zeros{};
-  std::memset(destination, 0xff, 16);
-  copies[emulation::current].push_back({destination, exists ? source : &zeros});
+  std::memset(destination, 0xff, bytes);
+  copies[emulation::current].push_back({destination, exists ? source : &zeros, bytes});
+}
+inline void cp_async(void* destination, const void* source, bool exists) {
+  start_copy(destination, source, exists, 16);
+}
+inline void cp_async_4(void* destination, const void* source, bool exists) {
+  start_copy(destination, source, exists, 4);
 }
 inline void cp_async_wait_all() {
   for (const Copy& copy : copies[emulation::current]) {
-    std::memcpy(copy.destination, copy.source, 16);
+    std::memcpy(copy.destination, copy.source, copy.bytes);
   }
   copies[emulation::current].clear();
 }
@@ -142,6 +153,9 @@ inline uint32_t cvt_f16_e4m3(uint32_t byte) {
 }
 inline uint32_t cvt_f16x2_e4m3x2(uint32_t two) {
   return cvt_f16_e4m3(two & 0xff) | cvt_f16_e4m3(two >> 8 & 0xff) << 16;
+}
+inline Words2 cvt_f16x4_e4m3x4(uint32_t four) {
+  return {cvt_f16x2_e4m3x2(four), cvt_f16x2_e4m3x2(four >> 16)};
 }
 
 inline float cvt_f32_f16(uint32_t half) {

@@ -1,0 +1,375 @@
+// SwiGLU's backward pass: gradients to gate and up and the recomputed product, quantised as rows and
+// transposed, in one pass over tiles of 128 rows × 128 columns.
+//
+// One CTA stays on each multiprocessor and takes every gridDim.x-th tile. While it works on a tile,
+// the next one's operands are on their way into shared memory. All three results of a tile stay in
+// registers until the scales of rows and of columns are known:
+//
+//   lane % 16: which eight columns    slot = thread / 16: which four rows
+//
+// Neighbouring column tiles of the same rows follow each other, in neighbouring CTAs.
+#pragma once
+
+#include "group_walk.cuh"
+#include "params.cuh"
+#include "ptx.cuh"
+#include "quantize_scale.cuh"
+#include "quantize_source.cuh"
+
+namespace fp8gemm {
+
+// The tile of each number, found by one warp, which leaves what it knows about groups in shared
+// memory: in registers it would be in everybody's way.
+template <QuantizeSpec spec>
+struct BackwardTiles {
+  using Walk = GroupWalk<Variant::kRagged>;
+  alignas(16) uint8_t walks[32 * sizeof(Walk)];  // of each lane
+
+  FP8GEMM_DEVICE Walk& own_walk() { return reinterpret_cast<Walk*>(walks)[threadIdx.x % 32]; }
+
+  FP8GEMM_DEVICE void start() {
+    if constexpr (spec.grouped) own_walk() = Walk{};
+  }
+
+  // Numbers never go back. Tiles past the last one have no rows.
+  FP8GEMM_DEVICE BackwardTile find(const QuantizeParams& params, int number) {
+    const int tiles = params.k / 128, index = number / tiles, columns = number - index * tiles;
+    if (index >= row_tiles(spec, params)) return {};
+    if constexpr (!spec.grouped) {
+      return {columns, index, index * 128, min(128, params.m - index * 128)};
+    } else {
+      Walk walk = own_walk();
+      walk.find(params, index, 1, 128);
+      own_walk() = walk;
+      if (walk.past_end || walk.group == params.groups) return {};
+      const int before = (index - walk.first_block) * 128;
+      return {columns, index, walk.start + before, min(128, walk.extent - before)};
+    }
+  }
+};
+
+// Adds up, or the like, each of kCount values over sixteen lanes. Lane i gets value i % kCount: a
+// step hands half of the values over and keeps the others, so later steps have fewer.
+template <int kCount, class Combine>
+FP8GEMM_DEVICE float over_sixteen_lanes(float (&values)[kCount], Combine combine) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = threadIdx.x & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? values[i + half] : values[i];
+      const float given = upper ? values[i] : values[i + half];
+      values[i] = combine(kept, __shfl_xor_sync(~0u, given, half));
+    }
+  }
+#pragma unroll
+  for (int distance = kCount; distance < 16; distance *= 2) {
+    values[0] = combine(values[0], __shfl_xor_sync(~0u, values[0], distance));
+  }
+  return values[0];
+}
+
+template <QuantizeSpec spec>
+struct SwigluBackward {
+  using ScaleOf = Scale<spec.pow2>;
+  enum { kGate, kUp, kActivation };  // gradient to gate, gradient to up, the product
+
+  const QuantizeParams& params;
+  BackwardShared& shared;
+  int slot, lane;  // this thread's first row / 4 and first column / 8, in the tile
+  float values[3][4][8];
+  float row_sum[4];      // of this thread's columns
+  float row_reciprocal;  // of the scale of row lane % 4, of gate (lane / 4 % 2 = 0) or up
+
+  FP8GEMM_DEVICE SwigluBackward(const QuantizeParams& p, BackwardShared& s)
+      : params(p), shared(s), slot(threadIdx.x / 16), lane(threadIdx.x % 16) {}
+
+  FP8GEMM_DEVICE void run() {
+    __shared__ BackwardTiles<spec> tiles;
+    const bool finder = threadIdx.x >= kBackwardThreads - 32;
+    if (finder) {
+      tiles.start();
+      for (unsigned n = 0; n < 2; ++n) find(tiles, n);
+    }
+    __syncthreads();
+    start_copies(0);
+    unsigned n = 0;
+    for (; shared.tile[n % 4].count > 0; ++n) {
+      cp_async_wait_all();
+      __syncwarp();
+      compute(n);
+      finish_rows(n);
+      __syncwarp();
+      share_largest_of_columns(operands(n));
+      __syncthreads();
+      if (threadIdx.x < 3 * 128) make_column_scale(n, threadIdx.x / 128, threadIdx.x % 128);
+      if (finder) find(tiles, n + 2);
+      store_rows(n);
+      __syncthreads();
+      turn();
+      __syncthreads();
+    }
+    if (n == 0) return;
+    for (int which = 0; which < 3; ++which) store_lines(first_line(n - 1), which);
+  }
+
+ private:
+  FP8GEMM_DEVICE void find(BackwardTiles<spec>& tiles, unsigned n) {
+    shared.tile[n % 4] = tiles.find(params, blockIdx.x + n * gridDim.x);
+  }
+
+  // ---- Operands: every warp copies its own ----
+
+  FP8GEMM_DEVICE BackwardOperands& operands(unsigned n) const {
+    return shared.operands[n % 2][threadIdx.x / 32];
+  }
+
+  // Starts copying the operands of the n-th tile; rows that it does not have become zeros.
+  FP8GEMM_DEVICE void start_copies(unsigned n) const {
+    const BackwardTile tile = shared.tile[n % 4];
+    if (tile.count > 0) copy(tile, operands(n).rows);
+  }
+
+  // NOTE: of rows that do not exist nothing is read, whatever the address.
+  FP8GEMM_DEVICE void copy(const BackwardTile& tile, BackwardOperands::Rows& to) const {
+    const int warp_lane = threadIdx.x % 32, first = threadIdx.x / 32 * 8;  // row
+    const int64_t k = params.k;
+    const int row = warp_lane / 8, byte = warp_lane % 8 * 16;
+    const uint8_t* x = static_cast<const uint8_t*>(params.x) +
+                       (tile.first + first + row) * 2 * k + (tile.columns * 128 + byte);
+#pragma unroll
+    for (int i = 0; i < 8; i += 4, x += 4 * 2 * k) {
+      const bool exists = first + row + i < tile.count;
+      cp_async(shared_address(&to.gate[row + i][byte]), x, exists);
+      cp_async(shared_address(&to.up[row + i][byte]), x + k, exists);
+    }
+    const int half = warp_lane / 16;
+    const uint16_t* gradient =
+        params.gradient + (tile.first + first + half) * k + (tile.columns * 128 + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2, gradient += 2 * k) {
+      const bool exists = first + half + i < tile.count;
+      cp_async(shared_address(&to.gradient[half + i][lane * 8]), gradient, exists);
+    }
+    if (warp_lane < 24) copy_row_factor(tile, to, warp_lane / 8, warp_lane % 8);
+  }
+
+  FP8GEMM_DEVICE void copy_row_factor(const BackwardTile& tile, BackwardOperands::Rows& to,
+                                      int which, int at) const {
+    const int row = threadIdx.x / 32 * 8 + at;
+    const float* from =
+        which < 2 ? params.x_scale + scale_line(tile, which) : params.row_weight;
+    cp_async_4(shared_address(&to.row_factor[which][at]), from + (tile.first + row),
+               row < tile.count);
+  }
+
+  // Where the tile's line of gate (0) or up (1) begins in scales of rows [2k/128, m↑4].
+  FP8GEMM_DEVICE int64_t scale_line(const BackwardTile& tile, int side) const {
+    const uint32_t line = tile.columns + side * (params.k / 128), rows = params.m;
+    return uint64_t{line} * ((rows + 3) / 4 * 4);
+  }
+
+  // ---- Values ----
+
+  // With s = sigmoid(gate):
+  //   gradient to gate  dy · row weight · up · (s + gate · s · (1 − s))
+  //   gradient to up    dy · row weight · gate · s
+  //   the product       row weight · gate · s · up
+  // and for each row dy · gate · s · up, summed over the tile's columns.
+  //
+  // NOTE: between the rows the next tile's operands are asked for and the last tile's transposed
+  // copies written. Elsewhere warps would wait for each other's stores; here they have enough to do.
+  // All operands are read before, since no read moves up past a copy.
+  FP8GEMM_DEVICE void compute(unsigned n) {
+    const auto& from = operands(n).rows;
+    const int64_t line = n > 0 ? first_line(n - 1) : 0;
+    const int row = slot % 2 * 4;
+    float gate_scale[4], up_scale[4], weight[4];
+    load4(gate_scale, &from.row_factor[0][row]);
+    load4(up_scale, &from.row_factor[1][row]);
+    load4(weight, &from.row_factor[2][row]);
+    Words2 gate[4], up[4];
+    Words4 gradient[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      gate[i] = *reinterpret_cast<const Words2*>(&from.gate[row + i][lane * 8]);
+      up[i] = *reinterpret_cast<const Words2*>(&from.up[row + i][lane * 8]);
+      gradient[i] = *reinterpret_cast<const Words4*>(&from.gradient[row + i][lane * 8]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      compute_row(i, gate[i], up[i], gradient[i], gate_scale[i], up_scale[i], weight[i]);
+      if (i == 0) start_copies(n + 1);
+      if (i < 3 && n > 0) store_lines(line, i);
+    }
+  }
+
+  FP8GEMM_DEVICE void compute_row(int i, Words2 gates, Words2 ups, Words4 dy, float gate_scale,
+                                  float up_scale, float weight) {
+    float gate[8], up[8];
+    unpack_fp8(gate, gates);
+    unpack_fp8(up, ups);
+    const uint32_t two[4] = {dy.x, dy.y, dy.z, dy.w};
+    const float weighted_scale = up_scale * weight;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float d = unpack<Float::kBf16>(two[j / 2], j % 2);
+      const float g = gate[j] * gate_scale, s = sigmoid_of_power(g * -kLog2E);
+      const float silu = g * s, d_silu = d * silu, weighted_up = up[j] * weighted_scale;
+      const float d_s = d * s * weighted_up;
+      values[kGate][i][j] = fma_rn(d_s, g - silu, d_s);
+      values[kUp][i][j] = d_silu * weight;
+      values[kActivation][i][j] = silu * weighted_up;
+      sum = fma_rn(d_silu, up[j], sum);
+    }
+    row_sum[i] = sum * up_scale;
+  }
+
+  FP8GEMM_DEVICE static void load4(float (&to)[4], const float* from) {
+    const Float4 v = *reinterpret_cast<const Float4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  }
+
+  // ---- Rows ----
+
+  // Scales of rows, and the part of the gradient to row weights that these 128 columns give.
+  FP8GEMM_DEVICE void finish_rows(unsigned n) {
+    const BackwardTile tile = shared.tile[n % 4];
+    const int row = tile.first + slot * 4 + lane % 4;
+    const bool exists = slot * 4 + lane % 4 < tile.count;
+    const float sum = over_sixteen_lanes(row_sum, [](float a, float b) { return a + b; });
+    if (exists && lane < 4) {
+      params.row_weight_gradient[int64_t{tile.columns} * params.m + row] = sum;
+    }
+    float largest[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest[i] = largest_of_row(values[i / 4][i % 4]);
+    const ScaleOf scale = ScaleOf::of(over_sixteen_lanes(largest, max_nan));
+    row_reciprocal = scale.reciprocal;
+    if (exists && lane < 8) {
+      params.rows_scale[scale_line(tile, lane / 4) + row] = scale.value;
+    }
+  }
+
+  FP8GEMM_DEVICE static float largest_of_row(const float (&row)[8]) {
+    float largest = magnitude(row[0]);
+#pragma unroll
+    for (int j = 1; j < 8; ++j) largest = max_nan(largest, magnitude(row[j]));
+    return largest;
+  }
+
+  FP8GEMM_DEVICE void store_rows(unsigned n) const {
+    const BackwardTile tile = shared.tile[n % 4];
+    const int64_t pitch = 2 * int64_t{params.k};
+    uint8_t* to = params.rows + (tile.first + slot * 4) * pitch + (tile.columns * 128 + lane * 8);
+#pragma unroll
+    for (int i = 0; i < 4; ++i, to += pitch) {
+      const bool exists = slot * 4 + i < tile.count;
+      store_row(to, kGate, i, exists);
+      store_row(to + params.k, kUp, i, exists);
+    }
+  }
+
+  FP8GEMM_DEVICE void store_row(uint8_t* to, int side, int i, bool exists) const {
+    const float reciprocal = __shfl_sync(~0u, row_reciprocal, side * 4 + i, 16);
+    auto scaled = [&](int j) { return values[side][i][j] * reciprocal; };
+    const Words2 bytes = {cvt_e4m3x4(scaled(0), scaled(1), scaled(2), scaled(3)),
+                          cvt_e4m3x4(scaled(4), scaled(5), scaled(6), scaled(7))};
+    if (exists) *reinterpret_cast<Words2*>(to) = bytes;
+  }
+
+  // ---- Columns ----
+
+  // Columns' numbers in shared memory lie so that four of every thread's eight come first: sixteen
+  // lanes then read and write runs of 16 bytes without a gap.
+  FP8GEMM_DEVICE void share_largest_of_columns(BackwardOperands& to) const {
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+      float largest[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        largest[j] = magnitude(values[which][0][j]);
+#pragma unroll
+        for (int i = 1; i < 4; ++i) largest[j] = max_nan(largest[j], magnitude(values[which][i][j]));
+      }
+      Float4* run = reinterpret_cast<Float4*>(to.largest[slot % 2][which]) + lane;
+      run[0] = {largest[0], largest[1], largest[2], largest[3]};
+      run[16] = {largest[4], largest[5], largest[6], largest[7]};
+    }
+  }
+
+  FP8GEMM_DEVICE void make_column_scale(unsigned n, int which, int at) {
+    float largest = 0;
+#pragma unroll
+    for (int warp = 0; warp < 16; ++warp) {
+      const BackwardOperands& from = shared.operands[n % 2][warp];
+      largest = max_nan(largest, max_nan(from.largest[0][which][at], from.largest[1][which][at]));
+    }
+    const ScaleOf scale = ScaleOf::of(largest);
+    shared.reciprocal[which][at] = scale.reciprocal;
+    const BackwardTile tile = shared.tile[n % 4];
+    const int column = at % 64 / 4 * 8 + at / 64 * 4 + at % 4;
+    float* to = which == kGate ? params.transposed_scale
+                : which == kUp ? params.up_transposed_scale
+                               : params.activation_scale;
+    to[int64_t{tile.tokens} * params.k + (tile.columns * 128 + column)] = scale.value;
+  }
+
+  // Writes the transposed tiles to shared memory. A word, four rows of a column, is moved by an
+  // exclusive or with the column, so that lanes do not meet in a bank.
+  FP8GEMM_DEVICE void turn() {
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+      float reciprocal[8];
+      const float* own = shared.reciprocal[which] + 4 * lane;
+      load4(reinterpret_cast<float(&)[4]>(reciprocal[0]), own);
+      load4(reinterpret_cast<float(&)[4]>(reciprocal[4]), own + 64);
+      uint32_t* to = shared.transposed[which][lane * 8] + (slot ^ (2 * lane));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        auto scaled = [&](int i) { return values[which][i][j] * reciprocal[j]; };
+        to[32 * j] = cvt_e4m3x4(scaled(0), scaled(1), scaled(2), scaled(3));
+      }
+    }
+  }
+
+  // Eight threads write a line of 128 bytes. Those beside them take a line whose bytes lie in the
+  // other half of the banks: eight columns away.
+  FP8GEMM_DEVICE static int first_column() {
+    const int line = threadIdx.x / 8;
+    return line / 16 * 16 + line % 2 * 8 + line / 2 % 8;
+  }
+
+  // Where this thread's first line of the n-th tile begins in the transposed copies.
+  FP8GEMM_DEVICE int64_t first_line(unsigned n) const {
+    const BackwardTile tile = shared.tile[n % 4];
+    return (tile.columns * 128 + first_column()) * int64_t{params.pitch} + tile.tokens * 128;
+  }
+
+  FP8GEMM_DEVICE void store_lines(int64_t line, int which) const {
+    const int chunk = threadIdx.x % 8;
+    uint8_t* to = which == kGate ? params.transposed
+                  : which == kUp ? params.up_transposed
+                                 : params.activation;
+    to += line + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < 128; i += 64, to += 64 * int64_t{params.pitch}) {
+      const int column = first_column() + i, moved = 2 * (column / 8);
+      const uint32_t* from = shared.transposed[which][column];
+      const Words2 low = *reinterpret_cast<const Words2*>(from + ((chunk * 4) ^ moved));
+      const Words2 high = *reinterpret_cast<const Words2*>(from + ((chunk * 4 + 2) ^ moved));
+      *reinterpret_cast<Words4*>(to) = {low.x, low.y, high.x, high.y};
+    }
+  }
+};
+
+template <QuantizeSpec spec>
+FP8GEMM_DEVICE void swiglu_backward(const QuantizeParams& params) {
+  static_assert(spec.rows && spec.transposed && spec.tile == ScaleTile::k1x128 && spec.aligned &&
+                    !spec.gather && !spec.pair,
+                "SwiGLU backward writes all copies, of whole tiles of columns");
+  SwigluBackward<spec>(params, *reinterpret_cast<BackwardShared*>(dynamic_shared())).run();
+}
+
+}  // namespace fp8gemm
