@@ -9,10 +9,10 @@
 
 namespace fp8gemm {
 
-// The row of x that becomes `row`, over all batches.
+// The row of x that becomes `row`, over all batches; any where `row` does not exist.
 template <QuantizeSpec spec>
-FP8GEMM_DEVICE int64_t source_row(const QuantizeParams& params, int batch, int row) {
-  if constexpr (spec.gather) row = min(max(params.index[row], 0), params.x_rows - 1);
+FP8GEMM_DEVICE int64_t source_row(const QuantizeParams& params, int batch, int row, bool exists) {
+  if constexpr (spec.gather) row = exists ? min(max(params.index[row], 0), params.x_rows - 1) : 0;
   return int64_t{batch} * params.x_rows + row;
 }
 
@@ -183,10 +183,15 @@ template <QuantizeSpec spec>
 struct Values<spec> : PackedTile<spec.type, kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     const auto x = columns_of<spec, uint16_t>(params, column);
+    int64_t at = 0;
 #pragma unroll
     for (int i = 0; i < kThreadRows<spec>; ++i) {
-      const bool exists = row + i < end;
-      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * x.pitch : 0;
+      const bool exists = row + i < end;  // else nothing is read, whatever the address
+      if (i == 0 || spec.gather) {
+        at = source_row<spec>(params, batch, row + i, exists) * x.pitch;
+      } else {
+        at += x.pitch;
+      }
       load8<spec.aligned>(this->two[i], x.first + at, exists ? x.count : 0);
     }
   }
@@ -197,10 +202,15 @@ template <QuantizeSpec spec>
 struct Values<spec> : FloatTile<kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     const auto x = columns_of<spec, float>(params, column);
+    int64_t at = 0;
 #pragma unroll
     for (int i = 0; i < kThreadRows<spec>; ++i) {
-      const bool exists = row + i < end;
-      const int64_t at = exists ? source_row<spec>(params, batch, row + i) * x.pitch : 0;
+      const bool exists = row + i < end;  // else nothing is read, whatever the address
+      if (i == 0 || spec.gather) {
+        at = source_row<spec>(params, batch, row + i, exists) * x.pitch;
+      } else {
+        at += x.pitch;
+      }
       load8<spec.aligned>(this->one[i], x.first + at, exists ? x.count : 0);
     }
   }
@@ -235,7 +245,7 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
       // A row that exists stands in for those that do not: behind a branch for each row, one row's
       // index and scale would be waited for before the next one's are asked for.
       const bool exists = row + i < end;
-      const int64_t at = source_row<spec>(params, batch, min(row + i, end - 1));
+      const int64_t at = source_row<spec>(params, batch, min(row + i, end - 1), true);
       scale[i] = scales[at - int64_t{batch} * params.x_rows];
       if (!exists) scale[i] = 0;
       const uint8_t* from = static_cast<const uint8_t*>(params.x) + at * params.k + column;
@@ -273,7 +283,7 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool exists = row + i < end;
-      const int64_t from = exists ? source_row<spec>(params, batch, row + i) * 2 * params.k : 0;
+      const int64_t from = source_row<spec>(params, batch, row + i, exists) * 2 * params.k;
       const uint16_t* x = static_cast<const uint16_t*>(params.x) + from + column;
       const int count = exists ? params.k - column : 0;
       copy8(tile.gate[first + i] + at, x, count);
