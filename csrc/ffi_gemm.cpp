@@ -190,8 +190,9 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
   }
   if (spec.store == Store::kTma) {
     const TensorMapShape shape = {
-        kTensorMapBfloat16, 3, {uint64_t(o.out.columns), uint64_t(o.out.rows), uint64_t(o.out.groups)},
-        {uint32_t(store_columns(spec.block_n)), 64, 1}, true};
+        spec.out == Out::kF32 ? kTensorMapFloat32 : kTensorMapBfloat16, 3,
+        {uint64_t(o.out.columns), uint64_t(o.out.rows), uint64_t(o.out.groups)},
+        {uint32_t(store_columns(spec.block_n, spec.out)), 64, 1}, true};
     then(params.out, shape, o.out);
   }
   return status;

@@ -87,8 +87,12 @@ class GemmConfig:
 
 def store(problem: Problem, config: GemmConfig) -> str:
     """Returns how results leave: "tma", through the copy engine, or "direct", from registers."""
-    staged = config.kernel == "persistent" and problem.out == "bf16" and not problem.accumulate
-    return "tma" if staged and problem.n % 8 == 0 else "direct"  # rows of 16 bytes
+    f32 = problem.out == "f32"
+    staged = config.kernel == "persistent" and not problem.accumulate
+    # Groups of any rows leave both ways, for which fp32 has not enough registers.
+    if not staged or (f32 and problem.variant == "ragged"):
+        return "direct"
+    return "tma" if problem.n % (4 if f32 else 8) == 0 else "direct"  # rows of 16 bytes
 
 
 def _scale_slot(tile: Tile, rows: int) -> int:
@@ -106,7 +110,7 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
         parts, groups = 2 * config.split_k, m // 64 * (n // 8)
         total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
     elif store(problem, config) == "tma":
-        total += 2 * m * n
+        total += 4 * 128 * n if problem.out == "f32" else 2 * m * n
     return round_up(total, 1024)
 
 

@@ -129,4 +129,20 @@ FP8GEMM_DEVICE void stage_out(uint32_t boxes, const float (&sums)[kRegisters], i
   }
 }
 
+// The same for boxes of fp32 columns.
+template <int kColumns, int kRegisters>
+FP8GEMM_DEVICE void stage_out_f32(uint32_t boxes, const float (&sums)[kRegisters], int warp,
+                                  int lane) {
+  constexpr int kRowBytes = 4 * kColumns, kBoxBytes = 64 * kRowBytes, kChunks = kColumns / 4;
+  const int row = lane / 4, swizzle = row * kRowBytes / 128 % kChunks;  // eight rows on: the same
+  const uint32_t first = boxes + (warp * 16 + row) * kRowBytes + lane % 2 * 8;
+#pragma unroll
+  for (int i = 0; i < kRegisters; i += 4) {  // 8 columns
+    const int box = 2 * i / kColumns, chunk = 2 * i % kColumns / 4 + lane % 4 / 2;
+    const uint32_t to = first + box * kBoxBytes + (chunk ^ swizzle) * 16;
+    st_shared_v2(to, {sums[i], sums[i + 1]});
+    st_shared_v2(to + 8 * kRowBytes, {sums[i + 2], sums[i + 3]});
+  }
+}
+
 }  // namespace fp8gemm

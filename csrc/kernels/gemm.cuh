@@ -39,8 +39,11 @@ struct GemmTraits {
   // Whether a block may end early, where the rows of its group end.
   static constexpr bool kCutShort =
       spec.variant == Variant::kRagged || spec.variant == Variant::kMasked;
+  // Sub-tiles of a warpgroup that shared memory holds on their way out: fp32 leaves room for one.
+  static constexpr int kOutTiles = spec.out == Out::kF32 ? 1 : kSubTiles;
+  static constexpr int kOutTileBytes = 64 * spec.block_n * (spec.out == Out::kF32 ? 4 : 2);
   static constexpr int kOutBytes =
-      spec.store == Store::kTma ? spec.block_m * spec.block_n * 2 : 0;
+      spec.store == Store::kTma ? kMathWarpgroups * kOutTiles * kOutTileBytes : 0;
   using Shared = SharedMemory<spec, kOutBytes, 0>;
   using Ring = RingPosition<spec.stages>;
 
@@ -226,21 +229,26 @@ struct Consumer {
 
   template <int kSubTile>
   FP8GEMM_DEVICE void store_tma() {
-    constexpr int kColumns = store_columns(spec.block_n), kBoxes = spec.block_n / kColumns;
-    constexpr int kBoxBytes = 64 * kColumns * 2;
+    constexpr int kColumns = store_columns(spec.block_n, spec.out);
+    constexpr int kBoxes = spec.block_n / kColumns, kBoxBytes = Traits::kOutTileBytes / kBoxes;
     const int tile = 2 * kSubTile + warpgroup;
-    const uint32_t boxes = shared_address(&shared.out) + tile * kBoxes * kBoxBytes;
+    const int slot = Traits::kOutTiles == 1 ? warpgroup : tile;
+    const uint32_t boxes = shared_address(&shared.out) + slot * Traits::kOutTileBytes;
     const bool leader = threadIdx.x % 128 == 0;
     if (!fits_box(finished.m + tile * 64)) {
       store_direct<spec>(params, sums[kSubTile], finished, row_in_block(kSubTile), 2 * (lane % 4));
       return;
     }
-    // The boxes are free again once the store before last (of the other sub-tile: last) has read;
-    // where sub-tiles may leave by another way, once all have.
-    constexpr int kPending = Traits::kCutShort ? 0 : kSubTiles - 1;
+    // The boxes are free again once the last store from them has read: the last of all, or with two
+    // slots the one before; where sub-tiles may leave by another way, once all have.
+    constexpr int kPending = Traits::kCutShort ? 0 : Traits::kOutTiles - 1;
     if (leader) cp_async_bulk_wait_group_read<kPending>();
     bar_sync(kStoreBarrier + warpgroup, 128);
-    stage_out<kColumns>(boxes, sums[kSubTile], warp, lane);
+    if constexpr (spec.out == Out::kF32) {
+      stage_out_f32<kColumns>(boxes, sums[kSubTile], warp, lane);
+    } else {
+      stage_out<kColumns>(boxes, sums[kSubTile], warp, lane);
+    }
     fence_proxy_async();
     bar_sync(kStoreBarrier + warpgroup, 128);
     if (leader) {

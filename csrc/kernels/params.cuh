@@ -70,10 +70,11 @@ constexpr int copied_rows(int block_rows, int rows) {
   return rows < block_rows ? (rows + 7) / 8 * 8 : block_rows;
 }
 
-// Columns of a box of results on its way out: as many as the swizzle takes and the block divides by.
-constexpr int store_columns(int block_n) {
-  const int divisor = block_n & -block_n;
-  return divisor < 64 ? divisor : 64;
+// Columns of a box of results on its way out: as many as the swizzle takes, which is 128 bytes, and
+// the block divides by.
+constexpr int store_columns(int block_n, Out out) {
+  const int divisor = block_n & -block_n, most = out == Out::kF32 ? 32 : 64;
+  return divisor < most ? divisor : most;
 }
 
 // The driver's CUtensorMap: 128 opaque bytes.
@@ -86,7 +87,7 @@ struct GemmParams {
   TensorMap rhs;        // fp8 [groups * n, k], likewise
   TensorMap lhs_scale;  // fp32, where GemmSpec::lhs_scale is per row
   TensorMap rhs_scale;  // likewise
-  TensorMap out;        // bf16 [groups, m, n], likewise, where Store::kTma
+  TensorMap out;        // GemmSpec::out [groups, m, n], likewise, where Store::kTma
   const float* lhs_scale_data;  // layout by GemmSpec::lhs_scale; rows are multiples of 16 bytes
   const float* rhs_scale_data;
   void* out_data;  // [groups, m, n] of GemmSpec::out, or [m, n]

@@ -254,6 +254,10 @@ FP8GEMM_DEVICE Float4 ld_shared_v4(uint32_t address) {
   return v;
 }
 
+FP8GEMM_DEVICE void st_shared_v2(uint32_t address, Float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
 FP8GEMM_DEVICE void st_shared_v4(uint32_t address, Float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
                "f"(v.z), "f"(v.w)

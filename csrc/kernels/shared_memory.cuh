@@ -62,7 +62,7 @@ struct alignas(1024) SharedMemory {
   static constexpr int kRhsScaleSlot = round_up(scale_bytes(spec.rhs_scale, spec.block_n), 128);
   uint8_t lhs[spec.stages][kLhsBytes];
   uint8_t rhs[spec.stages][kRhsBytes];
-  [[no_unique_address]] Bytes<kOutBytes> out;            // bf16 results on their way to the copy engine
+  [[no_unique_address]] Bytes<kOutBytes> out;            // results on their way to the copy engine
   [[no_unique_address]] Bytes<kExchangeBytes> exchange;  // partial sums between warpgroups and CTAs
   uint8_t lhs_scale[spec.stages][kLhsScaleSlot];
   uint8_t rhs_scale[spec.stages][kRhsScaleSlot];
