@@ -84,7 +84,7 @@ def time_casts() -> list[dict]:
     rows = []
     ran = tuning.device_kernels(contenders, REPS, burst=True)
     ours = {name: run for name, run in contenders.items() if targets[name]}
-    read = tuning.device_microseconds(ours, 7, burst=True, flush="read")
+    read = tuning.device_microseconds(ours, 7, KERNEL, burst=True, flush="read")
     for name, launches in ran.items():
         totals = sorted(sum(us for _, us in launch) for launch in launches)
         kernel = [sum(us for n, us in launch if KERNEL in n) for launch in launches]
@@ -96,9 +96,14 @@ def time_casts() -> list[dict]:
             "us": round(us, 2), "us_kernel": round(own, 2), "p10": round(totals[1], 2),
             "p90": round(totals[-2], 2), "bytes": bytes_of[name], "gbs": round(1e3 * rate, 1),
             "target_gbs": 1e3 * targets[name], "roofline": round(rate * 1e12 / BANDWIDTH, 3),
-            **({"us_read_flush": round(statistics.median(read[name]), 2)} if name in read else {}),
         })  # fmt: skip
-        print(f"{name:36} {us:8.1f} µs, kernel {own:8.1f} µs: {rate:5.2f} TB/s", flush=True)
+        note = ""
+        if name in read:
+            clean = statistics.median(read[name])
+            rows[-1] |= {"us_kernel_read_flush": round(clean, 2),
+                         "gbs_read_flush": round(1e-3 * bytes_of[name] / clean, 1)}  # fmt: skip
+            note = f"; L2 without dirty lines {bytes_of[name] / clean / 1e6:5.2f}"
+        print(f"{name:36} {us:8.1f} µs, kernel {own:8.1f} µs: {rate:5.2f} TB/s{note}", flush=True)
     return rows
 
 
