@@ -168,8 +168,9 @@ struct Consumer {
         shared_address(shared.lhs_scale[stage]), row_in_block(kSubTile) + scale_shift);
     if constexpr (Traits::kPerColumn) {
       store_finished<kSubTile, kFirst, kLast>();
+      const ColumnScales<kRegisters> rhs_scale(rhs_slot, lane);
       finish_partial(partial);
-      promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
+      promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kActive - 1) release();
     } else {
       const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);

@@ -165,8 +165,9 @@ struct FewRowsConsumer {
     const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
         shared_address(shared.lhs_scale[stage]), kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
     if constexpr (kPerColumn) {
+      const ColumnScales<kRegisters> rhs_scale(rhs_slot, lane);
       finish_partial(partial);
-      promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_slot, lane);
+      promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);
     } else {
       const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);

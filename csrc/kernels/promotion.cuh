@@ -90,16 +90,31 @@ FP8GEMM_DEVICE void promote(float (&sums)[kRegisters], const float (&partial)[kR
   }
 }
 
-// The same with one rhs scale per column, read from the stage as it goes: there are too many of
-// them to hold.
+// rhs scales of single columns, two for each eight columns. There are too many of them to hold: the
+// first ones are read while the tensor core works, the others as they are needed.
+template <int kRegisters>
+struct ColumnScales {
+  static constexpr int kAhead = kRegisters / 4 < 3 ? kRegisters / 4 : 3;
+  uint32_t first;  // address
+  Float2 ahead[kAhead];
+
+  FP8GEMM_DEVICE ColumnScales(uint32_t slot, int lane) : first(slot + 8 * (lane % 4)) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) ahead[j] = ld_shared_v2(first + 32 * j);
+  }
+  FP8GEMM_DEVICE Float2 get(int j) const {
+    return j < kAhead ? ahead[j] : ld_shared_v2(first + 32 * j);
+  }
+};
+
+// The same with one rhs scale per column.
 template <bool kFirst, int kRegisters>
 FP8GEMM_DEVICE void promote_per_column(float (&sums)[kRegisters],
                                        const float (&partial)[kRegisters], Float2 lhs,
-                                       uint32_t slot, int lane) {
-  const uint32_t first = slot + 8 * (lane % 4);
+                                       const ColumnScales<kRegisters>& scales) {
 #pragma unroll
   for (int i = 0; i < kRegisters; i += 4) {
-    const Float2 rhs = ld_shared_v2(first + 8 * i);
+    const Float2 rhs = scales.get(i / 4);
     const float a = lhs.x * rhs.x, b = lhs.x * rhs.y, c = lhs.y * rhs.x, d = lhs.y * rhs.y;
     sums[i + 0] = kFirst ? a * partial[i + 0] : sums[i + 0] + a * partial[i + 0];
     sums[i + 1] = kFirst ? b * partial[i + 1] : sums[i + 1] + b * partial[i + 1];
