@@ -206,8 +206,7 @@ struct Quantizer {
   }
 
   FP8GEMM_DEVICE void store_row(uint8_t* to, int i, ScaleOf scale) {
-    const Words2 bytes =
-        pack8([&](int j) { return values.get(i, j); }, [&](int) { return scale; });
+    const Words2 bytes = pack8([&](int j) { return values.get(i, j); }, scale.reciprocal);
     if (has_row(i)) store8<spec.aligned>(to, bytes, rows.k - rows.column - column);
   }
 
@@ -221,8 +220,7 @@ struct Quantizer {
     Words2* to_column = shared.tile + place(column, slot / 2, slot % 2);  // one of eight
 #pragma unroll
     for (int j = 0; j < 8; ++j, to_column += 16) {
-      const ScaleOf own = scale(j);
-      *to_column = pack8([&](int i) { return values.get(i, j); }, [&](int) { return own; });
+      *to_column = pack8([&](int i) { return values.get(i, j); }, scale(j).reciprocal);
     }
     __syncthreads();
     const int room = params.pitch - tokens.position;  // columns of the transposed copy, here on

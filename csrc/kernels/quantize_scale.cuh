@@ -36,9 +36,9 @@ struct Scale {
 };
 
 // Eight values of get(0) ... get(7), each scaled by the scale of its index.
-template <class Get, class ScaleOf>
-FP8GEMM_DEVICE Words2 pack8(Get get, ScaleOf scale) {
-  auto scaled = [&](int i) { return get(i) * scale(i).reciprocal; };
+template <class Get>
+FP8GEMM_DEVICE Words2 pack8(Get get, float reciprocal) {
+  auto scaled = [&](int i) { return get(i) * reciprocal; };
   return {cvt_e4m3x4(scaled(0), scaled(1), scaled(2), scaled(3)),
           cvt_e4m3x4(scaled(4), scaled(5), scaled(6), scaled(7))};
 }

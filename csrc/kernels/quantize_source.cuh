@@ -178,22 +178,29 @@ FP8GEMM_DEVICE Columns<T> columns_of(const QuantizeParams& params, int column) {
 template <QuantizeSpec spec>
 struct Values;
 
+// rows: a tile's, as PackedTile or FloatTile hold them.
+template <QuantizeSpec spec, class Rows>
+FP8GEMM_DEVICE void load_floats(Rows& rows, const QuantizeParams& params, int batch, int row,
+                                int end, int column) {
+  const auto x = columns_of<spec, Number<spec.type>>(params, column);
+  int64_t at = 0;
+#pragma unroll
+  for (int i = 0; i < kThreadRows<spec>; ++i) {
+    const bool exists = row + i < end;  // else nothing is read, whatever the address
+    if (i == 0 || spec.gather) {
+      at = source_row<spec>(params, batch, row + i, exists) * x.pitch;
+    } else {
+      at += x.pitch;
+    }
+    load8<spec.aligned>(rows[i], x.first + at, exists ? x.count : 0);
+  }
+}
+
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type != Float::kF32)
 struct Values<spec> : PackedTile<spec.type, kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
-    const auto x = columns_of<spec, uint16_t>(params, column);
-    int64_t at = 0;
-#pragma unroll
-    for (int i = 0; i < kThreadRows<spec>; ++i) {
-      const bool exists = row + i < end;  // else nothing is read, whatever the address
-      if (i == 0 || spec.gather) {
-        at = source_row<spec>(params, batch, row + i, exists) * x.pitch;
-      } else {
-        at += x.pitch;
-      }
-      load8<spec.aligned>(this->two[i], x.first + at, exists ? x.count : 0);
-    }
+    load_floats<spec>(this->two, params, batch, row, end, column);
   }
 };
 
@@ -201,18 +208,7 @@ template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type == Float::kF32)
 struct Values<spec> : FloatTile<kThreadRows<spec>> {
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
-    const auto x = columns_of<spec, float>(params, column);
-    int64_t at = 0;
-#pragma unroll
-    for (int i = 0; i < kThreadRows<spec>; ++i) {
-      const bool exists = row + i < end;  // else nothing is read, whatever the address
-      if (i == 0 || spec.gather) {
-        at = source_row<spec>(params, batch, row + i, exists) * x.pitch;
-      } else {
-        at += x.pitch;
-      }
-      load8<spec.aligned>(this->one[i], x.first + at, exists ? x.count : 0);
-    }
+    load_floats<spec>(this->one, params, batch, row, end, column);
   }
 };
 

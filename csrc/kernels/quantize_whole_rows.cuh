@@ -65,8 +65,7 @@ FP8GEMM_DEVICE void quantize_whole_row(const QuantizeParams& params) {
   }
   uint8_t* to = params.rows + row * params.k;
   each_eight<spec>(params, row, [&](int column, const Values<spec>& values) {
-    const Words2 bytes =
-        pack8([&](int j) { return values.get(0, j); }, [&](int) { return scale; });
+    const Words2 bytes = pack8([&](int j) { return values.get(0, j); }, scale.reciprocal);
     store8<spec.aligned>(to + column, bytes, params.k - column);
   });
 }

@@ -77,7 +77,7 @@ struct SwigluBackward {
   const QuantizeParams& params;
   BackwardShared& shared;
   int slot, lane;  // this thread's first row / 4 and first column / 8, in the tile
-  float values[3][4][8];
+  FloatTile<4> values[3];
   float row_sum[4];      // of this thread's columns
   float row_reciprocal;  // of the scale of row lane % 4, of gate (lane / 4 % 2 = 0) or up
 
@@ -218,9 +218,9 @@ struct SwigluBackward {
       const float g = gate[j] * gate_scale, s = sigmoid_of_power(g * -kLog2E);
       const float silu = g * s, d_silu = d * silu, weighted_up = up[j] * weighted_scale;
       const float d_s = d * s * weighted_up;
-      values[kGate][i][j] = fma_rn(d_s, g - silu, d_s);
-      values[kUp][i][j] = d_silu * weight;
-      values[kActivation][i][j] = silu * weighted_up;
+      values[kGate].one[i][j] = fma_rn(d_s, g - silu, d_s);
+      values[kUp].one[i][j] = d_silu * weight;
+      values[kActivation].one[i][j] = silu * weighted_up;
       sum = fma_rn(d_silu, up[j], sum);
     }
     row_sum[i] = sum * up_scale;
@@ -244,19 +244,12 @@ struct SwigluBackward {
     }
     float largest[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest[i] = largest_of_row(values[i / 4][i % 4]);
+    for (int i = 0; i < 8; ++i) largest[i] = values[i / 4].largest_of_row(i % 4);
     const ScaleOf scale = ScaleOf::of(over_sixteen_lanes(largest, max_nan));
     row_reciprocal = scale.reciprocal;
     if (exists && lane < 8) {
       params.rows_scale[scale_line(tile, lane / 4) + row] = scale.value;
     }
-  }
-
-  FP8GEMM_DEVICE static float largest_of_row(const float (&row)[8]) {
-    float largest = magnitude(row[0]);
-#pragma unroll
-    for (int j = 1; j < 8; ++j) largest = max_nan(largest, magnitude(row[j]));
-    return largest;
   }
 
   FP8GEMM_DEVICE void store_rows(unsigned n) const {
@@ -273,9 +266,7 @@ struct SwigluBackward {
 
   FP8GEMM_DEVICE void store_row(uint8_t* to, int side, int i, bool exists) const {
     const float reciprocal = __shfl_sync(~0u, row_reciprocal, side * 4 + i, 16);
-    auto scaled = [&](int j) { return values[side][i][j] * reciprocal; };
-    const Words2 bytes = {cvt_e4m3x4(scaled(0), scaled(1), scaled(2), scaled(3)),
-                          cvt_e4m3x4(scaled(4), scaled(5), scaled(6), scaled(7))};
+    const Words2 bytes = pack8([&](int j) { return values[side].get(i, j); }, reciprocal);
     if (exists) *reinterpret_cast<Words2*>(to) = bytes;
   }
 
@@ -287,12 +278,7 @@ struct SwigluBackward {
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
       float largest[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        largest[j] = magnitude(values[which][0][j]);
-#pragma unroll
-        for (int i = 1; i < 4; ++i) largest[j] = max_nan(largest[j], magnitude(values[which][i][j]));
-      }
+      values[which].largest_of_columns(largest);
       Float4* run = reinterpret_cast<Float4*>(to.largest[slot % 2][which]) + lane;
       run[0] = {largest[0], largest[1], largest[2], largest[3]};
       run[16] = {largest[4], largest[5], largest[6], largest[7]};
@@ -328,7 +314,7 @@ struct SwigluBackward {
       uint32_t* to = shared.transposed[which][lane * 8] + (slot ^ (2 * lane));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        auto scaled = [&](int i) { return values[which][i][j] * reciprocal[j]; };
+        auto scaled = [&](int i) { return values[which].get(i, j) * reciprocal[j]; };
         to[32 * j] = cvt_e4m3x4(scaled(0), scaled(1), scaled(2), scaled(3));
       }
     }
