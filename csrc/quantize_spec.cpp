@@ -34,11 +34,12 @@ int dynamic_shared_bytes(const QuantizeSpec& spec) {
 // 16-bit floats stay packed, and leave room for a third.
 int residents(const QuantizeSpec& spec) {
   if (!spec.aligned || is_persistent(spec)) return 1;
-  if (tile_rows(spec) < 128) return spec.type == Float::kF32 ? 4 : 6;
+  if (tile_rows(spec) < 128) return spec.type == Float::kF32 ? 6 : 8;
   const bool packed = spec.source == Source::kFloat && spec.type != Float::kF32 &&
                       spec.tile == ScaleTile::k1x128;
   const bool swiglu_rows = spec.source == Source::kSwiglu && !spec.transposed && spec.pow2;
-  return packed || swiglu_rows || spec.source == Source::kFp8 ? 3 : 2;
+  if (spec.source == Source::kFp8) return 4;
+  return packed || swiglu_rows ? 3 : 2;
 }
 
 }  // namespace

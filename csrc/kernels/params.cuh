@@ -163,7 +163,7 @@ constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
 constexpr int tile_rows(const QuantizeSpec& spec) {
   const bool plain_rows = spec.source == Source::kFloat && spec.tile == ScaleTile::k1x128 &&
                           !spec.transposed && !spec.grouped;
-  return plain_rows ? 64 : 128;
+  return plain_rows ? 32 : 128;
 }
 
 // Tiles of rows of one matrix: every group begins one, so any sizes of groups must fit. Those of all
@@ -215,6 +215,7 @@ struct alignas(128) BackwardShared {
   uint32_t transposed[3][128][32];   // 128 bytes for each column
   float reciprocal[3][128];          // of columns' scales
   BackwardTile tile[4];              // by its number % 4: the last one, this one, the next two
+  uint64_t barrier[3];
 };
 
 }  // namespace fp8gemm

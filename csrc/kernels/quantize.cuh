@@ -1,7 +1,7 @@
 // Quantising: every CTA reads a tile of 128 rows × 128 columns once, and writes it as it lies, or
-// transposed, or both. Where nothing needs 128 rows, a tile has 64 (tile_rows).
+// transposed, or both. Where nothing needs 128 rows, a tile has 32 (tile_rows).
 //
-// 256 threads; 16 of them share a row. A thread holds eight neighbouring columns of eight (or four)
+// 256 threads; 16 of them share a row. A thread holds eight neighbouring columns of eight (or two)
 // neighbouring rows, so that it can write eight bytes of either copy at once:
 //
 //   lane % 16: which eight columns    slot = thread / 16: which rows
@@ -105,7 +105,7 @@ struct Quantizer {
       if constexpr (spec.transposed) share_largest_of_columns();
       if constexpr (spec.rows) quantize_rows();
       if constexpr (spec.transposed) {
-        values.unpack_again(tokens.position % 128);
+        values.unpack_again(params.pitch % 128);
         __syncthreads();
         if (threadIdx.x < 128) make_column_scale(threadIdx.x);
         __syncthreads();

@@ -1,4 +1,4 @@
-// What quantize.cuh quantises: eight (or four) rows × eight columns of a thread, loaded all at once.
+// What quantize.cuh quantises: eight (or two) rows × eight columns of a thread, loaded all at once.
 //
 // Values<spec>: load() takes rows from `row` and columns from `column` on, of which rows from
 // `end` on are zeros; the rest is that of a PackedTile or FloatTile.
@@ -212,30 +212,22 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
   }
 };
 
-// Eight FP8 numbers, not yet scaled, as floats.
-FP8GEMM_DEVICE void unpack_fp8(float (&to)[8], Words2 eight) {
-#pragma unroll
-  for (int j = 0; j < 8; j += 4) {
-    const Words2 halves = cvt_f16x4_e4m3x4(j < 4 ? eight.x : eight.y);
-    to[j] = cvt_f32_f16(halves.x & 0xffffu), to[j + 1] = cvt_f32_f16(halves.x >> 16);
-    to[j + 2] = cvt_f32_f16(halves.y & 0xffffu), to[j + 3] = cvt_f32_f16(halves.y >> 16);
-  }
-}
-
 // The scales [rows↑4] of FP8 rows' step of 128 that `column` lies in.
 FP8GEMM_DEVICE const float* scales_of(const QuantizeParams& params, int batch, int k, int column) {
   const int steps = (k + 127) / 128, rows = (params.x_rows + 3) / 4 * 4;
   return params.x_scale + (int64_t{batch} * steps + min(column / 128, steps - 1)) * rows;
 }
 
-// FP8 rows with one scale for each 128 columns.
+// FP8 rows with one scale for each 128 columns. They stay packed, as f16, which holds every FP8 number.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFp8)
-struct Values<spec> : FloatTile<kThreadRows<spec>> {
+struct Values<spec> : PackedTile<Float::kF16, kThreadRows<spec>> {
+  using Packed = PackedTile<Float::kF16, kThreadRows<spec>>;
+  float scale[8];
+
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     const float* scales = scales_of(params, batch, params.k, column);
     uint32_t four[8][2];
-    float scale[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       // A row that exists stands in for those that do not: behind a branch for each row, one row's
@@ -249,9 +241,20 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      unpack_fp8(this->one[i], {four[i][0], four[i][1]});
+      const Words2 low = cvt_f16x4_e4m3x4(four[i][0]), high = cvt_f16x4_e4m3x4(four[i][1]);
+      this->two[i][0] = low.x, this->two[i][1] = low.y;
+      this->two[i][2] = high.x, this->two[i][3] = high.y;
+    }
+  }
+
+  FP8GEMM_DEVICE float get(int i, int j) const { return Packed::get(i, j) * scale[i]; }
+
+  FP8GEMM_DEVICE void largest_of_columns(float (&largest)[8]) const {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) this->one[i][j] *= scale[i];
+    for (int j = 0; j < 8; ++j) {
+      largest[j] = magnitude(get(0, j));
+#pragma unroll
+      for (int i = 1; i < 8; ++i) largest[j] = max_nan(largest[j], magnitude(get(i, j)));
     }
   }
 };

@@ -48,6 +48,16 @@ struct BackwardTiles {
   }
 };
 
+// Eight FP8 numbers, not yet scaled, as floats.
+FP8GEMM_DEVICE void unpack_fp8(float (&to)[8], Words2 eight) {
+#pragma unroll
+  for (int j = 0; j < 8; j += 4) {
+    const Words2 halves = cvt_f16x4_e4m3x4(j < 4 ? eight.x : eight.y);
+    to[j] = cvt_f32_f16(halves.x & 0xffffu), to[j + 1] = cvt_f32_f16(halves.x >> 16);
+    to[j + 2] = cvt_f32_f16(halves.y & 0xffffu), to[j + 3] = cvt_f32_f16(halves.y >> 16);
+  }
+}
+
 // Adds up, or the like, each of kCount values over sixteen lanes. Lane i gets value i % kCount: a
 // step hands half of the values over and keeps the others, so later steps have fewer.
 template <int kCount, class Combine>
@@ -91,6 +101,11 @@ struct SwigluBackward {
       tiles.start();
       for (unsigned n = 0; n < 2; ++n) find(tiles, n);
     }
+    if (threadIdx.x == 0) {
+      for (uint64_t& barrier : shared.barrier) {
+        mbarrier_init(shared_address(&barrier), kBackwardThreads / 32);
+      }
+    }
     __syncthreads();
     start_copies(0);
     unsigned n = 0;
@@ -101,19 +116,39 @@ struct SwigluBackward {
       finish_rows(n);
       __syncwarp();
       share_largest_of_columns(operands(n));
-      __syncthreads();
+      arrive(kLargest);
+      store_rows(n, kGate);
+      wait(kLargest, n);
       if (threadIdx.x < 3 * 128) make_column_scale(n, threadIdx.x / 128, threadIdx.x % 128);
       if (finder) find(tiles, n + 2);
-      store_rows(n);
-      __syncthreads();
+      arrive(kScales);
+      store_rows(n, kUp);
+      wait(kScales, n);
       turn();
-      __syncthreads();
+      arrive(kTurned);
     }
     if (n == 0) return;
+    wait(kTurned, n - 1);
     for (int which = 0; which < 3; ++which) store_lines(first_line(n - 1), which);
   }
 
  private:
+  // ---- Barriers, one phase for each tile ----
+  //
+  // A warp says that it has come as far, and between that and waiting for the others does what needs
+  // none of them.
+
+  enum { kLargest, kScales, kTurned };  // what lies in shared memory: of columns, and their copies
+
+  FP8GEMM_DEVICE void arrive(int which) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&shared.barrier[which]));
+  }
+
+  FP8GEMM_DEVICE void wait(int which, unsigned n) const {
+    mbarrier_try_wait(shared_address(&shared.barrier[which]), n % 2);
+  }
+
   FP8GEMM_DEVICE void find(BackwardTiles<spec>& tiles, unsigned n) {
     shared.tile[n % 4] = tiles.find(params, blockIdx.x + n * gridDim.x);
   }
@@ -200,6 +235,7 @@ struct SwigluBackward {
     for (int i = 0; i < 4; ++i) {
       compute_row(i, gate[i], up[i], gradient[i], gate_scale[i], up_scale[i], weight[i]);
       if (i == 0) start_copies(n + 1);
+      if (i == 0 && n > 0) wait(kTurned, n - 1);
       if (i < 3 && n > 0) store_lines(line, i);
     }
   }
@@ -252,22 +288,18 @@ struct SwigluBackward {
     }
   }
 
-  FP8GEMM_DEVICE void store_rows(unsigned n) const {
+  // side: kGate or kUp.
+  FP8GEMM_DEVICE void store_rows(unsigned n, int side) const {
     const BackwardTile tile = shared.tile[n % 4];
     const int64_t pitch = 2 * int64_t{params.k};
-    uint8_t* to = params.rows + (tile.first + slot * 4) * pitch + (tile.columns * 128 + lane * 8);
+    uint8_t* to = params.rows + (tile.first + slot * 4) * pitch +
+                  (side * params.k + tile.columns * 128 + lane * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i, to += pitch) {
-      const bool exists = slot * 4 + i < tile.count;
-      store_row(to, kGate, i, exists);
-      store_row(to + params.k, kUp, i, exists);
+      const float reciprocal = __shfl_sync(~0u, row_reciprocal, side * 4 + i, 16);
+      const Words2 bytes = pack8([&](int j) { return values[side].get(i, j); }, reciprocal);
+      if (slot * 4 + i < tile.count) *reinterpret_cast<Words2*>(to) = bytes;
     }
-  }
-
-  FP8GEMM_DEVICE void store_row(uint8_t* to, int side, int i, bool exists) const {
-    const float reciprocal = __shfl_sync(~0u, row_reciprocal, side * 4 + i, 16);
-    const Words2 bytes = pack8([&](int j) { return values[side].get(i, j); }, reciprocal);
-    if (exists) *reinterpret_cast<Words2*>(to) = bytes;
   }
 
   // ---- Columns ----

@@ -2,7 +2,7 @@
 // thread.
 //
 // A fiber runs until it calls wait(), and goes on once everybody it waits for has come as far: the
-// lanes of its warp, or the whole CTA. A warp runs as far as it can before the next one begins, in
+// lanes of its warp, the arrivals of a barrier's phase, or the whole CTA. A warp runs as far as it can before the next one begins, in
 // one order or the other, so that a missing __syncthreads shows as a wrong result in one of them.
 #pragma once
 
@@ -19,7 +19,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-enum class Wait { kNothing, kWarp, kBlock, kEnd };
+enum class Wait { kNothing, kWarp, kPhase, kBlock, kEnd };
 
 struct Fiber {
   std::jmp_buf here;
@@ -35,6 +35,7 @@ static int current;  // fiber
 static void (*body)();
 static Index thread_index, block_index, grid;
 static int threads;  // of a CTA
+static int arrivals;  // at barriers, so far
 static char failure[256];  // the first one; empty: all is well
 
 inline void fail(const char* what, const char* where = "", int line = 0) {
@@ -79,6 +80,21 @@ static void run_warp(int first, bool reversed) {
   } while (common_wait(first, kLanes) == Wait::kWarp && !failure[0]);
 }
 
+// Lets warps go on that wait for a phase, until none does.
+static void run_phases(int warps, bool reversed) {
+  for (bool waiting = true; waiting && !failure[0];) {
+    const int before = arrivals;
+    waiting = false;
+    for (int i = 0; i < warps; ++i) {
+      const int first = (reversed ? warps - 1 - i : i) * kLanes;
+      if (fibers[first].wait != Wait::kPhase) continue;
+      run_warp(first, reversed);
+      waiting |= fibers[first].wait == Wait::kPhase;
+    }
+    if (waiting && arrivals == before) fail("a phase that nobody completes");
+  }
+}
+
 static void run_block(bool reversed) {
   const int warps = threads / kLanes;
   for (Fiber& fiber : fibers) fiber = {};
@@ -86,8 +102,25 @@ static void run_block(bool reversed) {
     for (int i = 0; i < warps && !failure[0]; ++i) {
       run_warp((reversed ? warps - 1 - i : i) * kLanes, reversed);
     }
+    run_phases(warps, reversed);
   } while (!failure[0] && common_wait(0, threads) == Wait::kBlock);
 }
+
+// An mbarrier: a phase is complete after `expected` arrivals.
+struct Barrier {
+  uint16_t expected, pending;
+  uint32_t phase;
+
+  void arrive() {
+    ++arrivals;
+    if (--pending == 0) pending = expected, phase ^= 1;
+  }
+  // By a whole warp, whose lanes have all arrived that will.
+  void wait_for(uint32_t parity) const {
+    wait(Wait::kWarp);
+    while (phase == parity) wait(Wait::kPhase);
+  }
+};
 
 // Every lane gives a value and gets that of lane `source`.
 template <class T>

@@ -101,6 +101,14 @@ inline void cp_async_wait_all() {
   copies[emulation::current].clear();
 }
 
+inline void mbarrier_init(void* barrier, uint16_t count) {
+  *static_cast<emulation::Barrier*>(barrier) = {count, count, 0};
+}
+inline void mbarrier_arrive(void* barrier) { static_cast<emulation::Barrier*>(barrier)->arrive(); }
+inline void mbarrier_try_wait(void* barrier, uint32_t parity) {
+  static_cast<emulation::Barrier*>(barrier)->wait_for(parity);
+}
+
 inline Words2 ld_global_stream_v2(const void* address) {
   return *static_cast<const Words2*>(address);
 }
