@@ -14,9 +14,13 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cp
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-# The tests compile kernels and whole programs for a Hopper GPU, with or without one.
+# The tests compile kernels and whole programs for a Hopper GPU, with or without one; kernels by the
+# compilers of CUDA 12 and of CUDA 13.
+NVRTC_13 := $(VENV)/lib/python*/site-packages/nvidia/cu13/lib/libnvrtc.so.13
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	nvrtc=$$(ls $(NVRTC_13)) && JAX_FP8GEMM_NVRTC=$$nvrtc \
+	$(BIN)/python -m pytest -n 2 -k no_spills tests/test_compiler.py tests/test_quantize_kernels.py
 
 # On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
 RESULTS := benchmarks/results/nvidia-h200

@@ -11,25 +11,32 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pallas_peer import tuned
 from protocol import BANDWIDTH, RESULTS, progress, row, runs, save
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
 from jax_fp8gemm import reference, tuning
+from jax_fp8gemm.qarray import BLOCK, round_up
 
 REPS = 11
 TOKENS, WIDTH, EXPERTS = 16384, 7168, 8
 KERNEL = "fp8_quantize"  # the entry point, csrc/quantize_spec.cpp
 
 
+def group_sizes() -> np.ndarray:
+    return tuning.group_sizes(configs.Problem("ragged", TOKENS, 1, 1, EXPERTS))
+
+
 def nbytes(tree) -> int:
-    """Returns the bytes of all arrays; of copies by groups, those of the tokens that there are."""
-    tokens = TOKENS, reference.grouped_tokens(TOKENS, EXPERTS)
+    """Returns the bytes of all arrays; of copies by groups, those of every group's whole tiles."""
+    room = reference.grouped_tokens(TOKENS, EXPERTS)  # for any sizes
+    used = sum(round_up(int(size), BLOCK) for size in group_sizes())
 
     def one(x) -> int:
         size = x.size * x.dtype.itemsize
-        return size * tokens[0] // tokens[1] if x.shape[-1] == tokens[1] else size
+        return size * used // room if x.shape[-1] in (room, room // BLOCK) else size
 
     return sum(map(one, jax.tree.leaves(tree)))
 
@@ -44,7 +51,7 @@ def casts() -> dict[str, tuple[Callable, tuple, float]]:
     gradient = random(TOKENS, WIDTH // 2, seed=1)
     w = random(EXPERTS // 2, WIDTH, 2048)
     weight = jax.random.uniform(jax.random.key(2), (TOKENS,))
-    sizes = jnp.asarray(tuning.group_sizes(configs.Problem("ragged", TOKENS, 1, 1, EXPERTS)))
+    sizes = jnp.asarray(group_sizes())
     index = jax.random.permutation(jax.random.key(3), TOKENS).astype(jnp.int32)
 
     def gathered(x, index, sizes):

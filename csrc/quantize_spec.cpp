@@ -31,7 +31,7 @@ int dynamic_shared_bytes(const QuantizeSpec& spec) {
 }
 
 // CTAs that share a multiprocessor: as many as registers and shared memory allow without spills.
-// 16-bit floats stay packed, and leave room for a third.
+// Numbers of 8 and 16 bits stay packed, and leave room for a third or a fourth.
 int residents(const QuantizeSpec& spec) {
   if (!spec.aligned || is_persistent(spec)) return 1;
   if (tile_rows(spec) < 128) return spec.type == Float::kF32 ? 6 : 8;

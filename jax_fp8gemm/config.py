@@ -89,9 +89,9 @@ def store(problem: Problem, config: GemmConfig) -> str:
     """Returns how results leave: "tma", through the copy engine, or "direct", from registers."""
     f32 = problem.out == "f32"
     staged = config.kernel == "persistent" and not problem.accumulate
-    # fp32: groups of any rows leave both ways, for which there are not enough registers, and blocks
-    # of 128 rows would pay for it with stages.
-    if not staged or (f32 and (problem.variant == "ragged" or config.block_m == 128)):
+    # fp32: groups of any rows leave both ways, for which there are not enough registers, and wide
+    # blocks would pay for it with stages.
+    if not staged or (f32 and (problem.variant == "ragged" or config.block_n > 128)):
         return "direct"
     return "tma" if problem.n % (4 if f32 else 8) == 0 else "direct"  # rows of 16 bytes
 

@@ -99,7 +99,7 @@ struct SwigluBackward {
     const bool finder = threadIdx.x >= kBackwardThreads - 32;
     if (finder) {
       tiles.start();
-      for (unsigned n = 0; n < 2; ++n) find(tiles, n);
+      find(tiles, 0);
     }
     if (threadIdx.x == 0) {
       for (uint64_t& barrier : shared.barrier) {
@@ -108,6 +108,8 @@ struct SwigluBackward {
     }
     __syncthreads();
     start_copies(0);
+    if (finder) find(tiles, 1);
+    __syncthreads();
     unsigned n = 0;
     for (; shared.tile[n % 4].count > 0; ++n) {
       cp_async_wait_all();
