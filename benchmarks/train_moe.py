@@ -36,6 +36,7 @@ HELD_OUT = 1 << 20  # bytes at the end of the text
 NOISE = 1e-5
 RATE = 6e-4  # of learning, at its highest
 EVERY = 10  # steps between stored losses
+COMPARED = 4  # sequences of a batch whose gradients are compared with float32's
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
     step = compiled_step(arm, size, rule, sequences)
-    cosines = {"start": cosine(params, tokens[:1], size, arm)}
+    cosines = {"start": cosine(params, tokens[:COMPARED], size, arm)}
     losses, times = [], []
     for index in range(steps):
         start = time.perf_counter()
@@ -109,7 +110,7 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
             print(f"\r{name}:{seed} {index + 1}/{steps} loss {losses[-1]:.4f} "
                   f"{1e3 * np.median(times):.1f} ms a step", end="", flush=True)  # fmt: skip
     print()
-    cosines["end"] = cosine(params, tokens[:1], size, arm)
+    cosines["end"] = cosine(params, tokens[:COMPARED], size, arm)
     return {
         "arm": name, "seed": seed, "steps": steps, "tokens_a_step": sequences * size.context,
         "losses": [round(float(np.mean(losses[i : i + EVERY])), 5)

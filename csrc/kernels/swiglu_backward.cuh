@@ -96,8 +96,7 @@ struct SwigluBackward {
 
   FP8GEMM_DEVICE void run() {
     __shared__ BackwardTiles<spec> tiles;
-    const bool finder = threadIdx.x >= kBackwardThreads - 32;
-    if (finder) {
+    if (is_finder()) {
       tiles.start();
       find(tiles, 0);
     }
@@ -108,7 +107,7 @@ struct SwigluBackward {
     }
     __syncthreads();
     start_copies(0);
-    if (finder) find(tiles, 1);
+    if (is_finder()) find(tiles, 1);
     __syncthreads();
     unsigned n = 0;
     for (; shared.tile[n % 4].count > 0; ++n) {
@@ -122,11 +121,11 @@ struct SwigluBackward {
       store_rows(n, kGate);
       wait(kLargest, n);
       if (threadIdx.x < 3 * 128) make_column_scale(n, threadIdx.x / 128, threadIdx.x % 128);
-      if (finder) find(tiles, n + 2);
       arrive(kScales);
       store_rows(n, kUp);
       wait(kScales, n);
       turn();
+      if (is_finder()) find(tiles, n + 2);
       arrive(kTurned);
     }
     if (n == 0) return;
@@ -140,7 +139,9 @@ struct SwigluBackward {
   // A warp says that it has come as far, and between that and waiting for the others does what needs
   // none of them.
 
-  enum { kLargest, kScales, kTurned };  // what lies in shared memory: of columns, and their copies
+  // What lies in shared memory: columns' largest, their scales, and their copies; with these the
+  // number of the tile after the next one.
+  enum { kLargest, kScales, kTurned };
 
   FP8GEMM_DEVICE void arrive(int which) const {
     __syncwarp();
@@ -150,6 +151,8 @@ struct SwigluBackward {
   FP8GEMM_DEVICE void wait(int which, unsigned n) const {
     mbarrier_try_wait(shared_address(&shared.barrier[which]), n % 2);
   }
+
+  FP8GEMM_DEVICE static bool is_finder() { return threadIdx.x >= kBackwardThreads - 32; }
 
   FP8GEMM_DEVICE void find(BackwardTiles<spec>& tiles, unsigned n) {
     shared.tile[n % 4] = tiles.find(params, blockIdx.x + n * gridDim.x);
@@ -236,8 +239,8 @@ struct SwigluBackward {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       compute_row(i, gate[i], up[i], gradient[i], gate_scale[i], up_scale[i], weight[i]);
-      if (i == 0) start_copies(n + 1);
       if (i == 0 && n > 0) wait(kTurned, n - 1);
+      if (i == 0) start_copies(n + 1);
       if (i < 3 && n > 0) store_lines(line, i);
     }
   }

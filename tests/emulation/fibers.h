@@ -2,8 +2,9 @@
 // thread.
 //
 // A fiber runs until it calls wait(), and goes on once everybody it waits for has come as far: the
-// lanes of its warp, the arrivals of a barrier's phase, or the whole CTA. A warp runs as far as it can before the next one begins, in
-// one order or the other, so that a missing __syncthreads shows as a wrong result in one of them.
+// lanes of its warp, the arrivals of a barrier's phase, or the whole CTA. A warp runs as far as it
+// can before the next one begins, in one order or the other, so that a missing __syncthreads shows
+// as a wrong result in one of them.
 #pragma once
 
 #include <csetjmp>

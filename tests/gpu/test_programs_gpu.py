@@ -185,6 +185,7 @@ print(_native.cache_facts()["compiled"], _native.cache_facts()["from_disk"])
             text=True,
             timeout=120,
         )
+        assert done.returncode == 0, done.stderr[-2000:]
         outputs.append(done.stdout.split())
     assert outputs == [["3", "0"], ["0", "3"]]  # two casts and a product
 
