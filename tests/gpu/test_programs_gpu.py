@@ -1,7 +1,6 @@
 """Whole programs on the GPU: gradients, transformations, CUDA graphs, the sanitizer, the cache."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff
+from sanitizer import sanitize
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import _native
@@ -135,15 +135,7 @@ print("finished")
 @pytest.mark.parametrize("kernels", SANITIZED)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer_finds_nothing(tool, kernels):
-    sanitizer = shutil.which("compute-sanitizer")
-    if not sanitizer:
-        pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit")
-    command = [sanitizer, "--tool", tool, "--kernel-name", "kernel_substring=fp8_gemm",
-               "--error-exitcode", "9", sys.executable, "-c", SANITIZED[kernels]]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0 and "finished" in done.stdout, (
-        done.stdout[-2000:] + done.stderr[-500:]
-    )
+    sanitize(tool, SANITIZED[kernels], "fp8_gemm")
 
 
 def test_persistent_compilation_cache_is_hit(tmp_path):
