@@ -98,10 +98,12 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
     draw = np.random.default_rng(seed)
     tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
     step = compiled_step(arm, size, rule, sequences)
-    compare = functools.partial(cosine, size=size, arm=arm)
-    cosines = {}
-    if name != "control":  # whose arithmetic is bf16's
-        cosines["start"] = compare(params, tokens[:COMPARED])
+
+    def compared() -> dict[str, float]:
+        own = name != "control"  # whose arithmetic is bf16's
+        return cosine(params, tokens[:COMPARED], size, arm) if own else {}
+
+    cosines = {"start": compared()}
     losses, times = [], []
     for index in range(steps):
         start = time.perf_counter()
@@ -113,8 +115,7 @@ def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -
             print(f"\r{name}:{seed} {index + 1}/{steps} loss {losses[-1]:.4f} "
                   f"{1e3 * np.median(times):.1f} ms a step", end="", flush=True)  # fmt: skip
     print()
-    if name != "control":
-        cosines["end"] = compare(params, tokens[:COMPARED])
+    cosines["end"] = compared()
     return {
         "arm": name, "seed": seed, "steps": steps, "tokens_a_step": sequences * size.context,
         "losses": [round(float(np.mean(losses[i : i + EVERY])), 5)
@@ -203,8 +204,7 @@ def report(path: pathlib.Path) -> None:
     for arm, seed in itertools.product(by_arm, range(10)):
         run = by_arm[arm].get(seed)
         if run:
-            both = (run["cosine"].get(when) for when in ("start", "end"))
-            start, end = (f"{cosines['all']:.4f}" if cosines else "" for cosines in both)
+            start, end = (run["cosine"][when].get("all", "") for when in ("start", "end"))
             print(f"| {arm} | {seed} | {last(run):.4f} | {run['held_out']:.4f} | "
                   f"{gap(run, by_arm.get('bf16', {}).get(seed))} | {run['ms_a_step']} | "
                   f"{start} | {end} |")  # fmt: skip

@@ -215,7 +215,7 @@ struct alignas(128) BackwardShared {
   uint32_t transposed[3][128][32];   // 128 bytes for each column
   float reciprocal[3][128];          // of columns' scales
   BackwardTile tile[4];              // by its number % 4: the last one, this one, the next two
-  uint64_t barrier[3];
+  uint64_t barrier[3];               // of all warps, a phase for each tile
 };
 
 }  // namespace fp8gemm

@@ -105,7 +105,7 @@ struct Quantizer {
       if constexpr (spec.transposed) share_largest_of_columns();
       if constexpr (spec.rows) quantize_rows();
       if constexpr (spec.transposed) {
-        values.unpack_again(params.pitch % 128);
+        values.unpack_again(params.pitch % 128);  // 0: in this copy tokens come in whole tiles
         __syncthreads();
         if (threadIdx.x < 128) make_column_scale(threadIdx.x);
         __syncthreads();

@@ -86,6 +86,17 @@ struct PackedTile {
   FP8GEMM_DEVICE static uint32_t magnitudes(uint32_t both) { return both & 0x7fff7fffu; }
 };
 
+// Columns' largest magnitudes, number by number.
+template <int kRows, class Tile>
+FP8GEMM_DEVICE void compare_columns(const Tile& tile, float (&largest)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    largest[j] = magnitude(tile.get(0, j));
+#pragma unroll
+    for (int i = 1; i < kRows; ++i) largest[j] = max_nan(largest[j], magnitude(tile.get(i, j)));
+  }
+}
+
 template <int kRows>
 struct FloatTile {
   float one[kRows][8];
@@ -100,12 +111,7 @@ struct FloatTile {
   }
 
   FP8GEMM_DEVICE void largest_of_columns(float (&largest)[8]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      largest[j] = magnitude(one[0][j]);
-#pragma unroll
-      for (int i = 1; i < kRows; ++i) largest[j] = max_nan(largest[j], magnitude(one[i][j]));
-    }
+    compare_columns<kRows>(*this, largest);
   }
 
   FP8GEMM_DEVICE void unpack_again(uint32_t) {}
@@ -250,12 +256,7 @@ struct Values<spec> : PackedTile<Float::kF16, kThreadRows<spec>> {
   FP8GEMM_DEVICE float get(int i, int j) const { return Packed::get(i, j) * scale[i]; }
 
   FP8GEMM_DEVICE void largest_of_columns(float (&largest)[8]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      largest[j] = magnitude(get(0, j));
-#pragma unroll
-      for (int i = 1; i < 8; ++i) largest[j] = max_nan(largest[j], magnitude(get(i, j)));
-    }
+    compare_columns<kThreadRows<spec>>(*this, largest);
   }
 };
 
