@@ -15,12 +15,18 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 # The tests compile kernels and whole programs for a Hopper GPU, with or without one; kernels by the
-# compilers of CUDA 12 and of CUDA 13.
+# compilers of CUDA 12, of CUDA 13 today, and of the oldest CUDA 13.
 NVRTC_13 := $(VENV)/lib/python*/site-packages/nvidia/cu13/lib/libnvrtc.so.13
-test: $(VENV)/.test
+NVRTC_130 := $(VENV)/cuda-13.0/nvidia/cu13/lib/libnvrtc.so.13
+test: $(VENV)/.test $(NVRTC_130)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	nvrtc=$$(ls $(NVRTC_13)) && JAX_FP8GEMM_NVRTC=$$nvrtc \
-	$(BIN)/python -m pytest -n 2 -k no_spills tests/test_compiler.py tests/test_quantize_kernels.py
+	for nvrtc in $(NVRTC_13) $(NVRTC_130); do JAX_FP8GEMM_NVRTC=$$(ls $$nvrtc) \
+	$(BIN)/python -m pytest -n 2 -k no_spills \
+	tests/test_compiler.py tests/test_quantize_kernels.py || exit 1; done
+
+$(NVRTC_130): $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/cuda-13.0 nvidia-cuda-nvrtc==13.0.88
+	touch $@
 
 # On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
 RESULTS := benchmarks/results/nvidia-h200

@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <dlfcn.h>
+#include <glob.h>
 
 #include <map>
 #include <mutex>
@@ -48,6 +49,16 @@ Result<const Driver*> open_driver() {
   return &d;
 }
 
+// NVRTC 13.0 looks for its builtins on the system's path alone, and takes those that are loaded.
+void load_builtins(const std::string& nvrtc) {
+  const std::string pattern = nvrtc.substr(0, nvrtc.rfind('/') + 1) + "libnvrtc-builtins.so*";
+  glob_t found;
+  if (glob(pattern.c_str(), 0, nullptr, &found) == 0) {
+    for (size_t i = 0; i < found.gl_pathc; ++i) dlopen(found.gl_pathv[i], RTLD_NOW | RTLD_LOCAL);
+    globfree(&found);
+  }
+}
+
 Result<const Nvrtc*> open_nvrtc(const std::string& path) {
   const std::string mend =
       "pip install nvidia-cuda-nvrtc-cu12 (or -cu13), or set JAX_FP8GEMM_NVRTC to libnvrtc.so";
@@ -55,6 +66,7 @@ Result<const Nvrtc*> open_nvrtc(const std::string& path) {
     return Status::error(message("no run-time compiler", "NVRTC was not found",
                                  "libnvrtc.so.12 or .13 from pip or a CUDA toolkit", mend));
   }
+  load_builtins(path);
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) {
     const char* reason = dlerror();
