@@ -25,6 +25,7 @@ constexpr int kConsumerRegisters = 232;  // gives back as many as the consumers 
 enum NamedBarrier : int {  // 0 is __syncthreads
   kReadyBarrier = 1,       // the mbarriers are initialised
   kStoreBarrier,           // + warpgroup: its 128 threads around the use of its output boxes
+  kNoteBarrier = kStoreBarrier + 2,  // + warpgroup: its 128 threads have read what block is next
 };
 
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168,
@@ -107,7 +108,7 @@ struct Consumer {
   // NOTE: one lane that reads and tells the others by shuffles costs up to 15 % with blocks 192 wide.
   FP8GEMM_DEVICE Block read_note() const {
     const Block note = shared.block[at.stage];
-    __syncwarp();
+    bar_sync(kNoteBarrier + warpgroup, 128);
     return note;
   }
 
