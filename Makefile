@@ -1,6 +1,6 @@
 # make demo   sets everything up and trains a small language model in FP8 beside its bf16 twin
 # make test   sets everything up and runs the tests
-# make gpu    on an H200: runs its tests and the benchmarks, and records them
+# make gpu    on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,13 +29,13 @@ $(NVRTC_130): $(VENV)/bin/python
 	touch $@
 
 # On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
-RESULTS := benchmarks/results/nvidia-h200
+CARD = $$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | tr 'A-Z ' 'a-z-')
 RECORD := JAX_FP8GEMM_COMMIT=$$(git rev-parse --short HEAD)
 gpu: $(VENV)/.test
-	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=$(RESULTS)-tests.json \
+	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=benchmarks/results/$(CARD)-tests.json \
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 8 tests/gpu
 	for script in gemm grouped quantize moe_layer train_step; do \
-	$(RECORD) $(BIN)/python benchmarks/$$script.py --out $(RESULTS).json || exit 1; done
+	$(RECORD) $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/.test

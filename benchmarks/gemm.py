@@ -1,6 +1,6 @@
 """Times dense products on the GPU at hand, beside what else a JAX user has: device time, cold L2.
 
-python benchmarks/gemm.py --out benchmarks/results/nvidia-h200.json
+python benchmarks/gemm.py
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import shapes
-from protocol import ANCHORS, RESULTS, progress, row, runs, save, summary
+from protocol import ANCHORS, deepgemm, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
@@ -85,8 +85,7 @@ def products(only: str) -> Iterator[list[dict]]:
     for shape, problem in listed:
         peer = ANCHORS[shape.scales][str(shape.m)][f"{shape.n}x{shape.k}"]
         extra = {
-            "peer": "DeepGEMM (stored, benchmarks/anchors.json)",
-            "peer_us": peer,
+            **deepgemm(peer),
             "us_read_flush": round(statistics.median(read[shape.name]), 2),
             "config": str(configs.select(problem)),
         }
@@ -217,7 +216,7 @@ print(made["origin"], made["seconds"])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--rows", default="", help="only shapes whose name contains this")
     parser.add_argument("--host-only", action="store_true", help="only what a call costs the host")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Times grouped products on the GPU at hand, beside what else a JAX user has: device time, cold L2.
 
-python benchmarks/grouped.py --out benchmarks/results/nvidia-h200.json
+python benchmarks/grouped.py
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import shapes
-from protocol import ANCHORS, RESULTS, progress, row, runs, save, summary
+from protocol import ANCHORS, deepgemm, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
@@ -49,12 +49,9 @@ def products(only: str) -> list[dict]:
         total = None if shape.variant == "ragged_contracting" else shape.total
         stored = "contiguous" if shape.variant == "ragged" else shape.variant
         peer = ANCHORS[stored].get(f"{shape.g}x{shape.rows}", {}).get(f"{shape.n}x{shape.k}")
-        extra = {"config": str(configs.select(problem))}
-        if peer:
-            name = "DeepGEMM (stored, benchmarks/anchors.json)"
-            if stored != shape.variant:
-                name = "DeepGEMM, contiguous: the same rows, padded (stored)"
-            extra |= {"peer": name, "peer_us": peer}
+        extra = {"config": str(configs.select(problem)), **deepgemm(peer)}
+        if extra.get("peer") and stored != shape.variant:
+            extra["peer"] = "DeepGEMM, contiguous: the same rows, padded (stored)"
         rows.append(row(problem, f"grouped: {shape.name}", times[shape.name], total, **extra))
     return rows
 
@@ -140,7 +137,7 @@ def parts(only: str) -> Iterator[list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--rows", default="", help="only shapes whose name contains this")
     options = parser.parse_args()
     for rows in parts(options.rows):

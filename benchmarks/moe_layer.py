@@ -1,6 +1,6 @@
 """Times one DeepSeek-shaped MoE layer, forward and backward, casts and permutation included.
 
-python benchmarks/moe_layer.py --out benchmarks/results/nvidia-h200.json
+python benchmarks/moe_layer.py
 
 Ours is `expert_ffn`; beside it the same layer in bf16 around JAX's Pallas kernels, tuned by hand,
 and around jax.lax.ragged_dot. The router is outside: all see the same choices.
@@ -13,7 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 from pallas_peer import tuned
-from protocol import RESULTS, progress, save
+from protocol import progress, save
 from quantize import compare
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -79,7 +79,7 @@ def layer(experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--experts", type=int, help="only this many experts")
     options = parser.parse_args()
     for experts, rows in CASES:

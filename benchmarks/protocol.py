@@ -16,11 +16,22 @@ from jax_fp8gemm import config as configs
 from jax_fp8gemm.variants import VARIANTS
 
 HERE = pathlib.Path(__file__).parent
-RESULTS = HERE / "results/nvidia-h200.json"
-ANCHORS = json.loads((HERE / "anchors.json").read_text())["us"]
+ANCHORS = json.loads((HERE / "anchors.json").read_text())["us"]  # of an H200
 PEAK = 1763e12  # FLOP/s with promotion at the power limit, measured
 BANDWIDTH = 4.4e12  # B/s, read only, measured
 START = time.perf_counter()
+
+
+def results() -> pathlib.Path:
+    """Returns where rows of the card at hand are stored."""
+    return HERE / f"results/{configs.file_name(jax.devices()[0].device_kind)}.json"
+
+
+def deepgemm(us: float | None) -> dict:
+    """Returns what a row says of DeepGEMM's stored time; nothing on another card than its own."""
+    if us is None or "H200" not in jax.devices()[0].device_kind:
+        return {}
+    return {"peer": "DeepGEMM (stored, benchmarks/anchors.json)", "peer_us": us}
 
 
 def operations(p: configs.Problem, rows: int) -> int:
@@ -86,9 +97,9 @@ def facts() -> dict:
     return {"commit": commit, "date": str(datetime.date.today()), "device": device}
 
 
-def save(rows: list[dict], out: str) -> None:
+def save(rows: list[dict], out: str | None) -> None:
     """Writes rows with the commit and the date, in place of stored rows of the same op."""
-    path = pathlib.Path(out)
+    path = pathlib.Path(out) if out else results()
     stored = json.loads(path.read_text()) if path.exists() else []
     about = facts()
     fresh = {row["op"]: {**row, **about} for row in rows}

@@ -1,6 +1,6 @@
 """Times quantising kernels, and products with all their casts: device time, cold L2.
 
-python benchmarks/quantize.py --out benchmarks/results/nvidia-h200.json
+python benchmarks/quantize.py
 """
 
 import argparse
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pallas_peer import tuned
-from protocol import BANDWIDTH, RESULTS, progress, row, runs, save
+from protocol import BANDWIDTH, progress, row, runs, save
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
@@ -229,7 +229,7 @@ def parts(only: str) -> Iterator[list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--only", default="", help="casts, matmul, ragged or memory")
     options = parser.parse_args()
     for rows in parts(options.only):

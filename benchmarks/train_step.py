@@ -1,6 +1,6 @@
 """Times a training step of a mixture-of-experts model whose experts are DeepSeek-V3's.
 
-python benchmarks/train_step.py --out benchmarks/results/nvidia-h200.json
+python benchmarks/train_step.py
 
 Forward, backward and AdamW with float32 masters; wall-clock time, since that is what training
 takes. Beside it the same model in bf16 around JAX's Pallas kernels, tuned by hand.
@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from protocol import RESULTS, progress, save
+from protocol import progress, save
 from train_moe import arm_of, compiled_step, moe_lm, optimizer
 
 # Width, hidden width and choices of each token: DeepSeek-V3 (arXiv 2412.19437), section 4.2.
@@ -69,7 +69,7 @@ def rows(size: moe_lm.Size, sequences: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--out", help="default: results/<card>.json")
     options = parser.parse_args()
     save(rows(SIZE, SEQUENCES), options.out)
 

@@ -106,7 +106,7 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
     m, n = config.block_m, config.block_n
     extra = 4 if problem.variant == "ragged" else 0  # rows, extra_scale_rows() of the kernel
     stage = 128 * (m + n) + _scale_slot(lhs, m + extra) + _scale_slot(rhs, n)
-    total = config.stages * (stage + 16 + 32)  # two barriers and a note on the block
+    total = config.stages * (stage + 16) + 4 * (32 + 8)  # barriers of stages; notes, and theirs
     if config.kernel == "few_rows":
         parts, groups = 2 * config.split_k, m // 64 * (n // 8)
         total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
@@ -267,12 +267,16 @@ def predicted_seconds(
 TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away
 
 
+def file_name(device: str) -> str:
+    """Returns what files about a kind of device are called: "nvidia-h200" for "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 @functools.cache
 def _tuned(device: str) -> dict:
     """Returns the measured winners of a device: (variant, n, k, ...) -> {m: config}."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     folder = pathlib.Path(__file__).parent / "tuned"
-    path = folder / f"{slug}.json"
+    path = folder / f"{file_name(device)}.json"
     if not path.exists():
         path = folder / "nvidia-h200.json"  # the nearest relative of every Hopper GPU
     table: dict = {}

@@ -25,7 +25,6 @@ constexpr int kConsumerRegisters = 232;  // gives back as many as the consumers 
 enum NamedBarrier : int {  // 0 is __syncthreads
   kReadyBarrier = 1,       // the mbarriers are initialised
   kStoreBarrier,           // + warpgroup: its 128 threads around the use of its output boxes
-  kNoteBarrier = kStoreBarrier + 2,  // + warpgroup: its 128 threads have read what block is next
 };
 
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168,
@@ -65,6 +64,7 @@ struct Consumer {
   int warpgroup, warp, lane;
   uint32_t lhs_low, rhs_low;  // descriptors of stage 0
   typename Traits::Ring at{0, 0};
+  RingPosition<kNotes> note{0, 0};
   bool landed = false;  // the stage at `at` was seen full
   int border = 0;       // see promote()
   int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
@@ -103,13 +103,12 @@ struct Consumer {
   }
 
  private:
-  // All lanes have read when this returns, so any of them may give the stage back.
-  //
-  // NOTE: one lane that reads and tells the others by shuffles costs up to 15 % with blocks 192 wide.
-  FP8GEMM_DEVICE Block read_note() const {
-    const Block note = shared.block[at.stage];
-    bar_sync(kNoteBarrier + warpgroup, 128);
-    return note;
+  // The next block; its first stage is full.
+  FP8GEMM_DEVICE Block read_note() {
+    const Block block = shared.note[note.stage];
+    mbarrier_arrive(shared_address(&shared.note_read[note.stage]));
+    note.advance();
+    return block;
   }
 
   // The sub-tiles of this warpgroup that have rows of the block's group; the others cost nothing
@@ -137,7 +136,7 @@ struct Consumer {
   template <int kActive>
   FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
     const OutBlock next = OutBlock::of<spec>(block);
-    if constexpr (ColumnBlockScales<spec>::kFloating) border = 128 - next.n % 128;
+    if constexpr (BlockScales<spec>::kFloating) border = 128 - next.n % 128;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = next.m % 4;
     sub_step<kActive, 0, true, false>(0);
     finished = next;
@@ -160,23 +159,33 @@ struct Consumer {
     const int stage = at.stage;
     if (kSubTile == 0 && !landed) mbarrier_try_wait(shared_address(&shared.full[stage]), at.parity);
     float partial[kRegisters];
-    start_partial(partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
-                  rhs_low + stage * (Shared::kRhsBytes / 16));
+    const auto start = [&] {
+      start_partial(partial,
+                    lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
+                    rhs_low + stage * (Shared::kRhsBytes / 16));
+    };
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
-    const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
-        shared_address(shared.lhs_scale[stage]), row_in_block(kSubTile) + scale_shift);
+    const auto lhs_scales = [&] {
+      return load_lhs_scales<spec.lhs_scale>(shared_address(shared.lhs_scale[stage]),
+                                             row_in_block(kSubTile) + scale_shift);
+    };
     if constexpr (Traits::kPerColumn) {
+      start();
+      const Float2 lhs_scale = lhs_scales();
       store_finished<kSubTile, kFirst, kLast>();
       const ColumnScales<kRegisters> rhs_scale(rhs_slot, lane);
       finish_partial(partial);
       promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kActive - 1) release();
     } else {
-      const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);
+      // NOTE: after start() the assembler puts these loads and products where it likes between the
+      // tensor core's instructions; the last of those may then wait for them, which costs up to 15 %.
+      const BlockScales<spec> scales(lhs_scales(), rhs_slot, step);
+      start();
       store_finished<kSubTile, kFirst, kLast>();
       finish_partial(partial);
       if constexpr (kSubTile == kActive - 1) release();
-      promote<spec, kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale, border);
+      promote<spec, kFirst>(sums[kSubTile], partial, scales, border);
     }
   }
 
@@ -273,6 +282,10 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
       // One arrival per math warp of every CTA that a copy into this stage may come from.
       mbarrier_init(shared_address(&shared.empty[stage]), kCtas * kMathWarpgroups * 4);
     }
+#pragma unroll
+    for (int i = 0; i < kNotes; ++i) {
+      mbarrier_init(shared_address(&shared.note_read[i]), kMathWarpgroups * 128);
+    }
     fence_mbarrier_init();
     fence_proxy_async();
   }
@@ -301,17 +314,23 @@ FP8GEMM_DEVICE void produce(const GemmParams& params, Shared& shared, uint32_t r
   const bool elected = elect_sync();
   Producer<spec, Shared> producer(params, shared, rank);
   RingPosition<spec.stages> at{0, 1};  // parity 1: the stages begin empty
+  RingPosition<kNotes> note{0, 1};
   auto wait = [&] { mbarrier_try_wait(producer.address(&shared.empty[at.stage]), at.parity); };
+  auto leave_note = [&](const Block& block) {
+    mbarrier_try_wait(producer.address(&shared.note_read[note.stage]), note.parity);
+    if (elected) shared.note[note.stage] = block;
+    note.advance();
+  };
   Scheduler<spec> scheduler(params, blockIdx.x / kCtas, gridDim.x / kCtas, rank);
   for (; !scheduler.done(); scheduler.next()) {
     const Block block = scheduler.block();
     producer.begin(block);
-    wait();
-    if (elected) {
-      shared.block[at.stage] = block;
-      if (block.steps == 0) mbarrier_arrive(shared_address(&shared.full[at.stage]));
+    leave_note(block);
+    if (block.steps == 0) {
+      wait();
+      if (elected) mbarrier_arrive(shared_address(&shared.full[at.stage]));
+      at.advance();
     }
-    if (block.steps == 0) at.advance();
     const int steps = block.steps > 0 ? taken_steps(block.steps) : 0;
 #pragma unroll 1  // 40 registers hold one step's addresses
     for (int index = 0; index < steps; ++index, at.advance()) {
@@ -320,11 +339,9 @@ FP8GEMM_DEVICE void produce(const GemmParams& params, Shared& shared, uint32_t r
     }
     __syncwarp();
   }
+  leave_note({.steps = -1});
   wait();
-  if (elected) {
-    shared.block[at.stage] = {.steps = -1};
-    mbarrier_arrive(shared_address(&shared.full[at.stage]));
-  }
+  if (elected) mbarrier_arrive(shared_address(&shared.full[at.stage]));
 }
 
 template <GemmSpec spec>

@@ -159,21 +159,29 @@ struct FewRowsConsumer {
     const int stage = turns.at.stage;
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     float partial[kRegisters];
-    start_partial(partial,
-                  lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
-                  rhs_low + stage * (Shared::kRhsBytes / 16));
-    const Float2 lhs_scale = load_lhs_scales<spec.lhs_scale>(
-        shared_address(shared.lhs_scale[stage]), kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
+    const auto start = [&] {
+      start_partial(partial,
+                    lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
+                    rhs_low + stage * (Shared::kRhsBytes / 16));
+    };
+    const auto lhs_scales = [&] {
+      return load_lhs_scales<spec.lhs_scale>(
+          shared_address(shared.lhs_scale[stage]),
+          kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
+    };
     if constexpr (kPerColumn) {
+      start();
+      const Float2 lhs_scale = lhs_scales();
       const ColumnScales<kRegisters> rhs_scale(rhs_slot, lane);
       finish_partial(partial);
       promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);
     } else {
-      const ColumnBlockScales<spec> rhs_scale(rhs_slot, step);
+      const BlockScales<spec> scales(lhs_scales(), rhs_slot, step);
+      start();
       finish_partial(partial);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);
-      promote<spec, false>(sums[kSubTile], partial, lhs_scale, rhs_scale, border);
+      promote<spec, false>(sums[kSubTile], partial, scales, border);
     }
   }
 

@@ -45,9 +45,10 @@ FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
   }
 }
 
-// rhs scales of a block of columns: one per 128 columns (or per tensor), held in registers.
+// Scales of a thread's values where rhs has one per 128 columns (or per tensor): lhs scale · rhs
+// scale, for each of two rows and each block of columns.
 template <GemmSpec spec>
-struct ColumnBlockScales {
+struct BlockScales {
   static constexpr int kBlocks =
       spec.rhs_scale == ScaleTile::k128x128 ? scale_blocks(spec.block_n) : 1;
   // Whether the border between two scale blocks can fall anywhere inside the columns.
@@ -55,33 +56,35 @@ struct ColumnBlockScales {
   // Columns between which no border can fall: the largest power of two in block_n.
   static constexpr int kRun = spec.block_n & -spec.block_n;
 
-  float value[kBlocks];
+  float value[2 * kBlocks];  // [2i], [2i+1]: upper and lower row, block i
 
-  // A slot holds the aligned run of four steps that `step` is in.
-  FP8GEMM_DEVICE ColumnBlockScales(uint32_t slot, int step) {
+  // slot: of the rhs scales, the aligned run of four steps that `step` is in.
+  FP8GEMM_DEVICE BlockScales(Float2 lhs, uint32_t slot, int step) {
     const uint32_t first = spec.rhs_scale == ScaleTile::k128x128 ? slot + 4 * (step % 4) : slot;
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) value[i] = ld_shared(first + 16 * i);
+    for (int i = 0; i < kBlocks; ++i) {
+      const float rhs = ld_shared(first + 16 * i);
+      value[2 * i] = lhs.x * rhs;
+      value[2 * i + 1] = lhs.y * rhs;
+    }
+    fence_registers(value);
   }
+
+  FP8GEMM_DEVICE Float2 of_block(int i) const { return {value[2 * i], value[2 * i + 1]}; }
 };
 
-// sums (+)= partial · lhs scale · rhs scale, with rhs scales by blocks of columns.
+// sums (+)= partial · scale, with rhs scales by blocks of columns.
 // border: columns of this block that belong to its first scale block.
 template <GemmSpec spec, bool kFirst, int kRegisters>
 FP8GEMM_DEVICE void promote(float (&sums)[kRegisters], const float (&partial)[kRegisters],
-                            Float2 lhs, const ColumnBlockScales<spec>& rhs, int border) {
-  using Scales = ColumnBlockScales<spec>;
-  Float2 scale[Scales::kBlocks];
-#pragma unroll
-  for (int i = 0; i < Scales::kBlocks; ++i) scale[i] = {lhs.x * rhs.value[i], lhs.y * rhs.value[i]};
+                            const BlockScales<spec>& scales, int border) {
+  using Scales = BlockScales<spec>;
 #pragma unroll
   for (int i = 0; i < kRegisters; i += 4) {
     const int column = 2 * i;
-    Float2 s;
+    Float2 s = scales.of_block(Scales::kBlocks == 1 ? 0 : column / 128);
     if constexpr (Scales::kFloating) {
-      s = column / Scales::kRun * Scales::kRun < border ? scale[0] : scale[1];
-    } else {
-      s = scale[Scales::kBlocks == 1 ? 0 : column / 128];
+      s = column / Scales::kRun * Scales::kRun < border ? scales.of_block(0) : scales.of_block(1);
     }
     sums[i + 0] = kFirst ? s.x * partial[i + 0] : sums[i + 0] + s.x * partial[i + 0];
     sums[i + 1] = kFirst ? s.x * partial[i + 1] : sums[i + 1] + s.x * partial[i + 1];

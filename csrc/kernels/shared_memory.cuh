@@ -8,6 +8,8 @@ namespace fp8gemm {
 
 constexpr int kBlockK = 128;  // k per stage: one scale block, and one promotion to fp32
 
+constexpr int kNotes = 4;     // of blocks that the producer may be ahead: eight stages, two steps each
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
@@ -66,7 +68,8 @@ struct alignas(1024) SharedMemory {
   [[no_unique_address]] Bytes<kExchangeBytes> exchange;  // partial sums between warpgroups and CTAs
   uint8_t lhs_scale[spec.stages][kLhsScaleSlot];
   uint8_t rhs_scale[spec.stages][kRhsScaleSlot];
-  Block block[spec.stages];     // what a stage's bytes belong to; written for a block's first stage
+  Block note[kNotes];           // which blocks the stages' bytes belong to, one after the other
+  uint64_t note_read[kNotes];   // completes when all consumers have read a note
   uint64_t full[spec.stages];   // completes when a stage's bytes have landed
   uint64_t empty[spec.stages];  // completes when its readers are done
 };
