@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from jax_fp8gemm import config as configs
 from jax_fp8gemm import tuning
 
 SCRIPTS = "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm"
@@ -52,6 +53,13 @@ def test_a_layer_beside_its_peers(load, tmp_path):
     script.save(rows, str(path))
     script.save(rows, str(path))  # in place of the stored ones
     assert len(json.loads(path.read_text())) == 2
+
+
+def test_each_card_has_its_own_results(load):
+    protocol = load("protocol")
+    assert protocol.results().name == "cpu.json"
+    assert configs.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert protocol.deepgemm(1.0) == {}  # its times are those of an H200
 
 
 def test_training_runs_are_stored_one_by_one_and_reported(load, tmp_path, monkeypatch, capsys):
