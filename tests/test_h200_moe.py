@@ -1,6 +1,7 @@
 """A mixture-of-experts layer over four devices, compiled for H200s on a machine without one."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -10,11 +11,12 @@ from test_h200_compile import TARGET, pytestmark
 __all__ = ["pytestmark"]  # skips where the plugin or NVRTC is not installed
 
 CODE = """
-import functools, re, sys, jax, jax.numpy as jnp
+import functools, sys, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 import jax_fp8gemm as fp8
+from collectives import collectives
 target = open(sys.argv[1]).read()
 topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x4")
 mesh = Mesh(np.array(topology.devices), ("x",))
@@ -39,10 +41,9 @@ made = jax.jit(step).lower(
 text = made.as_text()
 for target in ("gemm", "quantize"):
     print(target, text.count(f'custom_call_target="jax_fp8gemm_{target}_v1"'))
-done = re.compile("(gather|to-all|scatter)-done[.0-9]* = ")
-travels = [line for line in text.splitlines() if done.search(line)]
-print("sent", any("u8[4096,1024]" in line for line in travels))
-print("back", any(" bf16[" in line for line in travels))
+travels = [array for _, arrays in collectives(text) for array in arrays]
+print("sent", ("u8", (4096, 1024)) in travels)
+print("back", any(dtype == "bf16" for dtype, _ in travels))
 """
 
 
@@ -54,6 +55,7 @@ def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tmp_path):
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": "",
         "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(pathlib.Path(__file__).parent),
     }
     command = [sys.executable, "-c", CODE, str(TARGET), exchange]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
