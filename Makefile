@@ -29,10 +29,11 @@ $(NVRTC_130): $(VENV)/bin/python
 	touch $@
 
 # On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
-CARD = $$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0 | tr 'A-Z ' 'a-z-')
+CARD = $$($(BIN)/python -c "import sys; sys.path.append('benchmarks'); \
+	import protocol; print(protocol.results().with_suffix(''))")
 RECORD := JAX_FP8GEMM_COMMIT=$$(git rev-parse --short HEAD)
 gpu: $(VENV)/.test
-	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=benchmarks/results/$(CARD)-tests.json \
+	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=$(CARD)-tests.json \
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 8 tests/gpu
 	for script in gemm grouped quantize moe_layer train_step; do \
 	$(RECORD) $(BIN)/python benchmarks/$$script.py || exit 1; done

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import shapes
-from protocol import ANCHORS, deepgemm, progress, row, runs, save, summary
+from protocol import ANCHORS, DEEPGEMM, deepgemm, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
 from jax_fp8gemm import tuning
 
 REPS = 11
+PADDED = "DeepGEMM, contiguous: the same rows, padded (stored)"  # beside ragged
 GROUPS, ROWS = 8, 32768
 WEIGHTS = ((4096, 7168), (7168, 2048))
 # Of JAX's Pallas kernel: block_m, block_n, block_k, max_concurrent_steps, grid_block_n.
@@ -49,9 +50,8 @@ def products(only: str) -> list[dict]:
         total = None if shape.variant == "ragged_contracting" else shape.total
         stored = "contiguous" if shape.variant == "ragged" else shape.variant
         peer = ANCHORS[stored].get(f"{shape.g}x{shape.rows}", {}).get(f"{shape.n}x{shape.k}")
-        extra = {"config": str(configs.select(problem)), **deepgemm(peer)}
-        if extra.get("peer") and stored != shape.variant:
-            extra["peer"] = "DeepGEMM, contiguous: the same rows, padded (stored)"
+        name = DEEPGEMM if stored == shape.variant else PADDED
+        extra = {"config": str(configs.select(problem)), **deepgemm(peer, name)}
         rows.append(row(problem, f"grouped: {shape.name}", times[shape.name], total, **extra))
     return rows
 

@@ -17,6 +17,7 @@ from jax_fp8gemm.variants import VARIANTS
 
 HERE = pathlib.Path(__file__).parent
 ANCHORS = json.loads((HERE / "anchors.json").read_text())["us"]  # of an H200
+DEEPGEMM = "DeepGEMM (stored, benchmarks/anchors.json)"
 PEAK = 1763e12  # FLOP/s with promotion at the power limit, measured
 BANDWIDTH = 4.4e12  # B/s, read only, measured
 START = time.perf_counter()
@@ -27,11 +28,11 @@ def results() -> pathlib.Path:
     return HERE / f"results/{configs.file_name(jax.devices()[0].device_kind)}.json"
 
 
-def deepgemm(us: float | None) -> dict:
+def deepgemm(us: float | None, peer: str = DEEPGEMM) -> dict:
     """Returns what a row says of DeepGEMM's stored time; nothing on another card than its own."""
     if us is None or "H200" not in jax.devices()[0].device_kind:
         return {}
-    return {"peer": "DeepGEMM (stored, benchmarks/anchors.json)", "peer_us": us}
+    return {"peer": peer, "peer_us": us}
 
 
 def operations(p: configs.Problem, rows: int) -> int:

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import sys
+import types
 
 import jax
 import pytest
@@ -55,11 +56,15 @@ def test_a_layer_beside_its_peers(load, tmp_path):
     assert len(json.loads(path.read_text())) == 2
 
 
-def test_each_card_has_its_own_results(load):
+def test_each_card_has_its_own_results(load, monkeypatch):
     protocol = load("protocol")
     assert protocol.results().name == "cpu.json"
     assert configs.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert protocol.deepgemm(1.0) == {}  # its times are those of an H200
+    card = types.SimpleNamespace(device_kind="NVIDIA H200")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    assert protocol.results().name == "nvidia-h200.json"
+    assert protocol.deepgemm(1.0)["peer_us"] == 1.0 and protocol.deepgemm(None) == {}
 
 
 def test_training_runs_are_stored_one_by_one_and_reported(load, tmp_path, monkeypatch, capsys):

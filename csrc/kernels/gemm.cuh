@@ -4,7 +4,7 @@
 //   warpgroup 2      producer: one thread starts the copies
 //
 // Persistent: a CTA takes output blocks until none is left. The producer chooses them, and leaves
-// a note of each beside the first bytes. The epilogue of a finished sub-tile runs under the next
+// a note of each before its first bytes. The epilogue of a finished sub-tile runs under the next
 // sub-tile's tensor-core work, across blocks too.
 #pragma once
 
@@ -178,8 +178,6 @@ struct Consumer {
       promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kActive - 1) release();
     } else {
-      // NOTE: after start() the assembler puts these loads and products where it likes between the
-      // tensor core's instructions; the last of those may then wait for them, which costs up to 15 %.
       const BlockScales<spec> scales(lhs_scales(), rhs_slot, step);
       start();
       store_finished<kSubTile, kFirst, kLast>();

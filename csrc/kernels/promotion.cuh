@@ -47,6 +47,9 @@ FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
 
 // Scales of a thread's values where rhs has one per 128 columns (or per tensor): lhs scale · rhs
 // scale, for each of two rows and each block of columns.
+//
+// NOTE: make them before start_partial(). After it the assembler puts loads and products where it likes
+// between the tensor core's instructions, and the last of those may wait for them: up to 15 % longer.
 template <GemmSpec spec>
 struct BlockScales {
   static constexpr int kBlocks =
@@ -67,7 +70,7 @@ struct BlockScales {
       value[2 * i] = lhs.x * rhs;
       value[2 * i + 1] = lhs.y * rhs;
     }
-    fence_registers(value);
+    fence_registers(value);  // here, and no later
   }
 
   FP8GEMM_DEVICE Float2 of_block(int i) const { return {value[2 * i], value[2 * i + 1]}; }

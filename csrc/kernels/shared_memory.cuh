@@ -7,8 +7,7 @@
 namespace fp8gemm {
 
 constexpr int kBlockK = 128;  // k per stage: one scale block, and one promotion to fp32
-
-constexpr int kNotes = 4;     // of blocks that the producer may be ahead: eight stages, two steps each
+constexpr int kNotes = 4;  // of blocks; eight stages hold no more, at two steps each
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

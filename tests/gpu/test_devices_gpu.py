@@ -1,11 +1,6 @@
 """Several GPUs of one host: each gives the same bits, and together what one gives alone."""
 
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import pytest
 from collectives import count, place
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numerics import calc_diff
+from processes import losses_of_two
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm.config import Problem
@@ -22,7 +18,6 @@ from jax_fp8gemm.tuning import random_operands
 P = PartitionSpec
 B, S, K, N = 4, 256, 1024, 2048
 TOKENS, H, F, EXPERTS, TOP_K = 512, 256, 384, 8, 2
-LIMIT = 200  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -119,31 +114,5 @@ print("losses", *load("06_sharded").main(steps=3, width=512, hidden=512))
 
 
 def test_two_processes_with_a_gpu_each(mesh):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    here = pathlib.Path(__file__).parents[1]
-    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(here.parent), str(here)])
-    environment = {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(index)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=LIMIT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    found = []
-    for process, (out, error) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, error[-3000:]
-        found.append(next(line for line in out.splitlines() if line.startswith("losses")))
-    assert found[0] == found[1]
-    losses = [float(value) for value in found[0].split()[1:]]
+    losses = losses_of_two(PROCESS, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     assert losses[2] < losses[0]
