@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "ffi_common.h"
 #include "gemm_spec.h"
@@ -18,7 +19,7 @@ ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Dictionary dictionary)
   const Attributes attributes = read_attributes(
       dictionary,
       {"accumulate", "block_m", "block_n", "stages", "split_k", "group_m", "shared_bytes", "num_sms"},
-      {"kernel", "variant", "lhs_scale", "rhs_scale", "out", "multicast", "store"});
+      {"kernel", "variant", "lhs_scale", "rhs_scale", "rhs", "out", "multicast", "store"});
   auto spec = parse_gemm_spec(attributes);
   if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
   auto made = program(program_text(*spec));
@@ -78,6 +79,32 @@ Status check_scales(const Operand& scale, ScaleTile tile, int64_t groups, int64_
   return {};
 }
 
+// The matrices [n, k] that a rhs of bf16 stands for: itself, or itself with `right` beside it, as the
+// other operands' shapes want.
+Status whole_rhs(Rhs type, const Operand& rhs, const Operand& right, int64_t n, int64_t k,
+                 Operand& whole, int32_t& left_columns) {
+  Status status = expect_shape(right, rhs.groups, rhs.rows, rhs.columns);
+  if (!status.ok()) return status;
+  const bool transposed = type == Rhs::kBf16Transposed;
+  const bool pair = (transposed ? n : k) == 2 * rhs.columns;
+  if (rhs.columns % (pair ? 128 : 8)) {
+    return wrong_operand("gemm: rows of a bf16 rhs cannot be copied",
+                         std::to_string(rhs.columns) + " columns",
+                         "a multiple of 8; of 128 where two lie side by side");
+  }
+  whole = rhs;
+  left_columns = pair ? int32_t(rhs.columns) : INT32_MAX;
+  if (pair) whole.columns *= 2;
+  if (transposed) std::swap(whole.rows, whole.columns);
+  return {};
+}
+
+TensorMapShape bf16_tile_shape(const Operand& stored) {
+  return {kTensorMapBfloat16, 3,
+          {uint64_t(stored.columns), uint64_t(stored.rows), uint64_t(stored.groups)}, {128, 128, 1},
+          false};
+}
+
 TensorMapShape tile_shape(const Operand& operand, int rows) {
   return {kTensorMapUint8, 2, {uint64_t(operand.columns), uint64_t(operand.groups * operand.rows)},
           {128, uint32_t(copied_rows(rows, int(operand.rows)))}, true};
@@ -112,7 +139,9 @@ int64_t grid_size(const KernelSpec& spec, int64_t blocks, int multiprocessors) {
 }
 
 struct Operands {
-  Operand lhs, rhs, lhs_scale, rhs_scale, out;
+  Operand lhs, rhs, lhs_scale, out;
+  Operand rhs_scale;  // or, where rhs is bf16, what lies to the right of it
+  int32_t left_columns = 0;
   const int32_t* group_data = nullptr;
   int64_t groups = 1;
 };
@@ -146,21 +175,24 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
     if (status.ok()) status = read_operand(*args.get<ffi::AnyBuffer>(index), name, type, rank, operand);
   };
   then(0, "lhs", ffi::F8E4M3FN, lhs_rank, o.lhs);
-  then(1, "rhs", ffi::F8E4M3FN, rhs_rank, o.rhs);
+  const bool casts = spec.rhs != Rhs::kFp8;
+  then(1, "rhs", casts ? ffi::BF16 : ffi::F8E4M3FN, rhs_rank, o.rhs);
   then(2, "lhs scale", ffi::F32, lhs_rank, o.lhs_scale);
-  then(3, "rhs scale", ffi::F32, rhs_rank, o.rhs_scale);
+  then(3, casts ? "rhs right" : "rhs scale", casts ? ffi::BF16 : ffi::F32, rhs_rank, o.rhs_scale);
   if (status.ok()) {
     status = read_operand(**results.get<ffi::AnyBuffer>(0), "out", out_type, out_rank, o.out);
   }
   if (!status.ok()) return status;
   o.groups = std::max(o.rhs.groups, o.out.groups);
   const int64_t lhs_groups = lhs_rank == 3 ? o.groups : 1, rhs_groups = rhs_rank == 3 ? o.groups : 1;
-  const int64_t m = o.lhs.rows, n = o.rhs.rows, k = o.lhs.columns;
+  const int64_t m = o.lhs.rows, n = o.out.columns, k = o.lhs.columns;
   status = expect_shape(o.lhs, lhs_groups, m, k);
-  if (status.ok()) status = expect_shape(o.rhs, rhs_groups, n, k);
+  Operand rhs = o.rhs;
+  if (status.ok() && casts) status = whole_rhs(spec.rhs, o.rhs, o.rhs_scale, n, k, rhs, o.left_columns);
+  if (status.ok()) status = expect_shape(rhs, rhs_groups, n, k);
   if (status.ok()) status = expect_shape(o.out, out_rank == 3 ? o.groups : 1, m, n);
   if (status.ok()) status = check_scales(o.lhs_scale, spec.lhs_scale, lhs_groups, m, k);
-  if (status.ok()) status = check_scales(o.rhs_scale, spec.rhs_scale, rhs_groups, n, k);
+  if (status.ok() && !casts) status = check_scales(o.rhs_scale, spec.rhs_scale, rhs_groups, n, k);
   if (status.ok() && is_grouped(spec.variant)) {
     status = read_group_data(*args.get<ffi::AnyBuffer>(4), spec.variant, m, o);
   }
@@ -181,7 +213,12 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
   auto then = [&](TensorMap& map, const TensorMapShape& shape, const Operand& operand) {
     if (status.ok()) status = encode(driver, map, shape, operand.data, operand.name);
   };
-  then(params.rhs, tile_shape(o.rhs, spec.block_n), o.rhs);
+  if (spec.rhs == Rhs::kFp8) {
+    then(params.rhs, tile_shape(o.rhs, spec.block_n), o.rhs);
+  } else {
+    then(params.rhs, bf16_tile_shape(o.rhs), o.rhs);
+    then(params.rhs_right, bf16_tile_shape(o.rhs), o.rhs_scale);
+  }
   if (is_per_row(spec.lhs_scale)) {
     then(params.lhs_scale, row_scale_shape(o.lhs_scale, spec.block_m, o.lhs.rows), o.lhs_scale);
   }
@@ -229,9 +266,10 @@ ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::Remai
   if (!status.ok()) return to_error(status);
   params.lhs_scale_data = static_cast<const float*>(o.lhs_scale.data);
   params.rhs_scale_data = static_cast<const float*>(o.rhs_scale.data);
+  params.left_columns = o.left_columns;
   params.out_data = o.out.data;
   params.m = int32_t(o.lhs.rows);
-  params.n = int32_t(o.rhs.rows);
+  params.n = int32_t(o.out.columns);
   params.k = int32_t(o.lhs.columns);
   params.groups = int32_t(o.groups);
   params.group_data = o.group_data;

@@ -17,6 +17,7 @@ const Names kScaleTiles = {{"1x128", "ScaleTile::k1x128"},
                            {"128x128", "ScaleTile::k128x128"},
                            {"1xk", "ScaleTile::k1xK"},
                            {"tensor", "ScaleTile::kTensor"}};
+const Names kRhs = {{"fp8", "Rhs::kFp8"}, {"bf16", "Rhs::kBf16"}, {"bf16_transposed", "Rhs::kBf16Transposed"}};
 const Names kOuts = {{"bf16", "Out::kBf16"}, {"f32", "Out::kF32"}};
 const Names kMulticasts = {
     {"none", "Multicast::kNone"}, {"lhs", "Multicast::kLhs"}, {"rhs", "Multicast::kRhs"}};
@@ -29,7 +30,7 @@ std::string spec_text(const GemmSpec& s) {
   return "constexpr GemmSpec kSpec = {\n" + field("variant", code(kVariants, int(s.variant))) +
          field("lhs_scale", code(kScaleTiles, int(s.lhs_scale))) +
          field("rhs_scale", code(kScaleTiles, int(s.rhs_scale))) +
-         field("out", code(kOuts, int(s.out))) +
+         field("rhs", code(kRhs, int(s.rhs))) + field("out", code(kOuts, int(s.out))) +
          field("accumulate", s.accumulate) +
          field("block_m", s.block_m) + field("block_n", s.block_n) + field("stages", s.stages) +
          field("multicast", code(kMulticasts, int(s.multicast))) + field("split_k", s.split_k) +
@@ -60,10 +61,10 @@ std::string wgmma_text(int n) {
 std::string short_name(const KernelSpec& spec) {
   const GemmSpec& s = spec.gemm;
   char name[128];
-  std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d_o%d%d_g%d_t%d",
+  std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d%d_o%d%d_g%d_t%d",
                 spec.kernel == Kernel::kFewRows ? "few_rows" : "persistent", s.block_m, s.block_n,
                 s.stages, int(s.multicast), s.split_k, int(s.variant), int(s.lhs_scale),
-                int(s.rhs_scale), int(s.out), int(s.accumulate), s.group_m, int(s.store));
+                int(s.rhs_scale), int(s.rhs), int(s.out), int(s.accumulate), s.group_m, int(s.store));
   return name;
 }
 
@@ -76,6 +77,7 @@ Result<KernelSpec> parse_gemm_spec(const Attributes& attributes) {
   spec.gemm.variant = read.name_of<Variant>("variant", kVariants);
   spec.gemm.lhs_scale = read.name_of<ScaleTile>("lhs_scale", kScaleTiles);
   spec.gemm.rhs_scale = read.name_of<ScaleTile>("rhs_scale", kScaleTiles);
+  spec.gemm.rhs = read.name_of<Rhs>("rhs", kRhs);
   spec.gemm.out = read.name_of<Out>("out", kOuts);
   spec.gemm.accumulate = read.integer("accumulate") != 0;
   spec.gemm.block_m = read.integer("block_m");
@@ -102,7 +104,7 @@ ProgramText program_text(const KernelSpec& spec) {
   const std::string header = spec.kernel == Kernel::kFewRows ? "gemm_few_rows" : "gemm";
   const std::string text =
       "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec.gemm) + "\n" +
-         wgmma_text(spec.gemm.block_n) + "\n}  // namespace fp8gemm\n\n#include \"" + header +
+         wgmma_text(instruction_columns(spec.gemm)) + "\n}  // namespace fp8gemm\n\n#include \"" + header +
          ".cuh\"\n\nextern \"C\" __global__ void __launch_bounds__(" +
          std::to_string(threads(spec)) + ", 1) " + kEntryPoint +
          "(const __grid_constant__ fp8gemm::GemmParams params) {\n  fp8gemm::" + name +
@@ -111,12 +113,13 @@ ProgramText program_text(const KernelSpec& spec) {
 }
 
 int threads(const KernelSpec& spec) {
-  return spec.kernel == Kernel::kFewRows ? 320 : 384;  // as the kernels' headers lay them out
+  if (spec.kernel == Kernel::kFewRows) return 320;  // as the kernels' headers lay them out
+  return spec.gemm.rhs == Rhs::kFp8 ? 384 : 512;
 }
 
 int cluster_size(const KernelSpec& spec) {
   if (spec.kernel == Kernel::kFewRows) return spec.gemm.split_k;
-  return spec.gemm.multicast == Multicast::kNone ? 1 : 2;
+  return spec.gemm.multicast == Multicast::kNone && spec.gemm.rhs == Rhs::kFp8 ? 1 : 2;
 }
 
 }  // namespace fp8gemm

@@ -37,6 +37,7 @@ class Problem:
     Attributes:
       m: rows of lhs, of all groups together; in "masked" the rows that one group is expected to
         have.
+      rhs: "fp8", or bfloat16 that the kernel casts: "bf16" [n, k], "bf16_transposed" [k, n].
       k: of all groups together in "ragged_contracting".
     """
 
@@ -50,6 +51,11 @@ class Problem:
     accumulate: bool = False
     num_sms: int = 0
     device: str = DEFAULT_DEVICE
+    rhs: str = "fp8"
+
+    @property
+    def casts(self) -> bool:
+        return self.rhs != "fp8"
 
     @property
     def tiles(self) -> tuple[Tile, Tile]:
@@ -103,15 +109,18 @@ def _scale_slot(tile: Tile, rows: int) -> int:
 def shared_bytes(problem: Problem, config: GemmConfig) -> int:
     """Returns the bytes of shared memory of a CTA; the kernel asserts that its plan agrees."""
     lhs, rhs = problem.tiles
-    m, n = config.block_m, config.block_n
+    m, n, f32 = config.block_m, config.block_n, problem.out == "f32"
     extra = 4 if problem.variant == "ragged" else 0  # rows, extra_scale_rows() of the kernel
     stage = 128 * (m + n) + _scale_slot(lhs, m + extra) + _scale_slot(rhs, n)
     total = config.stages * (stage + 16) + 4 * (32 + 8)  # barriers of stages; notes, and theirs
+    if problem.casts:  # gaps in tiles that were cast; slots of those that will be, their barriers
+        total += config.stages * (3072 + 8) + 2 * (2 * 128 * 128 + 16 + 4) + 2 * 4 * 4 + 16
     if config.kernel == "few_rows":
         parts, groups = 2 * config.split_k, m // 64 * (n // 8)
         total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
     elif store(problem, config) == "tma":
-        total += 4 * 128 * n if problem.out == "f32" else 2 * m * n
+        sub_tiles = 2 if f32 or problem.casts else m // 64  # on their way out at one time
+        total += sub_tiles * 64 * n * (4 if f32 else 2)
     return round_up(total, 1024)
 
 
@@ -142,6 +151,8 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
         return f"multicast {c.multicast!r}: none, lhs or rhs"
     if c.stages < 2 or c.group_m < 1:
         return f"stages {c.stages}, group_m {c.group_m}: at least 2 and 1"
+    if problem.casts and (c.kernel, c.block_n, c.multicast) != ("persistent", 128, "none"):
+        return "rhs in bfloat16: persistent, blocks as wide as those of scales, no multicast"
     if shared_bytes(problem, c) > SHARED_BYTES:
         return f"{shared_bytes(problem, c)} bytes of shared memory: at most {SHARED_BYTES}"
     if problem.variant == "contiguous" and (c.block_m != 128 or c.multicast == "rhs"):
@@ -223,6 +234,7 @@ class CostModel:
     per_column: float = 1.25  # likewise with a scale for each column
     few_rows_tensor: float = 2.0
     few_rows_step: float = 190.0  # clocks that a step takes at least
+    cast_step: float = 1800.0  # likewise, where rhs is cast
     latency: float = 4.5e-6  # s: launch, first bytes, last store
     few_rows_latency: float = 4.1e-6
     block: float = 1400.0  # clocks for each block that nothing hides
@@ -253,12 +265,14 @@ def predicted_seconds(
         tensor = max(tensor * model.few_rows_tensor, model.few_rows_step)
     rows = min(c.block_m, m) / (2 if c.multicast == "lhs" else 1)
     columns = c.block_n / (2 if c.multicast == "rhs" else 1)
-    loads = 128 * (rows + columns) / model.l2_bytes
+    loads = 128 * (rows + columns * (2 if p.casts else 1)) / model.l2_bytes
+    if p.casts:
+        tensor = max(tensor, model.cast_step)
     out_bytes = 4 if p.out == "f32" else 2
     block = model.few_rows_block if few_rows else model.block
     block += min(c.block_m, m) * c.block_n * out_bytes / c.split_k / model.output
     cycles = waves * (steps * max(tensor, loads) + block)
-    traffic = p.g * (m * k + p.n * k + out_bytes * m * p.n)
+    traffic = p.g * (m * k + p.n * k * (2 if p.casts else 1) + out_bytes * m * p.n)
     streaming = traffic / (model.bandwidth * min(1.0, ctas / SMS))
     latency = model.few_rows_latency if few_rows else model.latency
     return max(cycles / model.clock, streaming) + latency
@@ -291,7 +305,8 @@ def _tuned(device: str) -> dict:
 def select(problem: Problem) -> GemmConfig:
     """Returns the config for `problem`: the tuned row of the nearest m, else the model's best."""
     p = problem
-    by_m = _tuned(p.device).get((p.variant, p.n, p.k, p.g, p.scales, p.out), {})
+    tuned = {} if p.casts else _tuned(p.device)
+    by_m = tuned.get((p.variant, p.n, p.k, p.g, p.scales, p.out), {})
 
     def distance(m: int) -> float:
         return abs(math.log(m / p.m))
@@ -324,6 +339,7 @@ def attributes(problem: Problem, config: GemmConfig) -> dict[str, np.int64 | str
         "variant": problem.variant,
         "lhs_scale": TILE_NAMES[lhs],
         "rhs_scale": TILE_NAMES[rhs],
+        "rhs": problem.rhs,
         "out": problem.out,
         "kernel": config.kernel,
         "multicast": config.multicast,

@@ -1,4 +1,4 @@
-"""Weights of experts in FP8: both orientations, gate beside up, quantised once."""
+"""Weights of experts in FP8: two copies, gate beside up, made once; or cast in the products."""
 
 import dataclasses
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_fp8gemm import meshes
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.kernel_level import K_MULTIPLE
-from jax_fp8gemm.prepared import Bits, to_bits
+from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm, gemm_casting
+from jax_fp8gemm.prepared import Bits, from_bits, to_bits
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray
 from jax_fp8gemm.quantizing import check_float, quantize_both
 
@@ -22,13 +23,14 @@ class PreparedExperts:
       wi_0, wi_1, wo: as given; gradients flow to them.
       copies: for each product the matrices with what it contracts over last, as (uint8, f32):
         "up" [e, 2f, h], "down" [e, h, f], and for the gradients "up_back" [e, h, 2f], "down_back"
-        [e, f, h]. h is filled with zeros to a multiple of 16, f to a multiple of 128.
+        [e, f, h]. h is filled with zeros to a multiple of 16, f to a multiple of 128. None: the
+        products cast the weights themselves.
     """
 
     wi_0: jax.Array
     wi_1: jax.Array
     wo: jax.Array
-    copies: dict[str, Bits]
+    copies: dict[str, Bits] | None
 
 
 def prepare_experts(
@@ -62,13 +64,51 @@ def prepare_experts(
     return PreparedExperts(wi_0, wi_1, wo, saved)
 
 
+# Rows of an expert, on average, up to which casting in the products takes less time than making
+# copies: a weight is read twice as bf16, and nothing is written. With more rows the products read
+# and cast it anew for every 256 of them (docs/measured.md).
+CAST_ROWS = 512
+
+
+def cast_in_products(wi_0, wi_1, wo, scale: str, rows: int) -> bool:
+    """Whether products cast the weights themselves: the same numbers, and no copies in memory.
+
+    Not where a program may be cut up over devices after it is traced: there, what travels between
+    them had better be FP8.
+
+    Args:
+      rows: of all experts here.
+    """
+    (e, h, f), local = wi_0.shape, meshes.is_manual() or jax.device_count() == 1
+    few = rows <= CAST_ROWS * e
+    fits = h % K_MULTIPLE == 0 and f % BLOCK == 0
+    bf16 = all(w.dtype == jnp.bfloat16 for w in (wi_0, wi_1, wo))
+    return local and few and fits and bf16 and scale == "pow2"
+
+
+def operand(prepared: PreparedExperts, name: str):
+    """Returns what `multiply` takes: the FP8 copy of this name, or the weights that it is of."""
+    if prepared.copies is not None:
+        return prepared.copies[name]
+    return (prepared.wo,) if name.startswith("down") else (prepared.wi_0, prepared.wi_1)
+
+
+def multiply(lhs: QArray, weights, name: str, sizes: jax.Array, variant: str) -> jax.Array:
+    """Returns the product by weights as `operand` returned them by this name."""
+    if weights[0].dtype == jnp.uint8:
+        return gemm(lhs, from_bits(weights), sizes, variant=variant)
+    transposed = not name.endswith("back")
+    return gemm_casting(lhs, weights, sizes, transposed=transposed, variant=variant)
+
+
 def save(q: QArray, name: str) -> Bits:
     """Names an FP8 array for jax.checkpoint policies."""
     bits, scale = to_bits(q)
     return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
 
-def prepared_of(op: str, wi_0, wi_1, wo, scale: str) -> PreparedExperts:
+def prepared_of(op: str, wi_0, wi_1, wo, scale: str, rows: int) -> PreparedExperts:
+    """rows: of all experts here, for the choice of how weights become FP8."""
     if isinstance(wi_0, PreparedExperts):
         if wi_1 is not None or wo is not None:
             got, mend = "PreparedExperts and wi_1 or wo", "leave wi_1 and wo out"
@@ -77,6 +117,9 @@ def prepared_of(op: str, wi_0, wi_1, wo, scale: str) -> PreparedExperts:
     if wi_1 is None or wo is None:
         expected = "wi_0, wi_1 and wo, or PreparedExperts"
         fail(op, "wi_1 or wo is missing.", "wi_0 alone", expected, "pass all three")
+    _check_weights(op, wi_0, wi_1, wo)
+    if cast_in_products(wi_0, wi_1, wo, scale, rows):
+        return PreparedExperts(wi_0, wi_1, wo, None)
     return prepare_experts(wi_0, wi_1, wo, scale=scale)
 
 

@@ -18,7 +18,7 @@ from jax_fp8gemm.expert_parallel import (
     send,
     send_quantized,
 )
-from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of, save
+from jax_fp8gemm.expert_weights import PreparedExperts, multiply, operand, prepared_of, save
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm
 from jax_fp8gemm.meshes import vary_alike
 from jax_fp8gemm.prepared import from_bits
@@ -74,7 +74,7 @@ def expert_ffn(
     Example:
       y = expert_ffn(x, routing.experts, routing.weights, wi_0, wi_1, wo)
     """
-    prepared = prepared_of("expert_ffn", wi_0, wi_1, wo, scale)
+    prepared = prepared_of("expert_ffn", wi_0, wi_1, wo, scale, experts.size)
     check_tokens("expert_ffn", x, experts, weights, prepared)
     if capacity is not None and capacity < 1:
         expected, mend = "capacity ≥ 1, or None", "leave capacity out to keep every row"
@@ -133,27 +133,26 @@ def _experts(x, experts, weights, prepared, slots, block: Block):
 
 
 def _forward(x, experts, weights, prepared, slots, block: Block):
-    """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; two copies of the weights;
-    who goes where."""
+    """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; weights, in FP8 if copies
+    were made; who goes where."""
     top_k, e = experts.shape[1], prepared.wi_0.shape[0]
     xq = _received(_pad_h(x), slots, block)
     permutation = permutation_of(experts, e)
     if block.capacity is not None:
         permutation = cut(permutation, block.capacity)
     token, row_weight = permutation.order // top_k, weights.reshape(-1)[permutation.order]
-    up, down = from_bits(prepared.copies["up"]), from_bits(prepared.copies["down"])
     products = _ragged_products if block.capacity is None else _masked_products
-    y, hq = products(xq, token, row_weight, permutation.group_sizes, (up, down), block)
+    y, hq = products(xq, token, row_weight, permutation.group_sizes, prepared, block)
     y = _collected(y, permutation, top_k, slots, x, block)
     saved = save(xq, "moe_x"), save(hq, "moe_h")
-    copies = prepared.copies["down_back"], prepared.copies["up_back"]
+    back = operand(prepared, "down_back"), operand(prepared, "up_back")
     # Empty arrays that remember dtypes and shapes.
     like = [a[:0] for a in (x, prepared.wi_0, prepared.wi_1, prepared.wo)]
-    return y, (*saved, copies, permutation, weights, slots, like)
+    return y, (*saved, back, permutation, weights, slots, like)
 
 
 def _backward(block: Block, residuals, dy):
-    saved_x, saved_h, copies, permutation, weights, slots, like = residuals
+    saved_x, saved_h, (down, up), permutation, weights, slots, like = residuals
     sizes, top_k, scale = permutation.group_sizes, weights.shape[1], block.scale
     token, row_weight = permutation.order // top_k, weights.reshape(-1)[permutation.order]
     by_groups = {"scale": scale, "group_sizes": sizes, "index": token}
@@ -162,12 +161,12 @@ def _backward(block: Block, residuals, dy):
         dyq, dyt = _take(received, token), requantize(received, **by_groups)
     else:
         dyq, dyt = quantize_both(_sent(_pad_h(dy), slots, block), **by_groups)
-    down_back, up_back = map(from_bits, copies)
-    da = _ragged(dyq, down_back, sizes)
+    da = multiply(dyq, down, "down_back", sizes, "ragged")
     dh, gate_t, up_t, at, d_row_weight = swiglu_backward(
         from_bits(saved_h), da, row_weight, sizes, scale=scale
     )
-    dx = _collected(_ragged(dh, up_back, sizes), permutation, top_k, slots, like[0], block)
+    dx = multiply(dh, up, "up_back", sizes, "ragged")
+    dx = _collected(dx, permutation, top_k, slots, like[0], block)
     xt = requantize(from_bits(saved_x), **by_groups)
     pairs = (xt, gate_t), (xt, up_t), (at, dyt)
     d_kernels = [
@@ -192,8 +191,8 @@ def _weight_gradients(kernels, like) -> PreparedExperts:
 # ---- the products -------------------------------------------------------------------------------
 
 
-def _ragged(lhs: QArray, rhs: QArray, sizes: jax.Array) -> jax.Array:
-    return gemm(lhs, rhs, sizes, variant="ragged")
+def _forward_product(lhs: QArray, prepared, name: str, sizes, variant: str) -> jax.Array:
+    return multiply(lhs, operand(prepared, name), name, sizes, variant)
 
 
 def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -202,33 +201,33 @@ def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -
     return gemm(lhs, rhs, sizes, variant="ragged_contracting", out_dtype=out_dtype)
 
 
-def _ragged_products(xq, token, row_weight, sizes, matrices, block: Block):
+def _ragged_products(xq, token, row_weight, sizes, prepared, block: Block):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
-    up, down = matrices
-    h = _ragged(_take(xq, token), up, sizes)
+    h = _forward_product(_take(xq, token), prepared, "up", sizes, "ragged")
     a = swiglu_quantize(h, row_weight, group_sizes=sizes, scale=block.scale)
-    return _ragged(a, down, sizes), quantize_rows(h, scale=block.scale, group_sizes=sizes)
+    y = _forward_product(a, prepared, "down", sizes, "ragged")
+    return y, quantize_rows(h, scale=block.scale, group_sizes=sizes)
 
 
-def _masked_products(xq, token, row_weight, sizes, matrices, block: Block):
+def _masked_products(xq, token, row_weight, sizes, prepared, block: Block):
     """The same by way of slots [e, capacity], of which each expert's first ones are computed.
 
     The others hold anything, NaN too, but no row of the results takes from them, and a row's
     scales are its own.
     """
-    up, down = matrices
-    rows, e = token.shape[0], up.shape[0]
+    rows, e = token.shape[0], prepared.wi_0.shape[0]
     capacity = min(block.capacity, rows)
     starts = jnp.cumsum(sizes) - sizes
     row = (starts[:, None] + jnp.arange(capacity)).reshape(-1)
     row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
 
-    def masked(lhs, rhs):
+    def masked(lhs, name):
         lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)
-        return gemm(lhs, rhs, sizes, variant="masked").reshape(e * capacity, -1)
+        product = _forward_product(lhs, prepared, name, sizes, "masked")
+        return product.reshape(e * capacity, -1)
 
-    h = masked(_take(xq, token[row]), up)
-    y = masked(swiglu_quantize(h, row_weight[row], scale=block.scale), down)
+    h = masked(_take(xq, token[row]), "up")
+    y = masked(swiglu_quantize(h, row_weight[row], scale=block.scale), "down")
     group = jnp.minimum(group_of_row(sizes, rows), e - 1)
     slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups
     return y[slot], _take(quantize(h, scale=block.scale), slot)

@@ -84,6 +84,38 @@ def gemm(
     return product(lhs, rhs, static, groups, init)
 
 
+def gemm_casting(
+    lhs: QArray,
+    weights: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    *,
+    transposed: bool,
+    variant: str = "ragged",
+) -> jax.Array:
+    """Multiplies by weights that the kernel casts on their way to the tensor core.
+
+    The result is that of gemm with the weights quantised by 128x128, powers of two, before; but
+    their FP8 copy is never in memory. Every 256 rows of a group read and cast the weights anew.
+
+    Args:
+      lhs: QArray as gemm takes it, scaled 1x128.
+      weights: bf16 [g, n, k], or, transposed, [g, k, n]: one array, or two that lie side by side,
+        as if concatenated along their last dim, which is then a multiple of 128. n is one of 8.
+      group_sizes, variant: as gemm takes them; "ragged" or "masked".
+
+    Returns:
+      bf16, as gemm.
+    """
+    static = Static(
+        variant,
+        "1x128_128x128",
+        "bf16",
+        rhs="bf16_transposed" if transposed else "bf16",
+        pair=len(weights) == 2,
+    )
+    return product(lhs, (weights[0], weights[-1]), static, group_sizes.astype(jnp.int32))
+
+
 def contract_tokens(
     lhs: QArray,
     rhs: QArray,

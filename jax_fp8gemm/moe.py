@@ -72,7 +72,8 @@ def moe(
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
     check_exchange("moe", exchange, wire)
-    prepared = prepared_of("moe", wi_0, wi_1, wo, "pow2")
+    rows = math.prod(x.shape[:-1]) * top_k
+    prepared = prepared_of("moe", wi_0, wi_1, wo, "pow2", rows)
     via = None if expert_axis is None else Exchange(expert_axis, exchange, wire)
     devices = _check_experts(x, gate_kernel, prepared, expert_axis)
     tokens = x.reshape(-1, x.shape[-1])

@@ -2,7 +2,8 @@
 
 Operands, in order: lhs, rhs (e4m3), lhs scale, rhs scale (f32, in the kernel's layout, see
 reference.scale_to_kernel), the group operand (int32) of a grouped variant, and init (f32) when
-accumulating. The stack above it is
+accumulating. A rhs that the kernel casts is bf16, in one array or in two, side by side by their
+last dims: the second takes the place of the rhs scale, or the first again. The stack above it is
 custom_vjp (ops.py) > custom_vmap (here) > custom_partitioning (sharding.py) > the primitive.
 """
 
@@ -44,6 +45,12 @@ class Static:
     num_sms: int = 0
     config: configs.GemmConfig | None = None
     expected_rows: int = 0  # of a masked group; 0: as many as there is room for
+    rhs: str = "fp8"  # or what the kernel casts: "bf16" [g, n, k], "bf16_transposed" [g, k, n]
+    pair: bool = False  # such a rhs lies in two arrays
+
+    @property
+    def casts(self) -> bool:
+        return self.rhs != "fp8"
 
     @property
     def groups_at(self) -> int | None:
@@ -63,9 +70,25 @@ class Static:
 gemm_p = Primitive("jax_fp8gemm_gemm")
 
 
-def _out_shape(static: Static, operands) -> tuple[int, ...]:
+def _rhs_shape(static: Static, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that rhs has as the table means it."""
+    if not static.casts:
+        return stored
+    g, rows, columns = stored
+    columns *= 2 if static.pair else 1
+    return (g, columns, rows) if static.rhs == "bf16_transposed" else (g, rows, columns)
+
+
+def _sizes(static: Static, operands) -> dict[str, int]:
+    """Returns the size of every letter of the table's row."""
     count = None if static.groups_at is None else operands[static.groups_at].shape[0]
-    return static.row(operands).out_shape(operands[0].shape, operands[1].shape, count)
+    rhs = _rhs_shape(static, operands[1].shape)
+    return static.row(operands).sizes(operands[0].shape, rhs, count)
+
+
+def _out_shape(static: Static, operands) -> tuple[int, ...]:
+    sizes = _sizes(static, operands)
+    return tuple(sizes[letter] for letter in static.row(operands).out)
 
 
 def _abstract(*operands, static: Static):
@@ -79,12 +102,24 @@ gemm_p.def_abstract_eval(_abstract)
 
 
 def _reference(*operands, static: Static):
+    if static.casts:
+        lhs, left, lhs_scale, right, *rest = operands
+        values, scale = _cast(left, right, static)
+        operands = (lhs, values, lhs_scale, scale, *rest)
     return reference.gemm(
         *operands,
         variant=static.variant,
         tiles=SCALES[static.scales],
         dtype=DTYPES[static.out],
     )
+
+
+def _cast(left: jax.Array, right: jax.Array, static: Static) -> tuple[jax.Array, jax.Array]:
+    """Returns what the kernel makes of a bf16 rhs: [g, n, k] in FP8, and scales in its layout."""
+    w = jnp.concatenate((left, right), -1) if static.pair else left
+    w = jnp.swapaxes(w, -1, -2) if static.rhs == "bf16_transposed" else w
+    values, scale = reference.quantize(w, BLOCKS, "pow2")
+    return values, reference.scale_to_kernel(scale, BLOCKS)
 
 
 mlir.register_lowering(gemm_p, mlir.lower_fun(_reference, multiple_results=False))
@@ -97,13 +132,11 @@ def _device_kind() -> str:
 
 
 def _problem(static: Static, operands, accumulate: bool) -> configs.Problem:
-    row = VARIANTS[static.variant]
-    count = None if static.groups_at is None else operands[static.groups_at].shape[0]
-    sizes = row.sizes(operands[0].shape, operands[1].shape, count)
+    sizes = _sizes(static, operands)
     m = static.expected_rows or sizes["m"]
     return configs.Problem(
         static.variant, m, sizes["n"], sizes["k"], sizes.get("g", 1), static.scales, static.out,
-        accumulate, static.num_sms, _device_kind(),
+        accumulate, static.num_sms, _device_kind(), static.rhs,
     )  # fmt: skip
 
 
@@ -143,7 +176,7 @@ def _bind(lhs, rhs, lhs_scale, rhs_scale, *rest, static: Static):
         lhs,
         rhs,
         reference.scale_to_kernel(lhs_scale, lhs_tile),
-        reference.scale_to_kernel(rhs_scale, rhs_tile),
+        rhs_scale if static.casts else reference.scale_to_kernel(rhs_scale, rhs_tile),
         *rest,
         static=static,
     )
@@ -164,11 +197,19 @@ def _shard(*operands, static: Static, total: Total | None = None):
 
 
 @functools.cache
-def sharding_rule(row: Variant, tiles: tuple[Tile, Tile], accumulate: bool) -> Rule:
+def sharding_rule(
+    row: Variant, tiles: tuple[Tile, Tile], accumulate: bool, rhs_type: str = "fp8", pair=False
+) -> Rule:
     """Returns how a product is cut up. Groups and what they cut up stay whole; blocks do."""
     lhs, rhs, out = (tuple(map(Dim, letters)) for letters in (row.lhs, row.rhs, row.out))
     operands = [lhs, rhs, scale_dims(row.lhs, tiles[0]), scale_dims(row.rhs, tiles[1])]
     whole = {row.groups} - {None}
+    if rhs_type != "fp8":
+        stored = "gkn" if rhs_type == "bf16_transposed" else row.rhs
+        if pair:  # halves of the last dim, which so stays whole
+            whole |= {stored[-1], "f"}
+            stored = stored[:-1] + "f"
+        operands[1] = operands[3] = tuple(map(Dim, stored))
     if row.group_operand:
         operands.append((Dim(row.group_operand),))
         whole |= set() if "g" in row.lhs else {"g"}  # masked: every group has its own rows
@@ -180,7 +221,8 @@ def sharding_rule(row: Variant, tiles: tuple[Tile, Tile], accumulate: bool) -> R
         deciding=(0, 1),
         summed=frozenset(summed),
         whole=frozenset(whole),
-        blocked=blocked_letters(*operands) | {"k"},  # the kernel steps by 128 of k
+        # The kernel steps by 128 of k, and casts blocks.
+        blocked=blocked_letters(*operands) | ({"k"} if rhs_type == "fp8" else {"k", "n"}),
         added=len(operands) if accumulate else None,
     )
 
@@ -204,7 +246,7 @@ def no_derivative(op: str):
 
 def product(
     lhs: QArray,
-    rhs: QArray,
+    rhs: QArray | tuple[jax.Array, jax.Array],
     static: Static,
     groups: jax.Array | None = None,
     init: jax.Array | None = None,
@@ -217,9 +259,10 @@ def product(
     since a merged dim can be sharded by its first part alone.
     """
     rest = [x for x in (groups, init) if x is not None]
-    operands = (lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest)
+    values, beside = (rhs.qvalue, rhs.scale) if isinstance(rhs, QArray) else rhs
+    operands = (lhs.qvalue, values, lhs.scale, beside, *rest)
     shape = _out_shape(static, operands)
-    if 0 in (*shape, *lhs.shape, *rhs.shape):
+    if 0 in (*shape, *lhs.shape, *values.shape):
         return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
     rule = _rule(static, operands)
     call = meshes.explicit(rule, _batchable(static), operands, out_sharding)
@@ -227,9 +270,8 @@ def product(
 
 
 def _rule(static: Static, operands) -> Rule:
-    return sharding_rule(
-        static.row(operands), SCALES[static.scales], len(operands) > static.init_at
-    )
+    row, accumulate = static.row(operands), len(operands) > static.init_at
+    return sharding_rule(row, SCALES[static.scales], accumulate, static.rhs, static.pair)
 
 
 @functools.cache

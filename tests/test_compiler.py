@@ -158,6 +158,8 @@ def test_bad_specifications_are_named(change, words):
 
 # ---- Every kernel that can be chosen ------------------------------------------------------------
 
+CASTING = ("ragged", "masked")  # variants whose weights a kernel may cast
+
 
 def reachable() -> dict[str, dict]:
     """Returns the attributes of every config that the shapes of tests and benchmarks lead to."""
@@ -171,6 +173,8 @@ def reachable() -> dict[str, dict]:
                 found |= chosen(shape, scales, out, accumulate=out == "f32", variant="batched")
     for shape in GROUPED:
         found |= chosen_for(shape.problem())
+    for variant, rhs, rows in itertools.product(CASTING, ("bf16", "bf16_transposed"), (100, 900)):
+        found |= chosen_for(configs.Problem(variant, rows, 4096, 7168, 3, rhs=rhs))
     for variant, row in VARIANTS.items():
         for scales, out in itertools.product(SCALES, ("bf16", "f32") if row.groups else ()):
             if (row.groups, scales) != ("k", "1x128_128x128"):

@@ -3,6 +3,8 @@
 //   warpgroup 0, 1   consumers: tensor core, promotion, epilogue; every second 64 rows each
 //   warpgroup 2      producer: one thread starts the copies
 //
+// Where rhs is bf16, warpgroup 3 makes FP8 of it, and its copies are another warp's (rhs_cast.cuh).
+//
 // Persistent: a CTA takes output blocks until none is left. The producer chooses them, and leaves
 // a note of each before its first bytes. The epilogue of a finished sub-tile runs under the next
 // sub-tile's tensor-core work, across blocks too.
@@ -13,42 +15,61 @@
 #include "producer.cuh"
 #include "promotion.cuh"
 #include "ptx.cuh"
+#include "rhs_cast.cuh"
 #include "scheduler.cuh"
 #include "shared_memory.cuh"
 
 namespace fp8gemm {
 
 constexpr int kMathWarpgroups = 2;
-constexpr int kProducerRegisters = 40;  // of the 384 × 168 that a CTA starts with, the producer
-constexpr int kConsumerRegisters = 232;  // gives back as many as the consumers take
+constexpr int kMathWarps = kMathWarpgroups * 4;
+constexpr int kProducer = kMathWarps, kCastProducer = kProducer + 1;  // warps
+constexpr int kFirstCaster = kProducer + 4;
 
-enum NamedBarrier : int {  // 0 is __syncthreads
+// Registers of a thread of each warpgroup: all begin with as many, and hand them over.
+template <bool kCasts>
+struct Registers {
+  static constexpr int kConsumer = 232, kProducer = 40;
+  static_assert(2 * kConsumer + kProducer <= 3 * 168, "more than there are: setmaxnreg would wait");
+};
+template <>
+struct Registers<true> {
+  static constexpr int kConsumer = 192, kProducer = 32, kCaster = 96;
+  static_assert(2 * kConsumer + kProducer + kCaster <= 4 * 128);
+};
+
+enum NamedBarrier : int {  // 0 is __syncthreads, kCastBarrier the casting warps'
   kReadyBarrier = 1,       // the mbarriers are initialised
   kStoreBarrier,           // + warpgroup: its 128 threads around the use of its output boxes
 };
-
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 384 * 168,
-              "setmaxnreg: more registers than the CTA has would wait for ever");
 
 template <GemmSpec spec>
 struct GemmTraits {
   static constexpr int kSubTiles = spec.block_m / (64 * kMathWarpgroups);  // per warpgroup
   static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
+  static constexpr int kPartRegisters = instruction_columns(spec) / 2;  // that one instruction fills
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
+  static constexpr bool kCasts = spec.rhs != Rhs::kFp8;
+  static constexpr bool kCluster = kCtas > 1 || kCasts;
   // Whether a block may end early, where the rows of its group end.
   static constexpr bool kCutShort =
       spec.variant == Variant::kRagged || spec.variant == Variant::kMasked;
-  // Sub-tiles of a warpgroup that shared memory holds on their way out: fp32 leaves room for one.
-  static constexpr int kOutTiles = spec.out == Out::kF32 ? 1 : kSubTiles;
+  // Sub-tiles of a warpgroup that shared memory holds on their way out: fp32, and a rhs to cast, leave
+  // room for one.
+  static constexpr int kOutTiles = spec.out == Out::kF32 || kCasts ? 1 : kSubTiles;
   static constexpr int kOutTileBytes = 64 * spec.block_n * (spec.out == Out::kF32 ? 4 : 2);
   static constexpr int kOutBytes =
       spec.store == Store::kTma ? kMathWarpgroups * kOutTiles * kOutTileBytes : 0;
   using Shared = SharedMemory<spec, kOutBytes, 0>;
   using Ring = RingPosition<spec.stages>;
+  using RhsLayout = typename TileLayout<spec.rhs>::Type;
 
   static_assert(spec.block_m % 128 == 0, "block_m: a multiple of 128, 64 rows for each warpgroup");
   static_assert(spec.block_n % 16 == 0 && spec.block_n <= 256, "block_n: 16, 32, ... 256");
+  static_assert(!kCasts || (spec.block_n == 128 && spec.multicast == Multicast::kNone &&
+                            spec.rhs_scale == ScaleTile::k128x128 && rhs_has_groups(spec.variant)),
+                "rhs of bf16: blocks that are as wide as a scale's, for products of groups");
   static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
 };
 
@@ -58,6 +79,7 @@ struct Consumer {
   using Shared = typename Traits::Shared;
   static constexpr int kSubTiles = Traits::kSubTiles;
   static constexpr int kRegisters = Traits::kRegisters;
+  static constexpr int kPartRegisters = Traits::kPartRegisters;
 
   const GemmParams& params;
   Shared& shared;
@@ -79,13 +101,13 @@ struct Consumer {
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
         lhs_low(warp_uniform(
-            descriptor_low(shared_address(s.lhs) + warpgroup * 64 * kBlockK))),
-        rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))) {}
+            descriptor_low<SwizzledRows>(shared_address(s.lhs) + warpgroup * 64 * kBlockK))),
+        rhs_low(warp_uniform(descriptor_low<typename Traits::RhsLayout>(shared_address(s.rhs)))) {}
 
   // Works through the blocks that the producer announces.
   FP8GEMM_DEVICE void run() {
     while (true) {
-      if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
+      await_stage();
       landed = true;
       const Block block = read_note();
       const int steps = warp_uniform(block.steps);
@@ -126,7 +148,7 @@ struct Consumer {
 
   FP8GEMM_DEVICE void skip(int steps) {
     for (int step = 0; step < steps; ++step) {
-      if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
+      await_stage();
       release();
     }
   }
@@ -142,8 +164,8 @@ struct Consumer {
     finished = next;
     pending = kActive;
     if constexpr (kActive == 2) sub_step<kActive, 1, true, false>(0);
-    // NOTE: one scale per column leaves no registers for more than one step at a time.
-#pragma unroll(Traits::kPerColumn ? 1 : 4)
+    // NOTE: one scale per column, or a cast beside, leave no registers for more steps at a time.
+#pragma unroll(Traits::kPerColumn || Traits::kCasts ? 1 : 4)
     for (int step = 1; step < steps - 1; ++step) {
       sub_step<kActive, 0, false, false>(step);
       if constexpr (kActive == 2) sub_step<kActive, 1, false, false>(step);
@@ -157,12 +179,13 @@ struct Consumer {
   template <int kActive, int kSubTile, bool kFirst, bool kLast>
   FP8GEMM_DEVICE void sub_step(int step) {
     const int stage = at.stage;
-    if (kSubTile == 0 && !landed) mbarrier_try_wait(shared_address(&shared.full[stage]), at.parity);
-    float partial[kRegisters];
-    const auto start = [&] {
-      start_partial(partial,
-                    lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
-                    rhs_low + stage * (Shared::kRhsBytes / 16));
+    if constexpr (kSubTile == 0) await_stage();
+    float partial[kPartRegisters];
+    const auto start = [&](int part = 0) {
+      using RhsLayout = typename Traits::RhsLayout;
+      start_partial<RhsLayout>(
+          partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
+          rhs_low + stage * (Shared::kRhsBytes / 16) + part * (kPartRegisters / 4 * RhsLayout::kStride));
     };
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     const auto lhs_scales = [&] {
@@ -182,8 +205,13 @@ struct Consumer {
       start();
       store_finished<kSubTile, kFirst, kLast>();
       finish_partial(partial);
+      if constexpr (kPartRegisters < kRegisters) {  // the other half
+        promote<spec, kFirst>(sums[kSubTile], partial, scales, border);
+        start(1);
+        finish_partial(partial);
+      }
       if constexpr (kSubTile == kActive - 1) release();
-      promote<spec, kFirst>(sums[kSubTile], partial, scales, border);
+      promote<spec, kFirst, kRegisters - kPartRegisters>(sums[kSubTile], partial, scales, border);
     }
   }
 
@@ -200,6 +228,13 @@ struct Consumer {
       store<kSubTiles - 1>();
     }
     pending = 0;
+  }
+
+  FP8GEMM_DEVICE void await_stage() {
+    if (!landed) mbarrier_try_wait(shared_address(&shared.full[at.stage]), at.parity);
+    if constexpr (Traits::kCasts) {
+      mbarrier_try_wait(shared_address(&shared.cast.ready[at.stage]), at.parity);
+    }
   }
 
   // Gives the stage back, and peeks at the next one so that the wait is over before it is needed.
@@ -273,17 +308,19 @@ struct Consumer {
 template <GemmSpec spec, class Shared>
 FP8GEMM_DEVICE void init_barriers(Shared& shared) {
   constexpr int kCtas = GemmTraits<spec>::kCtas;
+  constexpr bool kCasts = GemmTraits<spec>::kCasts;
   if (elect_sync()) {
 #pragma unroll
     for (int stage = 0; stage < spec.stages; ++stage) {
       mbarrier_init(shared_address(&shared.full[stage]), 1);
       // One arrival per math warp of every CTA that a copy into this stage may come from.
-      mbarrier_init(shared_address(&shared.empty[stage]), kCtas * kMathWarpgroups * 4);
+      mbarrier_init(shared_address(&shared.empty[stage]), kCtas * kMathWarps);
     }
 #pragma unroll
     for (int i = 0; i < kNotes; ++i) {
       mbarrier_init(shared_address(&shared.note_read[i]), kMathWarpgroups * 128);
     }
+    if constexpr (kCasts) init_cast_barriers(shared.cast);
     fence_mbarrier_init();
     fence_proxy_async();
   }
@@ -294,13 +331,14 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
 // whose copies stay in its own CTA goes on at once.
 template <GemmSpec spec>
 FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
-  constexpr int kMathWarps = kMathWarpgroups * 4, kThreads = (kMathWarps + 1) * 32;
-  if constexpr (GemmTraits<spec>::kCtas > 1) {
+  constexpr bool kCasts = GemmTraits<spec>::kCasts;
+  constexpr int kThreads = (kMathWarps + 1 + (kCasts ? 1 + kCastWarps : 0)) * 32;
+  if constexpr (GemmTraits<spec>::kCluster) {
     cluster_arrive_relaxed();
     cluster_wait();
-  } else if (warp == kMathWarps) {
+  } else if (warp == kProducer) {
     bar_arrive(kReadyBarrier, kThreads);
-  } else if (warp < kMathWarps) {
+  } else if (warp < kMathWarps || (kCasts && (warp == kCastProducer || warp >= kFirstCaster))) {
     bar_sync(kReadyBarrier, kThreads);
   }
 }
@@ -351,17 +389,26 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
 
   const uint32_t rank = Traits::kCtas > 1 ? warp_uniform(cluster_ctarank()) : 0;
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
-  if (warp == kMathWarpgroups * 4) init_barriers<spec>(shared);
+  using Own = Registers<Traits::kCasts>;
+  if (warp == kProducer) init_barriers<spec>(shared);
   await_barriers<spec>(warp);
-  if (warp >= kMathWarpgroups * 4) {
-    setmaxnreg_dec<kProducerRegisters>();
-    if (warp == kMathWarpgroups * 4) produce<spec>(params, shared, rank);
+  if (Traits::kCasts && warp >= kFirstCaster) {
+    if constexpr (Traits::kCasts) {
+      setmaxnreg_dec<Own::kCaster>();
+      Caster<spec, Shared>(shared, warp - kFirstCaster).run();
+    }
+  } else if (warp >= kMathWarps) {
+    setmaxnreg_dec<Own::kProducer>();
+    if (warp == kProducer) produce<spec>(params, shared, rank);
+    if constexpr (Traits::kCasts) {
+      if (warp == kCastProducer) produce_bf16<spec>(params, shared);
+    }
   } else {
-    setmaxnreg_inc<kConsumerRegisters>();
+    setmaxnreg_inc<Own::kConsumer>();
     Consumer<spec>(params, shared).run();
   }
   __syncwarp();
-  if constexpr (Traits::kCtas > 1) {  // the other CTA may still arrive at this one's barriers
+  if constexpr (Traits::kCluster) {  // the other CTA may still arrive at this one's barriers
     cluster_arrive_relaxed();
     cluster_wait();
   }

@@ -44,7 +44,8 @@ struct FewRowsTraits {
   static_assert(spec.block_m == 64 || spec.block_m == 128, "block_m of few_rows: 64 or 128");
   static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
   static_assert(spec.stages % 2 == 0, "stages: even, since the warpgroups take every second one");
-  static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect);
+  static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect &&
+                spec.rhs == Rhs::kFp8);
   static_assert(spec.variant == Variant::kDense || spec.variant == Variant::kBatched ||
                     (spec.split_k == 1 && spec.variant != Variant::kRaggedContracting &&
                      spec.variant != Variant::kContiguous),
@@ -103,8 +104,8 @@ struct FewRowsConsumer {
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
         part(2 * rank + warpgroup),
-        lhs_low(warp_uniform(descriptor_low(shared_address(s.lhs)))),
-        rhs_low(warp_uniform(descriptor_low(shared_address(s.rhs)))),
+        lhs_low(warp_uniform(descriptor_low<SwizzledRows>(shared_address(s.lhs)))),
+        rhs_low(warp_uniform(descriptor_low<SwizzledRows>(shared_address(s.rhs)))),
         turns{{warpgroup, 0}, warpgroup} {}
 
   FP8GEMM_DEVICE void multiply(const Block& block, const StepRange& range) {
@@ -160,9 +161,9 @@ struct FewRowsConsumer {
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     float partial[kRegisters];
     const auto start = [&] {
-      start_partial(partial,
-                    lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
-                    rhs_low + stage * (Shared::kRhsBytes / 16));
+      start_partial<SwizzledRows>(
+          partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
+          rhs_low + stage * (Shared::kRhsBytes / 16));
     };
     const auto lhs_scales = [&] {
       return load_lhs_scales<spec.lhs_scale>(

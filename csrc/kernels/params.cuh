@@ -37,6 +37,13 @@ enum class ScaleTile : int {
   kTensor,   // scales [1, 4], the first of which counts; one for each group of a batch
 };
 
+// How rhs lies in memory. As bf16 it becomes FP8 on its way to the tensor core, by 128×128.
+enum class Rhs : int {
+  kFp8,             // [n, k], with scales beside it
+  kBf16,            // [n, k]
+  kBf16Transposed,  // [k, n]
+};
+
 enum class Out : int { kBf16, kF32 };
 
 // Which operand tile the two CTAs of a cluster share; kNone means no cluster.
@@ -50,6 +57,7 @@ struct GemmSpec {
   Variant variant;
   ScaleTile lhs_scale;
   ScaleTile rhs_scale;
+  Rhs rhs;
   Out out;
   bool accumulate;  // out += product instead of out = product (fp32 only)
   int block_m;      // rows of lhs per output block
@@ -61,6 +69,12 @@ struct GemmSpec {
   Store store;
   int shared_bytes;  // dynamic shared memory; the kernel asserts that its plan has this size
 };
+
+// Columns of one tensor-core instruction. Where rhs is cast, halves: half of the registers of a
+// partial sum are the casting warps'.
+constexpr int instruction_columns(const GemmSpec& spec) {
+  return spec.rhs == Rhs::kFp8 ? spec.block_n : spec.block_n / 2;
+}
 
 // Rows of a tile that are copied: whole groups of eight, the unit of the 128-byte swizzle, and no
 // more than the operand has. The rest of a tile then holds anything, in rows nobody stores.
@@ -96,6 +110,9 @@ struct GemmParams {
   int32_t n;
   int32_t k;
   int32_t groups;
+  // Where rhs is bf16: it may lie in two arrays side by side, by their last dims.
+  int32_t left_columns;  // of the first, which `rhs` is the map of
+  TensorMap rhs_right;
 };
 
 // ---- Quantising ---------------------------------------------------------------------------------

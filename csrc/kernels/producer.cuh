@@ -29,6 +29,7 @@ struct Producer {
   int lhs_scale_bytes;           // where a block begins at any row
   int next_block;                // floats from one scale block of the columns to the next
 
+  static constexpr bool kCasts = spec.rhs != Rhs::kFp8;  // then rhs is the casting warps' matter
   static constexpr bool kAnyRow = spec.variant == Variant::kRagged && is_per_row(spec.lhs_scale);
 
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)
@@ -38,9 +39,10 @@ struct Producer {
         rank(cta_rank),
         end_step(ceil_div(p.k, kBlockK)) {
     const int lhs_rows = copied_rows(spec.block_m, p.m), rhs_rows = copied_rows(spec.block_n, p.n);
-    stage_bytes = (lhs_rows + rhs_rows) * kBlockK +
+    const int scaled_rows = is_per_row(spec.rhs_scale) ? rhs_rows : spec.block_n;
+    stage_bytes = (lhs_rows + (kCasts ? 0 : rhs_rows)) * kBlockK +
                   (kAnyRow ? 0 : scale_bytes(spec.lhs_scale, lhs_rows)) +
-                  scale_bytes(spec.rhs_scale, is_per_row(spec.rhs_scale) ? rhs_rows : spec.block_n);
+                  (kCasts ? 0 : scale_bytes(spec.rhs_scale, scaled_rows));
     prefetch_tensormap(params.lhs);
     prefetch_tensormap(params.rhs);
     if constexpr (is_per_row(spec.lhs_scale) && !kAnyRow) prefetch_tensormap(params.lhs_scale);
@@ -64,7 +66,7 @@ struct Producer {
     if constexpr (spec.rhs_scale == ScaleTile::kTensor) {
       rhs_scales = params.rhs_scale_data + 4 * rhs_group;
     }
-    if constexpr (spec.rhs_scale == ScaleTile::k128x128) {
+    if constexpr (spec.rhs_scale == ScaleTile::k128x128 && !kCasts) {
       const int rows = ceil_div(params.n, 128), columns = round_up(end_step, 4);
       const int row = min(block.n / 128, rows - 1);
       rhs_scales = params.rhs_scale_data + (int64_t{rhs_group} * rows + row) * columns;
@@ -79,7 +81,9 @@ struct Producer {
     const int step = index < block.steps ? scale_step : end_step;
     const uint32_t full = address(&shared.full[stage]);
     mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? lhs_scale_bytes : 0));
-    load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step, rhs_row);
+    if constexpr (!kCasts) {
+      load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step, rhs_row);
+    }
     load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step, lhs_row);
     const uint32_t lhs_slot = address(shared.lhs_scale[stage]);
     const uint32_t rhs_slot = address(shared.rhs_scale[stage]);
@@ -92,6 +96,7 @@ struct Producer {
       static_assert(spec.lhs_scale == ScaleTile::kTensor, "lhs scales: per row, or per tensor");
       cp_async_bulk(lhs_slot, lhs_scales, 16, full);
     }
+    if constexpr (kCasts) return;
     if constexpr (is_per_row(spec.rhs_scale)) {
       const int line = rhs_line + (spec.rhs_scale == ScaleTile::k1x128 ? scale_step : 0);
       cp_async_bulk_tensor_2d(rhs_slot, params.rhs_scale, full, rhs_scale_row, line);

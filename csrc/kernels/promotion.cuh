@@ -14,14 +14,15 @@
 namespace fp8gemm {
 
 // Starts partial[64, block_n] = lhs[64, 128] · rhs[block_n, 128]ᵀ.
-template <int kRegisters>
+template <class RhsLayout, int kRegisters>
 FP8GEMM_DEVICE void start_partial(float (&partial)[kRegisters], uint32_t lhs_low,
                                   uint32_t rhs_low) {
   fence_registers(partial);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < kBlockK / 32; ++i) {  // 32 of k per instruction: 2 × 16 bytes further on
-    wgmma_m64k32(partial, descriptor(lhs_low + 2 * i), descriptor(rhs_low + 2 * i), i > 0);
+  for (int i = 0; i < kBlockK / 32; ++i) {  // 32 of k per instruction
+    wgmma_m64k32(partial, descriptor<SwizzledRows>(lhs_low + SwizzledRows::kStep * i),
+                 descriptor<RhsLayout>(rhs_low + RhsLayout::kStep * i), i > 0);
   }
   wgmma_commit_group();
   fence_registers(partial);
@@ -61,9 +62,10 @@ struct BlockScales {
 
   float value[2 * kBlocks];  // [2i], [2i+1]: upper and lower row, block i
 
-  // slot: of the rhs scales, the aligned run of four steps that `step` is in.
+  // slot: of the rhs scales, the aligned run of four steps that `step` is in; or its scale alone.
   FP8GEMM_DEVICE BlockScales(Float2 lhs, uint32_t slot, int step) {
-    const uint32_t first = spec.rhs_scale == ScaleTile::k128x128 ? slot + 4 * (step % 4) : slot;
+    constexpr bool kFour = spec.rhs_scale == ScaleTile::k128x128 && spec.rhs == Rhs::kFp8;
+    const uint32_t first = kFour ? slot + 4 * (step % 4) : slot;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       const float rhs = ld_shared(first + 16 * i);
@@ -78,21 +80,23 @@ struct BlockScales {
 
 // sums (+)= partial · scale, with rhs scales by blocks of columns.
 // border: columns of this block that belong to its first scale block.
-template <GemmSpec spec, bool kFirst, int kRegisters>
-FP8GEMM_DEVICE void promote(float (&sums)[kRegisters], const float (&partial)[kRegisters],
+// kBefore: registers of `sums` before those of `partial`.
+template <GemmSpec spec, bool kFirst, int kBefore = 0, int kSums, int kRegisters>
+FP8GEMM_DEVICE void promote(float (&sums)[kSums], const float (&partial)[kRegisters],
                             const BlockScales<spec>& scales, int border) {
   using Scales = BlockScales<spec>;
 #pragma unroll
   for (int i = 0; i < kRegisters; i += 4) {
-    const int column = 2 * i;
+    const int column = 2 * (kBefore + i);
+    float* const sum = sums + kBefore + i;
     Float2 s = scales.of_block(Scales::kBlocks == 1 ? 0 : column / 128);
     if constexpr (Scales::kFloating) {
       s = column / Scales::kRun * Scales::kRun < border ? scales.of_block(0) : scales.of_block(1);
     }
-    sums[i + 0] = kFirst ? s.x * partial[i + 0] : sums[i + 0] + s.x * partial[i + 0];
-    sums[i + 1] = kFirst ? s.x * partial[i + 1] : sums[i + 1] + s.x * partial[i + 1];
-    sums[i + 2] = kFirst ? s.y * partial[i + 2] : sums[i + 2] + s.y * partial[i + 2];
-    sums[i + 3] = kFirst ? s.y * partial[i + 3] : sums[i + 3] + s.y * partial[i + 3];
+    sum[0] = kFirst ? s.x * partial[i + 0] : sum[0] + s.x * partial[i + 0];
+    sum[1] = kFirst ? s.x * partial[i + 1] : sum[1] + s.x * partial[i + 1];
+    sum[2] = kFirst ? s.y * partial[i + 2] : sum[2] + s.y * partial[i + 2];
+    sum[3] = kFirst ? s.y * partial[i + 3] : sum[3] + s.y * partial[i + 3];
   }
 }
 

@@ -144,6 +144,15 @@ FP8GEMM_DEVICE void cp_async_bulk_tensor_2d(uint32_t destination, const TensorMa
       : "memory");
 }
 
+FP8GEMM_DEVICE void cp_async_bulk_tensor_3d(uint32_t destination, const TensorMap& map,
+                                            uint32_t barrier, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
 // To the same shared-memory offset, and the same barrier, of every CTA in `mask`.
 FP8GEMM_DEVICE void cp_async_bulk_tensor_2d_multicast(uint32_t destination, const TensorMap& map,
                                                       uint32_t barrier, int x, int y,
@@ -198,16 +207,19 @@ FP8GEMM_DEVICE void forget(uint32_t& value, uint32_t zero) {
   asm volatile("xor.b32 %0, %0, %1;" : "+r"(value) : "r"(zero));
 }
 
-// Matrix descriptor (section "Matrix descriptor format"): k-major, 128-byte swizzle.
-// low: address >> 4 in bits 0-13, leading offset 1 at bit 16.
-// high: constant: stride of eight rows, 1024 >> 4, and swizzle mode 1.
+// Matrix descriptor (section "Matrix descriptor format") of a tile with k contiguous, laid out as
+// SwizzledRows or CoreMatrices say (shared_memory.cuh).
+// low: address >> 4 in bits 0-13, leading offset at bit 16.
+template <class Layout>
 FP8GEMM_DEVICE uint32_t descriptor_low(uint32_t address) {
-  return ((address & 0x3FFFF) >> 4) | 0x10000u;
+  return ((address & 0x3FFFF) >> 4) | Layout::kLeading << 16;
 }
 
+// high: constant: stride of eight rows, and swizzle mode.
+template <class Layout>
 FP8GEMM_DEVICE uint64_t descriptor(uint32_t low) {
   uint64_t both;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(0x40000040u));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(Layout::kMode << 30 | Layout::kStride));
   return both;
 }
 
@@ -342,6 +354,19 @@ FP8GEMM_DEVICE uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   uint32_t larger;
   asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   return larger;
+}
+
+// Of either half, the larger magnitude; NaN wins, and the sign is of no use.
+FP8GEMM_DEVICE uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+FP8GEMM_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 FP8GEMM_DEVICE float magnitude(float x) {

@@ -52,12 +52,55 @@ struct Bytes<0> {};
 // NOTE: a tensor map takes no other inner coordinates either: an "illegal instruction" at run time.
 constexpr int extra_scale_rows(Variant variant) { return variant == Variant::kRagged ? 4 : 0; }
 
+// Layouts of a tile with k contiguous, in units of 16 bytes, as the tensor core is told of them.
+// kLeading: to the next 16 bytes of k; kStride: to the next eight rows; kMode: of the swizzle; kStep:
+// from 32 of k to the next.
+struct SwizzledRows {  // rows of 128 bytes, as the copy engine writes them
+  static constexpr uint32_t kLeading = 1, kStride = 1024 / 16, kMode = 1, kStep = 2;
+};
+// Eight rows × 16 bytes without a gap. Neighbours along k and along rows are 16 bytes further apart
+// than they need be, so that warps write down either of them without bank conflicts.
+struct CoreMatrices {
+  static constexpr uint32_t kLeading = 9, kStride = 8 * kLeading + 1, kMode = 0, kStep = 2 * kLeading;
+};
+
+constexpr int kCastWarps = 4;  // that make FP8 of rhs, a quarter of a tile each
+
+constexpr int kCastSlots = 2;
+enum class Content : int { kTile, kNothing, kEnd };
+
+// Where rhs is bf16: its tiles on their way to become FP8.
+template <int kStages, Rhs rhs>
+struct CastRing {
+  alignas(128) uint16_t tile[kCastSlots][128][128];
+  Content content[kCastSlots];   // kNothing: of a block without steps of k
+  float largest[2][kCastWarps];  // of what each warp read: of this tile, of the one before
+  uint64_t full[kCastSlots];     // completes when a tile has landed
+  uint64_t empty[kCastSlots];    // completes when casting warps have it in registers
+  uint64_t together[2];          // in turns: completes when the other CTA turns to its next block
+  uint64_t ready[kStages];       // completes when a stage has its tile of FP8
+};
+template <int kStages>
+struct CastRing<kStages, Rhs::kFp8> {};
+
+// How a tile of rhs lies once it is FP8: as the copy engine writes it, or warps do.
+template <Rhs rhs>
+struct TileLayout {
+  using Type = CoreMatrices;
+};
+template <>
+struct TileLayout<Rhs::kFp8> {
+  using Type = SwizzledRows;
+};
+
 // Every shared array and barrier of a kernel. Operand tiles come first: the 128-byte swizzle wants
 // them at multiples of 1024.
 template <GemmSpec spec, int kOutBytes, int kExchangeBytes>
 struct alignas(1024) SharedMemory {
   static constexpr int kLhsBytes = spec.block_m * kBlockK;
-  static constexpr int kRhsBytes = spec.block_n * kBlockK;
+  static constexpr int kRhsBytes = spec.rhs == Rhs::kFp8
+                                       ? spec.block_n * kBlockK
+                                       : round_up(spec.block_n / 8 * CoreMatrices::kStride * 16, 1024);
   static constexpr int kLhsScaleSlot =
       round_up(scale_bytes(spec.lhs_scale, spec.block_m + extra_scale_rows(spec.variant)), 128);
   static constexpr int kRhsScaleSlot = round_up(scale_bytes(spec.rhs_scale, spec.block_n), 128);
@@ -65,6 +108,7 @@ struct alignas(1024) SharedMemory {
   uint8_t rhs[spec.stages][kRhsBytes];
   [[no_unique_address]] Bytes<kOutBytes> out;            // results on their way to the copy engine
   [[no_unique_address]] Bytes<kExchangeBytes> exchange;  // partial sums between warpgroups and CTAs
+  [[no_unique_address]] CastRing<spec.stages, spec.rhs> cast;
   uint8_t lhs_scale[spec.stages][kLhsScaleSlot];
   uint8_t rhs_scale[spec.stages][kRhsScaleSlot];
   Block note[kNotes];           // which blocks the stages' bytes belong to, one after the other
