@@ -22,6 +22,7 @@ from moe_lm import plain_experts
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
+from jax_fp8gemm.expert_weights import CAST_ROWS
 
 WIDTH, HIDDEN, TOP_K = 7168, 2048, 8  # DeepSeek-V3 (arXiv 2412.19437), section 4.2
 CASES = [(8, 8192), (8, 32768), (32, 8192), (32, 32768)]  # experts of this device, rows
@@ -60,10 +61,18 @@ def ours(x, routing, *kernels) -> jax.Array:
     return fp8.expert_ffn(x, routing.experts, routing.weights, *kernels)
 
 
+def with_copies(x, routing, *kernels) -> jax.Array:
+    """The same, with FP8 copies of the weights whatever the number of rows."""
+    prepared = fp8.prepare_experts(*kernels)
+    return fp8.expert_ffn(x, routing.experts, routing.weights, prepared)
+
+
 def layer(experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> list[dict]:
     """Returns rows of one case; their `us` is forward + backward."""
     given = operands(experts, rows, width, hidden)
     layers = {"fp8 expert_ffn": ours, "jax.lax.ragged_dot": plain_experts()}
+    if rows <= CAST_ROWS * experts:
+        layers["fp8 expert_ffn, weights copied"] = with_copies
     up, down = (tuned(rows, k, n, experts) for k, n in ((width, hidden), (hidden, width)))
     if up and down:
 

@@ -79,11 +79,12 @@ def cast_in_products(wi_0, wi_1, wo, scale: str, rows: int) -> bool:
     Args:
       rows: of all experts here.
     """
-    (e, h, f), local = wi_0.shape, meshes.is_manual() or jax.device_count() == 1
+    weights = (wi_0, wi_1, wo)
+    e, h, f = wi_0.shape
     few = rows <= CAST_ROWS * e
     fits = h % K_MULTIPLE == 0 and f % BLOCK == 0
-    bf16 = all(w.dtype == jnp.bfloat16 for w in (wi_0, wi_1, wo))
-    return local and few and fits and bf16 and scale == "pow2"
+    bf16 = all(w.dtype == jnp.bfloat16 for w in weights)
+    return few and fits and bf16 and scale == "pow2" and meshes.on_one_device(*weights)
 
 
 def operand(prepared: PreparedExperts, name: str):

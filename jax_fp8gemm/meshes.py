@@ -13,6 +13,11 @@ def is_manual() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def on_one_device(*arrays: jax.Array) -> bool:
+    """Whether what is traced here will not be cut up over devices, as far as can be told."""
+    return is_manual() or (_mesh_of(*arrays).size <= 1 and jax.device_count() == 1)
+
+
 def _varying(kind) -> frozenset[str]:
     if hasattr(kind, "manual_axis_type"):
         return kind.manual_axis_type.varying
