@@ -53,7 +53,7 @@ FP8GEMM_DEVICE void produce_bf16(const GemmParams& params, Shared& shared) {
     }
     at.advance();
   };
-  const auto nothing = [&](uint32_t full) { mbarrier_arrive(full); };
+  const auto nothing = [&](auto full) { mbarrier_arrive(full); };
   Scheduler<spec> scheduler(params, blockIdx.x, gridDim.x, 0);
   RingPosition<2> turn{0, 0};
   for (; !scheduler.done(); scheduler.next(), turn.advance()) {
@@ -64,7 +64,7 @@ FP8GEMM_DEVICE void produce_bf16(const GemmParams& params, Shared& shared) {
     const int steps = block.steps > 0 ? taken_steps(block.steps) : 0;
 #pragma unroll 1
     for (int index = 0; index < steps; ++index) {
-      fill(Content::kTile, [&](uint32_t full) {
+      fill(Content::kTile, [&](auto full) {
         const int k = index < block.steps ? index * kBlockK : params.k;  // past the end: zeros
         const int y = spec.rhs == Rhs::kBf16 ? block.n : k;
         int x = spec.rhs == Rhs::kBf16 ? k : block.n;

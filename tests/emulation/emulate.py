@@ -1,4 +1,4 @@
-"""Runs the quantising kernels on the CPU, without a GPU: what they compute, and what they touch.
+"""Runs quantising kernels, and the cast in products, on the CPU: what they compute and touch.
 
 The text that NVRTC gets is compiled by g++ instead, with ptx.cuh of this folder in the place of the
 kernels' own: every instruction of a GPU is there, as plain C++. fibers.h runs the threads of a
@@ -58,15 +58,23 @@ def build(static: QuantizeStatic, operands, folder: pathlib.Path) -> ctypes.CDLL
     wanted = specification(static, operands[0].dtype, m, k)
     own = folder / "_".join(map(str, wanted.values()))
     if not own.exists():
-        own.mkdir()
-        for header in [*KERNELS.glob("*.cuh"), *HERE.glob("*.*h")]:  # ptx.cuh: this folder's
-            shutil.copy(header, own)
         text = _native.compile(wanted)["source"]
-        program = f'#include "ptx.cuh"\n{text}\n#include "launch.h"\n'
-        (own / "kernel.cpp").write_text(program)
-        command = ["g++", *FLAGS, "-o", "kernel.so", "kernel.cpp"]
-        done = subprocess.run(command, cwd=own, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        compile_program(f'#include "ptx.cuh"\n{text}\n#include "launch.h"\n', own)
+    return load(own)
+
+
+def compile_program(program: str, own: pathlib.Path) -> None:
+    """Compiles a text that includes kernels' headers for the CPU, in a folder of its own."""
+    own.mkdir()
+    for header in [*KERNELS.glob("*.cuh"), *HERE.glob("*.*h")]:  # ptx.cuh: this folder's
+        shutil.copy(header, own)
+    (own / "kernel.cpp").write_text(program)
+    command = ["g++", *FLAGS, "-o", "kernel.so", "kernel.cpp"]
+    done = subprocess.run(command, cwd=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def load(own: pathlib.Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(own / "kernel.so"))
     library.launch.restype = ctypes.c_char_p
     return library

@@ -1,5 +1,5 @@
 // Stands in for csrc/kernels/ptx.cuh where a kernel runs on a CPU: what CUDA C++ adds to C++, and
-// every instruction that the quantising kernels use, bit for bit.
+// every instruction that quantising and casting use, bit for bit.
 // NOTE: ex2.approx and rcp.approx are not: they may be off by a unit or two in the last place.
 #pragma once
 
@@ -109,6 +109,41 @@ inline void mbarrier_try_wait(void* barrier, uint32_t parity) {
   static_cast<emulation::Barrier*>(barrier)->wait_for(parity);
 }
 
+// A cluster is one CTA, which tells itself what others would.
+inline uint32_t cluster_ctarank() { return 0; }
+inline void mbarrier_arrive_remote(void* barrier, uint32_t) { mbarrier_arrive(barrier); }
+// Copies are there at once.
+inline void mbarrier_arrive_expect_tx(void* barrier, uint32_t) { mbarrier_arrive(barrier); }
+inline void fence_proxy_async() {}
+
+// A tensor map of bf16 [z, y, x], and boxes of 128 × 128; zeros past the end.
+struct Matrices {
+  const uint16_t* data;
+  int64_t x, y, z;
+};
+inline void prefetch_tensormap(const TensorMap&) {}
+inline void cp_async_bulk_tensor_3d(void* to, const TensorMap& map, void*, int x, int y, int z) {
+  const Matrices& from = reinterpret_cast<const Matrices&>(map);
+  for (int i = 0; i < 128 * 128; ++i) {
+    const int row = y + i / 128, column = x + i % 128;
+    const bool exists = row < from.y && column < from.x;
+    static_cast<uint16_t*>(to)[i] = exists ? from.data[(z * from.y + row) * from.x + column] : 0;
+  }
+}
+
+inline bool elect_sync() { return threadIdx.x % 32 == 0; }
+template <class T>
+T warp_uniform(T value) { return __shfl_sync(~0u, value, 0); }
+
+inline void bar_sync(int number, int threads) {
+  static emulation::Barrier barriers[16];
+  emulation::Barrier& barrier = barriers[number];
+  if (barrier.expected == 0) barrier = {uint16_t(threads), uint16_t(threads), 0};
+  const uint32_t phase = barrier.phase;
+  barrier.arrive();
+  barrier.wait_for(phase);
+}
+
 inline Words2 ld_global_stream_v2(const void* address) {
   return *static_cast<const Words2*>(address);
 }
@@ -187,6 +222,20 @@ uint32_t larger_of_halves(uint32_t a, uint32_t b, ToFloat to_float) {
 }
 inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
   return larger_of_halves(a, b, [](uint32_t half) { return bits_to_float(half << 16); });
+}
+// Only the magnitude counts.
+inline uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
+  return max_nan_bf16x2(a & 0x7fff7fff, b & 0x7fff7fff);
+}
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t both = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float x = bits_to_float(a >> shift << 16), y = bits_to_float(b >> shift << 16);
+    const uint32_t bits = float_to_bits(x * y);
+    const uint32_t rounded = std::isnan(x * y) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    both |= rounded << shift;
+  }
+  return both;
 }
 inline uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
   return larger_of_halves(a, b, cvt_f32_f16);
