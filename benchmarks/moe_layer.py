@@ -22,7 +22,7 @@ from moe_lm import plain_experts
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import config as configs
-from jax_fp8gemm.expert_weights import CAST_ROWS
+from jax_fp8gemm.prepared import CAST_ROWS
 
 WIDTH, HIDDEN, TOP_K = 7168, 2048, 8  # DeepSeek-V3 (arXiv 2412.19437), section 4.2
 CASES = [(8, 8192), (8, 32768), (32, 8192), (32, 32768)]  # experts of this device, rows

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_fp8gemm import meshes
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm, gemm_casting
-from jax_fp8gemm.prepared import Bits, from_bits, to_bits
+from jax_fp8gemm.prepared import Bits, cast_in_products, from_bits, to_bits
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray
 from jax_fp8gemm.quantizing import check_float, quantize_both
 
@@ -64,29 +63,6 @@ def prepare_experts(
     return PreparedExperts(wi_0, wi_1, wo, saved)
 
 
-# Rows of an expert, on average, up to which casting in the products takes less time than making
-# copies: a weight is read twice as bf16, and nothing is written. With more rows the products read
-# and cast it anew for every 256 of them (docs/measured.md).
-CAST_ROWS = 512
-
-
-def cast_in_products(wi_0, wi_1, wo, scale: str, rows: int) -> bool:
-    """Whether products cast the weights themselves: the same numbers, and no copies in memory.
-
-    Not where a program may be cut up over devices after it is traced: there, what travels between
-    them had better be FP8.
-
-    Args:
-      rows: of all experts here.
-    """
-    weights = (wi_0, wi_1, wo)
-    e, h, f = wi_0.shape
-    few = rows <= CAST_ROWS * e
-    fits = h % K_MULTIPLE == 0 and f % BLOCK == 0
-    bf16 = all(w.dtype == jnp.bfloat16 for w in weights)
-    return few and fits and bf16 and scale == "pow2" and meshes.on_one_device(*weights)
-
-
 def operand(prepared: PreparedExperts, name: str):
     """Returns what `multiply` takes: the FP8 copy of this name, or the weights that it is of."""
     if prepared.copies is not None:
@@ -119,7 +95,7 @@ def prepared_of(op: str, wi_0, wi_1, wo, scale: str, rows: int) -> PreparedExper
         expected = "wi_0, wi_1 and wo, or PreparedExperts"
         fail(op, "wi_1 or wo is missing.", "wi_0 alone", expected, "pass all three")
     _check_weights(op, wi_0, wi_1, wo)
-    if cast_in_products(wi_0, wi_1, wo, scale, rows):
+    if wi_0.shape[2] % BLOCK == 0 and cast_in_products((wi_0, wi_1), (wo,), rows=rows, scale=scale):
         return PreparedExperts(wi_0, wi_1, wo, None)
     return prepare_experts(wi_0, wi_1, wo, scale=scale)
 

@@ -10,12 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.kernel_level import contract_tokens, gemm
+from jax_fp8gemm.kernel_level import contract_tokens, gemm, gemm_casting
 from jax_fp8gemm.meshes import explicit_sharding, vary_alike
 from jax_fp8gemm.prepared import (
     Bits,
     Weight,
     both_copies,
+    cast_in_products,
     check_weight,
     describe_weight,
     forward_copy,
@@ -46,6 +47,7 @@ class How:
     scale: str
     residuals: str
     name: str  # residuals are named for jax.checkpoint policies
+    casts: bool = False  # the products cast the weights themselves
 
 
 def fp8_matmul(
@@ -226,7 +228,8 @@ def fp8_ragged_dot(
 
     Returns:
       [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
-      Residuals are named "fp8_ragged_dot_x" and "fp8_ragged_dot_w".
+      Residuals are named "fp8_ragged_dot_x" and "fp8_ragged_dot_w". With few rows in a group, and
+      everything in bf16, the products cast rhs themselves, and it is kept as it is.
 
     Raises:
       ValueError: ranks, k or the number of groups do not fit. TypeError: not floats, sizes that
@@ -244,8 +247,12 @@ def fp8_ragged_dot(
     group_sizes = jnp.asarray(group_sizes)
     _check_ragged(op, lhs, rhs, group_sizes)
     dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype))
-    how = How(dtype, scale, residuals, op)
-    return _ragged_dot(*vary_alike(lhs, *split(rhs), group_sizes), how)
+    w, copies = split(rhs)
+    results_are_bf16 = {dtype, lhs.dtype} == {jnp.dtype(jnp.bfloat16)}
+    casts = copies is None and results_are_bf16
+    casts = casts and cast_in_products((w,), rows=lhs.shape[0], scale=scale)
+    how = How(dtype, scale, residuals, op, casts)
+    return _ragged_dot(*vary_alike(lhs, w, copies, group_sizes), how)
 
 
 def _check_ragged(op: str, lhs, rhs: Weight, group_sizes) -> None:
@@ -268,21 +275,29 @@ def _check_ragged(op: str, lhs, rhs: Weight, group_sizes) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _ragged_dot(lhs, rhs, copies, group_sizes, how: How):
     rows = quantize_rows(lhs, scale=how.scale, group_sizes=group_sizes)
+    if how.casts:
+        return gemm_casting(rows, (rhs,), group_sizes, transposed=True)
     return _product(rows, forward_copy(rhs, copies, how.scale), how.dtype, group_sizes, "ragged")
 
 
 def _ragged_forward(lhs, rhs, copies, group_sizes, how: How):
-    """Residuals: lhs as `how` says, rhs's FP8 copy, and what the gradients are to be like."""
-    nk, kn = both_copies(rhs, copies, how.scale)
+    """Residuals: lhs as `how` says, rhs's FP8 copy or itself, what the gradients are to be like."""
     rows, saved = _keep(lhs, how, group_sizes)
+    like = group_sizes, Like.of(lhs), Like.of(rhs)
+    if how.casts:
+        return gemm_casting(rows, (rhs,), group_sizes, transposed=True), (saved, rhs, *like)
+    nk, kn = both_copies(rhs, copies, how.scale)
     y = _product(rows, nk, how.dtype, group_sizes, "ragged")
-    return y, (saved, _save(kn, f"{how.name}_w"), group_sizes, Like.of(lhs), Like.of(rhs))
+    return y, (saved, _save(kn, f"{how.name}_w"), *like)
 
 
 def _ragged_backward(how: How, residuals, dy):
     saved, saved_rhs, group_sizes, like_lhs, like_rhs = residuals
     rows, transposed = quantize_both(dy, scale=how.scale, group_sizes=group_sizes)
-    dlhs = _product(rows, from_bits(saved_rhs), like_lhs.dtype, group_sizes, "ragged")
+    if how.casts:
+        dlhs = gemm_casting(rows, (saved_rhs,), group_sizes, transposed=False)
+    else:
+        dlhs = _product(rows, from_bits(saved_rhs), like_lhs.dtype, group_sizes, "ragged")
     if like_rhs is None:
         return like_lhs.match(dlhs), None, None, None
     own = jnp.diff(group_ends(group_sizes, dy.shape[0]), prepend=0)  # clamped, as rows were placed

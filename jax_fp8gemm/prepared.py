@@ -1,13 +1,14 @@
-"""PreparedWeight: a weight's FP8 copies, made once for many products."""
+"""How weights become FP8: copies, made once for many products, or a cast in the product itself."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from jax_fp8gemm import meshes
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import K_MULTIPLE
-from jax_fp8gemm.qarray import BLOCKS, FP8, QArray
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, FP8, QArray
 from jax_fp8gemm.quantizing import check_float, quantize_both, quantize_transposed
 
 # NOTE: jax.checkpoint saves floats through reduce_precision, which turns e4m3 numbers above 240
@@ -138,3 +139,29 @@ def both_copies(w: jax.Array | None, copies, scale: str) -> tuple[QArray, QArray
         return prepared.forward, prepared.backward
     kn, nk = quantize_both(w, BLOCKS, scale=scale)
     return nk, kn
+
+
+# ---- Casts in the products ----------------------------------------------------------------------
+
+# Rows of a group, on average, up to which a cast in the products takes less time than making
+# copies: a weight is read twice as bf16, and nothing is written. With more rows the products read
+# and cast it anew for every 256 of them (docs/measured.md).
+CAST_ROWS = 512
+
+
+def cast_in_products(*weights: tuple[jax.Array, ...], rows: int, scale: str) -> bool:
+    """Whether grouped products cast these weights themselves: the same numbers, and no copies.
+
+    Not where a program may be cut up over devices after it is traced: there, what travels between
+    them had better be FP8.
+
+    Args:
+      weights: for each product [g, k, n], or two arrays that lie side by side.
+      rows: of all groups together.
+    """
+    arrays = [w for product in weights for w in product]
+    few = rows <= CAST_ROWS * arrays[0].shape[0]
+    fits = all(size % K_MULTIPLE == 0 for w in arrays for size in w.shape[1:])
+    fits &= all(len(product) == 1 or product[0].shape[-1] % BLOCK == 0 for product in weights)
+    bf16 = all(w.dtype == jnp.bfloat16 for w in arrays)
+    return few and fits and bf16 and scale == "pow2" and meshes.on_one_device(*arrays)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import expert_weights
+from jax_fp8gemm import expert_weights, prepared
 from jax_fp8gemm.kernel_level import gemm_casting
 
 P = PartitionSpec
@@ -84,6 +84,28 @@ def test_cut_up_over_devices(arrays, transposed, cut):
     np.testing.assert_allclose(got, np.asarray(expected, np.float32), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("residuals", ["fp8_t", "fp8", "input"])
+def test_ragged_dot_gives_the_same_bits_either_way(residuals, monkeypatch):
+    keys = jax.random.split(jax.random.key(2), 3)
+    shapes = (M, 144), (G, 144, 80), (M, 80)
+    x, w, dy = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
+
+    def run(x, w, sizes, dy):
+        y, pull = jax.vjp(lambda x, w: fp8.fp8_ragged_dot(x, w, sizes, residuals=residuals), x, w)
+        return y, *pull(dy)
+
+    given = x, w, jnp.asarray(SIZES), dy
+    assert not casts(run, *given)
+    copies = jax.jit(run)(*given)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert casts(lambda *a: run(*a), *given)
+    equal(jax.jit(lambda *a: run(*a))(*given), copies)
+    f32 = functools.partial(fp8.fp8_ragged_dot, preferred_element_type=jnp.float32)
+    assert not casts(f32, x, w, given[2]) and not casts(
+        fp8.fp8_ragged_dot, x, w[..., :72], given[2]
+    )
+
+
 # ---- The expert block ---------------------------------------------------------------------------
 
 T, H, F, E, TOP_K = 48, 144, 256, 4, 2
@@ -120,7 +142,7 @@ def test_a_block_gives_the_same_bits_either_way(capacity, monkeypatch):
     run = functools.partial(both, capacity=capacity)
     assert not casts(run, *given)  # eight devices here, and no shard_map
     copies = jax.jit(run)(*given)
-    monkeypatch.setattr(expert_weights, "cast_in_products", lambda *_: True)
+    monkeypatch.setattr(expert_weights, "cast_in_products", lambda *_, **__: True)
     run = functools.partial(both, capacity=capacity)
     assert casts(run, *given)
     equal(jax.jit(run)(*given), copies)
@@ -139,7 +161,7 @@ def test_when_weights_are_cast_in_products(monkeypatch):
     assert not chosen(*(w.astype(jnp.float32) for w in kernels))
     assert not chosen(kernels[0][..., :192], kernels[1][..., :192], kernels[2][:, :192])
     assert not chosen(fp8.prepare_experts(*kernels))
-    monkeypatch.setattr(expert_weights, "CAST_ROWS", T * TOP_K // E - 1)
+    monkeypatch.setattr(prepared, "CAST_ROWS", T * TOP_K // E - 1)
     assert not chosen(*kernels)
 
 
