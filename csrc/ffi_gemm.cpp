@@ -175,7 +175,7 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
     if (status.ok()) status = read_operand(*args.get<ffi::AnyBuffer>(index), name, type, rank, operand);
   };
   then(0, "lhs", ffi::F8E4M3FN, lhs_rank, o.lhs);
-  const bool casts = spec.rhs != Rhs::kFp8;
+  const bool casts = is_cast(spec.rhs);
   then(1, "rhs", casts ? ffi::BF16 : ffi::F8E4M3FN, rhs_rank, o.rhs);
   then(2, "lhs scale", ffi::F32, lhs_rank, o.lhs_scale);
   then(3, casts ? "rhs right" : "rhs scale", casts ? ffi::BF16 : ffi::F32, rhs_rank, o.rhs_scale);
@@ -213,12 +213,9 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
   auto then = [&](TensorMap& map, const TensorMapShape& shape, const Operand& operand) {
     if (status.ok()) status = encode(driver, map, shape, operand.data, operand.name);
   };
-  if (spec.rhs == Rhs::kFp8) {
-    then(params.rhs, tile_shape(o.rhs, spec.block_n), o.rhs);
-  } else {
-    then(params.rhs, bf16_tile_shape(o.rhs), o.rhs);
-    then(params.rhs_right, bf16_tile_shape(o.rhs), o.rhs_scale);
-  }
+  const bool casts = is_cast(spec.rhs);
+  then(params.rhs, casts ? bf16_tile_shape(o.rhs) : tile_shape(o.rhs, spec.block_n), o.rhs);
+  if (casts) then(params.rhs_right, bf16_tile_shape(o.rhs), o.rhs_scale);
   if (is_per_row(spec.lhs_scale)) {
     then(params.lhs_scale, row_scale_shape(o.lhs_scale, spec.block_m, o.lhs.rows), o.lhs_scale);
   }

@@ -17,7 +17,9 @@ const Names kScaleTiles = {{"1x128", "ScaleTile::k1x128"},
                            {"128x128", "ScaleTile::k128x128"},
                            {"1xk", "ScaleTile::k1xK"},
                            {"tensor", "ScaleTile::kTensor"}};
-const Names kRhs = {{"fp8", "Rhs::kFp8"}, {"bf16", "Rhs::kBf16"}, {"bf16_transposed", "Rhs::kBf16Transposed"}};
+const Names kRhs = {{"fp8", "Rhs::kFp8"},
+                    {"bf16", "Rhs::kBf16"},
+                    {"bf16_transposed", "Rhs::kBf16Transposed"}};
 const Names kOuts = {{"bf16", "Out::kBf16"}, {"f32", "Out::kF32"}};
 const Names kMulticasts = {
     {"none", "Multicast::kNone"}, {"lhs", "Multicast::kLhs"}, {"rhs", "Multicast::kRhs"}};
@@ -114,12 +116,12 @@ ProgramText program_text(const KernelSpec& spec) {
 
 int threads(const KernelSpec& spec) {
   if (spec.kernel == Kernel::kFewRows) return 320;  // as the kernels' headers lay them out
-  return spec.gemm.rhs == Rhs::kFp8 ? 384 : 512;
+  return is_cast(spec.gemm.rhs) ? 512 : 384;
 }
 
 int cluster_size(const KernelSpec& spec) {
   if (spec.kernel == Kernel::kFewRows) return spec.gemm.split_k;
-  return spec.gemm.multicast == Multicast::kNone && spec.gemm.rhs == Rhs::kFp8 ? 1 : 2;
+  return spec.gemm.multicast != Multicast::kNone || is_cast(spec.gemm.rhs) ? 2 : 1;
 }
 
 }  // namespace fp8gemm

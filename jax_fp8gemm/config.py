@@ -153,6 +153,8 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
         return f"stages {c.stages}, group_m {c.group_m}: at least 2 and 1"
     if problem.casts and (c.kernel, c.block_n, c.multicast) != ("persistent", 128, "none"):
         return "rhs in bfloat16: persistent, blocks as wide as those of scales, no multicast"
+    if problem.casts and VARIANTS[problem.variant].rhs != "gnk":
+        return f"rhs in bfloat16: not for {problem.variant}"
     if shared_bytes(problem, c) > SHARED_BYTES:
         return f"{shared_bytes(problem, c)} bytes of shared memory: at most {SHARED_BYTES}"
     if problem.variant == "contiguous" and (c.block_m != 128 or c.multicast == "rhs"):

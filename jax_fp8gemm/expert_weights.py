@@ -70,11 +70,12 @@ def operand(prepared: PreparedExperts, name: str):
     return (prepared.wo,) if name.startswith("down") else (prepared.wi_0, prepared.wi_1)
 
 
-def multiply(lhs: QArray, weights, name: str, sizes: jax.Array, variant: str) -> jax.Array:
-    """Returns the product by weights as `operand` returned them by this name."""
-    if weights[0].dtype == jnp.uint8:
+def multiply(
+    lhs: QArray, weights, sizes: jax.Array, *, transposed: bool, variant: str = "ragged"
+) -> jax.Array:
+    """Returns the product by what `operand` returned; transposed: for a forward product."""
+    if weights[0].dtype == jnp.uint8:  # a copy, which lies as the product wants it
         return gemm(lhs, from_bits(weights), sizes, variant=variant)
-    transposed = not name.endswith("back")
     return gemm_casting(lhs, weights, sizes, transposed=transposed, variant=variant)
 
 
@@ -95,7 +96,7 @@ def prepared_of(op: str, wi_0, wi_1, wo, scale: str, rows: int) -> PreparedExper
         expected = "wi_0, wi_1 and wo, or PreparedExperts"
         fail(op, "wi_1 or wo is missing.", "wi_0 alone", expected, "pass all three")
     _check_weights(op, wi_0, wi_1, wo)
-    if wi_0.shape[2] % BLOCK == 0 and cast_in_products((wi_0, wi_1), (wo,), rows=rows, scale=scale):
+    if cast_in_products((wi_0, wi_1), (wo,), rows=rows, scale=scale):
         return PreparedExperts(wi_0, wi_1, wo, None)
     return prepare_experts(wi_0, wi_1, wo, scale=scale)
 

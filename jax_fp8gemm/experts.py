@@ -142,7 +142,8 @@ def _forward(x, experts, weights, prepared, slots, block: Block):
         permutation = cut(permutation, block.capacity)
     token, row_weight = permutation.order // top_k, weights.reshape(-1)[permutation.order]
     products = _ragged_products if block.capacity is None else _masked_products
-    y, hq = products(xq, token, row_weight, permutation.group_sizes, prepared, block)
+    matrices = operand(prepared, "up"), operand(prepared, "down")
+    y, hq = products(xq, token, row_weight, permutation.group_sizes, matrices, block)
     y = _collected(y, permutation, top_k, slots, x, block)
     saved = save(xq, "moe_x"), save(hq, "moe_h")
     back = operand(prepared, "down_back"), operand(prepared, "up_back")
@@ -161,11 +162,11 @@ def _backward(block: Block, residuals, dy):
         dyq, dyt = _take(received, token), requantize(received, **by_groups)
     else:
         dyq, dyt = quantize_both(_sent(_pad_h(dy), slots, block), **by_groups)
-    da = multiply(dyq, down, "down_back", sizes, "ragged")
+    da = multiply(dyq, down, sizes, transposed=False)
     dh, gate_t, up_t, at, d_row_weight = swiglu_backward(
         from_bits(saved_h), da, row_weight, sizes, scale=scale
     )
-    dx = multiply(dh, up, "up_back", sizes, "ragged")
+    dx = multiply(dh, up, sizes, transposed=False)
     dx = _collected(dx, permutation, top_k, slots, like[0], block)
     xt = requantize(from_bits(saved_x), **by_groups)
     pairs = (xt, gate_t), (xt, up_t), (at, dyt)
@@ -191,43 +192,41 @@ def _weight_gradients(kernels, like) -> PreparedExperts:
 # ---- the products -------------------------------------------------------------------------------
 
 
-def _forward_product(lhs: QArray, prepared, name: str, sizes, variant: str) -> jax.Array:
-    return multiply(lhs, operand(prepared, name), name, sizes, variant)
-
-
 def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Gradients of weights; float32 but for weights that are themselves bfloat16."""
     out_dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
     return gemm(lhs, rhs, sizes, variant="ragged_contracting", out_dtype=out_dtype)
 
 
-def _ragged_products(xq, token, row_weight, sizes, prepared, block: Block):
+def _ragged_products(xq, token, row_weight, sizes, matrices, block: Block):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
-    h = _forward_product(_take(xq, token), prepared, "up", sizes, "ragged")
+    up, down = matrices
+    h = multiply(_take(xq, token), up, sizes, transposed=True)
     a = swiglu_quantize(h, row_weight, group_sizes=sizes, scale=block.scale)
-    y = _forward_product(a, prepared, "down", sizes, "ragged")
+    y = multiply(a, down, sizes, transposed=True)
     return y, quantize_rows(h, scale=block.scale, group_sizes=sizes)
 
 
-def _masked_products(xq, token, row_weight, sizes, prepared, block: Block):
+def _masked_products(xq, token, row_weight, sizes, matrices, block: Block):
     """The same by way of slots [e, capacity], of which each expert's first ones are computed.
 
     The others hold anything, NaN too, but no row of the results takes from them, and a row's
     scales are its own.
     """
-    rows, e = token.shape[0], prepared.wi_0.shape[0]
+    up, down = matrices
+    rows, e = token.shape[0], sizes.shape[0]
     capacity = min(block.capacity, rows)
     starts = jnp.cumsum(sizes) - sizes
     row = (starts[:, None] + jnp.arange(capacity)).reshape(-1)
     row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
 
-    def masked(lhs, name):
+    def masked(lhs, rhs):
         lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)
-        product = _forward_product(lhs, prepared, name, sizes, "masked")
+        product = multiply(lhs, rhs, sizes, transposed=True, variant="masked")
         return product.reshape(e * capacity, -1)
 
-    h = masked(_take(xq, token[row]), "up")
-    y = masked(swiglu_quantize(h, row_weight[row], scale=block.scale), "down")
+    h = masked(_take(xq, token[row]), up)
+    y = masked(swiglu_quantize(h, row_weight[row], scale=block.scale), down)
     group = jnp.minimum(group_of_row(sizes, rows), e - 1)
     slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups
     return y[slot], _take(quantize(h, scale=block.scale), slot)

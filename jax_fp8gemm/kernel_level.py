@@ -113,7 +113,7 @@ def gemm_casting(
         rhs="bf16_transposed" if transposed else "bf16",
         pair=len(weights) == 2,
     )
-    return product(lhs, (weights[0], weights[-1]), static, group_sizes.astype(jnp.int32))
+    return product(lhs, (weights[0], weights[-1]), static, _as_int32(group_sizes))
 
 
 def contract_tokens(
@@ -200,6 +200,10 @@ def _group_operand(lhs: QArray, rhs: QArray, groups, variant: str) -> jax.Array 
         fail("gemm", "group_sizes do not fit the operands.", got, expected, "pass one per group")
     if variant == "contiguous" and concrete:
         _check_contiguous(given)
+    return _as_int32(groups)
+
+
+def _as_int32(groups: jax.Array) -> jax.Array:
     most = jnp.iinfo(jnp.int32)
     if jnp.iinfo(groups.dtype).max > most.max:
         groups = jnp.clip(groups, most.min, most.max)

@@ -56,6 +56,13 @@ def test_a_batch_of_masked_products_is_one_of_more_groups():
     equal(got, jnp.stack(each))
 
 
+def test_sizes_beyond_int32_are_clipped():
+    lhs, weights, _ = case(*CASES[1])
+    casting = functools.partial(gemm_casting, transposed=True)
+    huge, most = np.array([2**32 - 2, 0, 0], np.uint32), np.array([M, 0, 0], np.int32)
+    equal(casting(lhs, weights, jnp.asarray(huge)), casting(lhs, weights, jnp.asarray(most)))
+
+
 def test_weights_reach_the_kernel_as_they_are():
     lhs, weights, _ = case(*CASES[3])
     run = jax.jit(functools.partial(gemm_casting, transposed=True))

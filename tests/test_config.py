@@ -82,6 +82,14 @@ def test_grouped_variants_refuse_what_their_groups_forbid():
     assert "number of blocks" in configs.legal(Problem("ragged", 512, 256, 256, 4), split)
 
 
+def test_casting_kernels_have_blocks_as_wide_as_those_of_scales():
+    few = Problem("ragged", 8192, 4096, 7168, 32, rhs="bf16_transposed")
+    assert configs.select(few).block_m == 256  # which reads and casts the weights least often
+    assert "blocks as wide" in configs.legal(few, GemmConfig("persistent", 128, 192, 2))
+    dense = dataclasses.replace(few, variant="dense", g=1)
+    assert "not for dense" in configs.legal(dense, GemmConfig("persistent", 128, 128, 2))
+
+
 def test_blocks_of_groups_are_those_to_expect_of_uneven_sizes():
     even = Problem("batched", 128, 128, 256, 8)
     config = GemmConfig("persistent", 128, 128, 4)

@@ -3,6 +3,7 @@
 
 #include "params.cuh"
 #include "ptx.cuh"
+#include "ptx_arithmetic.cuh"
 #include "scheduler.cuh"
 #include "shared_memory.cuh"
 

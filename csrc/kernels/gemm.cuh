@@ -50,7 +50,7 @@ struct GemmTraits {
   static constexpr int kPartRegisters = instruction_columns(spec) / 2;  // that one instruction fills
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
-  static constexpr bool kCasts = spec.rhs != Rhs::kFp8;
+  static constexpr bool kCasts = is_cast(spec.rhs);
   static constexpr bool kCluster = kCtas > 1 || kCasts;
   // Whether a block may end early, where the rows of its group end.
   static constexpr bool kCutShort =
@@ -63,7 +63,7 @@ struct GemmTraits {
       spec.store == Store::kTma ? kMathWarpgroups * kOutTiles * kOutTileBytes : 0;
   using Shared = SharedMemory<spec, kOutBytes, 0>;
   using Ring = RingPosition<spec.stages>;
-  using RhsLayout = typename TileLayout<spec.rhs>::Type;
+  using RhsLayout = typename Shared::RhsLayout;
 
   static_assert(spec.block_m % 128 == 0, "block_m: a multiple of 128, 64 rows for each warpgroup");
   static_assert(spec.block_n % 16 == 0 && spec.block_n <= 256, "block_n: 16, 32, ... 256");
@@ -331,14 +331,13 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
 // whose copies stay in its own CTA goes on at once.
 template <GemmSpec spec>
 FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
-  constexpr bool kCasts = GemmTraits<spec>::kCasts;
-  constexpr int kThreads = (kMathWarps + 1 + (kCasts ? 1 + kCastWarps : 0)) * 32;
+  constexpr int kThreads = (kMathWarps + 1) * 32;
   if constexpr (GemmTraits<spec>::kCluster) {
     cluster_arrive_relaxed();
     cluster_wait();
   } else if (warp == kProducer) {
     bar_arrive(kReadyBarrier, kThreads);
-  } else if (warp < kMathWarps || (kCasts && (warp == kCastProducer || warp >= kFirstCaster))) {
+  } else if (warp < kMathWarps) {
     bar_sync(kReadyBarrier, kThreads);
   }
 }

@@ -45,7 +45,7 @@ struct FewRowsTraits {
   static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
   static_assert(spec.stages % 2 == 0, "stages: even, since the warpgroups take every second one");
   static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect &&
-                spec.rhs == Rhs::kFp8);
+                !is_cast(spec.rhs));
   static_assert(spec.variant == Variant::kDense || spec.variant == Variant::kBatched ||
                     (spec.split_k == 1 && spec.variant != Variant::kRaggedContracting &&
                      spec.variant != Variant::kContiguous),

@@ -44,6 +44,8 @@ enum class Rhs : int {
   kBf16Transposed,  // [k, n]
 };
 
+constexpr bool is_cast(Rhs rhs) { return rhs != Rhs::kFp8; }
+
 enum class Out : int { kBf16, kF32 };
 
 // Which operand tile the two CTAs of a cluster share; kNone means no cluster.
@@ -73,7 +75,7 @@ struct GemmSpec {
 // Columns of one tensor-core instruction. Where rhs is cast, halves: half of the registers of a
 // partial sum are the casting warps'.
 constexpr int instruction_columns(const GemmSpec& spec) {
-  return spec.rhs == Rhs::kFp8 ? spec.block_n : spec.block_n / 2;
+  return is_cast(spec.rhs) ? spec.block_n / 2 : spec.block_n;
 }
 
 // Rows of a tile that are copied: whole groups of eight, the unit of the 128-byte swizzle, and no

@@ -29,7 +29,7 @@ struct Producer {
   int lhs_scale_bytes;           // where a block begins at any row
   int next_block;                // floats from one scale block of the columns to the next
 
-  static constexpr bool kCasts = spec.rhs != Rhs::kFp8;  // then rhs is the casting warps' matter
+  static constexpr bool kCasts = is_cast(spec.rhs);  // then rhs is the casting warps' matter
   static constexpr bool kAnyRow = spec.variant == Variant::kRagged && is_per_row(spec.lhs_scale);
 
   FP8GEMM_DEVICE Producer(const GemmParams& p, Shared& s, uint32_t cta_rank)

@@ -64,7 +64,7 @@ struct BlockScales {
 
   // slot: of the rhs scales, the aligned run of four steps that `step` is in; or its scale alone.
   FP8GEMM_DEVICE BlockScales(Float2 lhs, uint32_t slot, int step) {
-    constexpr bool kFour = spec.rhs_scale == ScaleTile::k128x128 && spec.rhs == Rhs::kFp8;
+    constexpr bool kFour = spec.rhs_scale == ScaleTile::k128x128 && !is_cast(spec.rhs);
     const uint32_t first = kFour ? slot + 4 * (step % 4) : slot;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {

@@ -12,6 +12,7 @@
 #include "group_walk.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
 #include "quantize_source.cuh"
 #include "quantize_whole_rows.cuh"

@@ -3,6 +3,7 @@
 
 #include "params.cuh"
 #include "ptx.cuh"
+#include "ptx_arithmetic.cuh"
 
 namespace fp8gemm {
 

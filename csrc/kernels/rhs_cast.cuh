@@ -7,6 +7,7 @@
 
 #include "params.cuh"
 #include "ptx.cuh"
+#include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
 #include "quantize_source.cuh"
 #include "scheduler.cuh"

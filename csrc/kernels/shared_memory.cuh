@@ -72,6 +72,7 @@ enum class Content : int { kTile, kNothing, kEnd };
 // Where rhs is bf16: its tiles on their way to become FP8.
 template <int kStages, Rhs rhs>
 struct CastRing {
+  using RhsLayout = CoreMatrices;  // of a tile once it is FP8
   alignas(128) uint16_t tile[kCastSlots][128][128];
   Content content[kCastSlots];   // kNothing: of a block without steps of k
   float largest[2][kCastWarps];  // of what each warp read: of this tile, of the one before
@@ -81,16 +82,8 @@ struct CastRing {
   uint64_t ready[kStages];       // completes when a stage has its tile of FP8
 };
 template <int kStages>
-struct CastRing<kStages, Rhs::kFp8> {};
-
-// How a tile of rhs lies once it is FP8: as the copy engine writes it, or warps do.
-template <Rhs rhs>
-struct TileLayout {
-  using Type = CoreMatrices;
-};
-template <>
-struct TileLayout<Rhs::kFp8> {
-  using Type = SwizzledRows;
+struct CastRing<kStages, Rhs::kFp8> {
+  using RhsLayout = SwizzledRows;
 };
 
 // Every shared array and barrier of a kernel. Operand tiles come first: the 128-byte swizzle wants
@@ -98,9 +91,8 @@ struct TileLayout<Rhs::kFp8> {
 template <GemmSpec spec, int kOutBytes, int kExchangeBytes>
 struct alignas(1024) SharedMemory {
   static constexpr int kLhsBytes = spec.block_m * kBlockK;
-  static constexpr int kRhsBytes = spec.rhs == Rhs::kFp8
-                                       ? spec.block_n * kBlockK
-                                       : round_up(spec.block_n / 8 * CoreMatrices::kStride * 16, 1024);
+  using RhsLayout = typename CastRing<spec.stages, spec.rhs>::RhsLayout;
+  static constexpr int kRhsBytes = round_up(spec.block_n / 8 * RhsLayout::kStride * 16, 1024);
   static constexpr int kLhsScaleSlot =
       round_up(scale_bytes(spec.lhs_scale, spec.block_m + extra_scale_rows(spec.variant)), 128);
   static constexpr int kRhsScaleSlot = round_up(scale_bytes(spec.rhs_scale, spec.block_n), 128);

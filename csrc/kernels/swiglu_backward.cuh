@@ -13,6 +13,7 @@
 #include "group_walk.cuh"
 #include "params.cuh"
 #include "ptx.cuh"
+#include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
 #include "quantize_source.cuh"
 
