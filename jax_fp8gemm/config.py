@@ -78,7 +78,7 @@ class GemmConfig:
       block_m, block_n: rows and columns of one output block.
       stages: slots of the shared-memory ring, each 128 of k deep.
       multicast: the operand ("lhs", "rhs") that a cluster of two CTAs shares, or "none".
-      split_k: CTAs that divide k between them (few_rows only).
+      split_k: CTAs of a cluster that divide k between them (few_rows only).
       group_m: blocks along m visited before the next column of blocks.
     """
 
@@ -118,6 +118,7 @@ def shared_bytes(problem: Problem, config: GemmConfig) -> int:
     if config.kernel == "few_rows":
         parts, groups = 2 * config.split_k, m // 64 * (n // 8)
         total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
+        total += 128 if config.split_k > 1 else 0  # a barrier
     elif store(problem, config) == "tma":
         sub_tiles = 2 if f32 or problem.casts else m // 64  # on their way out at one time
         total += sub_tiles * 64 * n * (4 if f32 else 2)
@@ -164,6 +165,8 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
         registers = c.block_m // 128 * c.block_n // 2 + c.block_n // 2
         if c.block_m not in (128, 256) or c.block_n % 16 or not 16 <= c.block_n <= 256:
             return f"block {c.block_m}x{c.block_n}: 128 or 256 rows, 16 to 256 columns by 16"
+        if problem.tiles[1] == BLOCKS and c.block_n > 128 + math.gcd(c.block_n, 128):
+            return f"block_n {c.block_n}: may touch three blocks of scales"
         if c.split_k != 1:
             return "split_k: few_rows only"
         return None if registers <= 192 else f"{registers} accumulator registers: at most 192"
@@ -181,11 +184,12 @@ def legal(problem: Problem, config: GemmConfig) -> str | None:
     return None if registers <= 152 else f"{registers} accumulator registers: at most 152"
 
 
-# (block_m, block_n, multicast). Widths follow n / 132: one wave of blocks on all SMs.
+# (block_m, block_n, multicast). Widths follow n / 132: one wave of blocks on all SMs. The first is
+# taken of those that cost the same by the model.
 _PERSISTENT = [
     *[(256, 128, which) for which in ("lhs", "none", "rhs")],
     *[(256, 96, which) for which in ("lhs", "none")],
-    *[(128, n, which) for n in (192, 160, 144, 128, 64, 32) for which in ("lhs", "none", "rhs")],
+    *[(128, n, which) for n in (192, 160, 144, 128, 64, 32) for which in ("none", "lhs", "rhs")],
     *[(128, n, which) for n in (112, 96, 80, 48) for which in ("none", "rhs")],
 ]
 _LARGEST = [(256, 128, "lhs"), (128, 192, "rhs")]  # for which the order of blocks matters
@@ -217,7 +221,7 @@ def candidates(problem: Problem) -> list[GemmConfig]:
                 for split_k in (1, 2, 4):
                     config = GemmConfig("few_rows", block_m, block_n, 2, split_k=split_k)
                     ctas = blocks(problem, config) * split_k
-                    if split_k > 1 and ctas > 2 * SMS:
+                    if split_k > 1 and ctas > SMS:
                         continue  # one block for each cluster: more would come in waves
                     # With one block to a CTA, a stage for each step is all that can be used.
                     most = 16 if ctas > SMS else min(16, round_up(ceil_div(steps, split_k), 2))
@@ -234,13 +238,14 @@ class CostModel:
     l2_bytes: float = 46.0  # per clock into one SM
     tensor: float = 1.25  # clocks of a step over the tensor core's own
     per_column: float = 1.25  # likewise with a scale for each column
-    few_rows_tensor: float = 2.0
-    few_rows_step: float = 190.0  # clocks that a step takes at least
-    cast_step: float = 1800.0  # likewise, where rhs is cast
+    few_rows_tensor: float = 2.5
+    few_rows_l2_bytes: float = 59.0
+    cast_step: float = 1800.0  # clocks that a step takes at least, where rhs is cast
     latency: float = 4.5e-6  # s: launch, first bytes, last store
     few_rows_latency: float = 4.1e-6
     block: float = 1400.0  # clocks for each block that nothing hides
-    few_rows_block: float = 1800.0
+    few_rows_block: float = 1600.0
+    split_block: float = 3000.0  # for each block of a cluster that shares it
     output: float = 27.0  # bytes per clock that leave one SM
 
 
@@ -262,17 +267,20 @@ def predicted_seconds(
     ctas = blocks(p, c) * c.split_k
     waves = ceil_div(ctas, sms)
     tensor = c.block_m * c.block_n * 128 * 2 / 8192
-    tensor *= model.per_column if p.tiles[1] in (ROW_BLOCKS, ROWS) else model.tensor
     if few_rows:
-        tensor = max(tensor * model.few_rows_tensor, model.few_rows_step)
-    rows = min(c.block_m, m) / (2 if c.multicast == "lhs" else 1)
-    columns = c.block_n / (2 if c.multicast == "rhs" else 1)
-    loads = 128 * (rows + columns * (2 if p.casts else 1)) / model.l2_bytes
+        tensor *= model.few_rows_tensor
+    else:
+        tensor *= model.per_column if p.tiles[1] in (ROW_BLOCKS, ROWS) else model.tensor
+    # A multicast saves reads of L2, but what arrives in an SM is the same.
+    loads = 128 * (min(c.block_m, m) + c.block_n * (2 if p.casts else 1))
+    loads /= model.few_rows_l2_bytes if few_rows else model.l2_bytes
     if p.casts:
         tensor = max(tensor, model.cast_step)
     out_bytes = 4 if p.out == "f32" else 2
     block = model.few_rows_block if few_rows else model.block
     block += min(c.block_m, m) * c.block_n * out_bytes / c.split_k / model.output
+    if c.split_k > 1:
+        block += model.split_block
     cycles = waves * (steps * max(tensor, loads) + block)
     traffic = p.g * (m * k + p.n * k * (2 if p.casts else 1) + out_bytes * m * p.n)
     streaming = traffic / (model.bandwidth * min(1.0, ctas / SMS))

@@ -1,6 +1,7 @@
 """The run-time compiler and its cache, and every config that can be chosen."""
 
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import os
@@ -162,7 +163,10 @@ CASTING = ("ragged", "masked")  # variants whose weights a kernel may cast
 
 
 def reachable() -> dict[str, dict]:
-    """Returns the attributes of every config that the shapes of tests and benchmarks lead to."""
+    """Returns the attributes of every config that the shapes of tests and benchmarks lead to.
+
+    Of an H100 too where those have rows of its own.
+    """
     found = {}
     for shape in [*DENSE, *WEIGHT_GRADIENT, *ODD]:
         found |= chosen(shape, shape.scales, shape.out)
@@ -189,9 +193,13 @@ def chosen(shape, scales, out, accumulate=False, variant="dense") -> dict[str, d
 
 
 def chosen_for(problem: configs.Problem) -> dict[str, dict]:
-    wanted = attributes(problem, configs.select(problem))
-    wanted["num_sms"] = 0
-    return {json.dumps(wanted, sort_keys=True): wanted}
+    found = {}
+    for device in (configs.DEFAULT_DEVICE, "NVIDIA H100 80GB HBM3"):
+        config = configs.select(dataclasses.replace(problem, device=device))
+        wanted = attributes(problem, config)
+        wanted["num_sms"] = 0
+        found[json.dumps(wanted, sort_keys=True)] = wanted
+    return found
 
 
 def disassembler() -> str | None:

@@ -12,7 +12,10 @@ from jax_fp8gemm import config as configs
 from jax_fp8gemm.config import GemmConfig, Problem
 from jax_fp8gemm.variants import VARIANTS
 
-TUNED = pathlib.Path(configs.__file__).parent / "tuned/nvidia-h200.json"
+TUNED = {
+    "NVIDIA H200": "nvidia-h200.json",
+    "NVIDIA H100 80GB HBM3": "nvidia-h100-80gb-hbm3.json",
+}
 
 
 def problems() -> list[Problem]:
@@ -30,14 +33,19 @@ def test_every_choice_and_every_candidate_is_legal():
             assert configs.legal(problem, candidate) is None, (problem, candidate)
 
 
-def test_tuned_rows_are_legal_and_used():
-    rows = json.loads(TUNED.read_text())
+@pytest.mark.parametrize("device", TUNED)
+def test_tuned_rows_are_legal_and_used(device):
+    rows = json.loads((pathlib.Path(configs.__file__).parent / "tuned" / TUNED[device]).read_text())
     assert len(rows) > 50
     fields = {field.name for field in dataclasses.fields(GemmConfig)}
     for row in rows:
         keys = {k: row[k] for k in ("variant", "m", "n", "k", "g", "scales", "out")}
-        config = GemmConfig(**{name: row[name] for name in fields})
-        assert configs.select(Problem(**keys)) == config, row
+        problem, config = (
+            Problem(**keys, device=device),
+            GemmConfig(**{name: row[name] for name in fields}),
+        )
+        assert configs.legal(problem, config) is None, row
+        assert configs.select(problem) == config, row
 
 
 def test_a_tuned_row_serves_its_neighbours_and_no_more():
@@ -50,7 +58,7 @@ def test_a_tuned_row_serves_its_neighbours_and_no_more():
 
 
 def test_an_unknown_hopper_gpu_gets_the_nearest_table():
-    problem = Problem("dense", 4096, 4096, 7168, device="NVIDIA H100 80GB HBM3")
+    problem = Problem("dense", 4096, 4096, 7168)
     assert configs.select(problem) == configs.select(dataclasses.replace(problem, device="x"))
 
 
@@ -64,6 +72,7 @@ def test_an_unknown_hopper_gpu_gets_the_nearest_table():
         (GemmConfig("persistent", 128, 128, 1), "stages 1"),
         (GemmConfig("persistent", 128, 128, 4, "both"), "multicast 'both'"),
         (GemmConfig("persistent", 128, 128, 4, split_k=2), "split_k: few_rows only"),
+        (GemmConfig("persistent", 128, 176, 4), "three blocks of scales"),
         (GemmConfig("few_rows", 64, 64, 5), "an even number of stages"),
         (GemmConfig("few_rows", 64, 64, 4, split_k=3), "split_k of 1, 2 or 4"),
         (GemmConfig("few_rows", 128, 128, 4), "accumulator registers"),

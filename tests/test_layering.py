@@ -48,7 +48,7 @@ DEVICE = [
     ["group_walk.cuh", "promotion.cuh"],
     ["scheduler.cuh", "quantize_source.cuh", "quantize_scale.cuh"],
     ["producer.cuh", "epilogue.cuh", "rhs_cast.cuh"],
-    ["quantize_whole_rows.cuh", "swiglu_backward.cuh"],
+    ["quantize_whole_rows.cuh", "swiglu_backward.cuh", "exchange.cuh"],
     ["quantize.cuh"],
     ["gemm.cuh", "gemm_few_rows.cuh"],
 ]

@@ -5,15 +5,15 @@
 //   warp 8, 9        producers, one for each warpgroup: fill all stages before anything else
 //                    happens in the CTA
 //
-// Every CTA begins somewhere else in k and wraps around: with one row of lhs all of them would
-// otherwise read the same few bytes at the same time, and wait for one slice of L2.
+// All CTAs go through k in step, so what several of them need is in L2 when the first one has it: begun
+// anywhere, some products took a third longer.
 //
-// With split_k > 1 a cluster shares one block and divides k. The partial sums of all
-// parts (2 warpgroups × split_k CTAs) meet in shared memory: each part owns every P-th group of
-// eight columns, receives the others' sums for it, adds them in a fixed order, and stores.
+// With split_k > 1 a cluster shares one block and divides k. The partial sums of all parts
+// (2 warpgroups × split_k CTAs) meet in shared memory (exchange.cuh).
 #pragma once
 
 #include "epilogue.cuh"
+#include "exchange.cuh"
 #include "params.cuh"
 #include "producer.cuh"
 #include "promotion.cuh"
@@ -34,12 +34,8 @@ struct FewRowsTraits {
   static constexpr int kConsumerThreads = 256, kThreads = 320;
   static constexpr int kSubTiles = spec.block_m / 64;
   static constexpr int kRegisters = spec.block_n / 2;
-  static constexpr int kParts = 2 * spec.split_k;
-  static constexpr int kGroups = kSubTiles * spec.block_n / 8;  // of 64 rows × 8 columns
-  static constexpr int kOwned = ceil_div(kGroups, kParts);
-  static constexpr int kGroupBytes = 64 * 8 * 4;
-  static constexpr int kExchangeBytes = 2 * (kParts - 1) * kOwned * kGroupBytes;
-  using Shared = SharedMemory<spec, 0, kExchangeBytes>;
+  using Exchange = fp8gemm::Exchange<spec.split_k, kSubTiles, kRegisters>;
+  using Shared = SharedMemory<spec, 0, Exchange::kBytes>;
 
   static_assert(spec.block_m == 64 || spec.block_m == 128, "block_m of few_rows: 64 or 128");
   static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
@@ -67,19 +63,13 @@ struct Turns {
   FP8GEMM_DEVICE void end_block(int steps) { index -= steps; }
 };
 
-// The steps of k of one CTA, in its own order: from `begin` to `end`, around from `start`.
+// The steps of k of one CTA.
 struct StepRange {
-  int begin, end, start;
+  int begin, end;
 
   FP8GEMM_DEVICE StepRange(int steps, int part, int parts)
-      : begin(steps * part / parts), end(steps * (part + 1) / parts) {
-    start = begin + blockIdx.x / parts % (end - begin);
-  }
+      : begin(steps * part / parts), end(steps * (part + 1) / parts) {}
   FP8GEMM_DEVICE int count() const { return end - begin; }
-  FP8GEMM_DEVICE int step(int index) const {
-    const int step = start + index;
-    return step < end ? step : step - count();
-  }
 };
 
 template <GemmSpec spec>
@@ -87,11 +77,11 @@ struct FewRowsConsumer {
   using Traits = FewRowsTraits<spec>;
   using Shared = typename Traits::Shared;
   static constexpr int kSubTiles = Traits::kSubTiles, kRegisters = Traits::kRegisters;
-  static constexpr int kParts = Traits::kParts;
 
   const GemmParams& params;
   Shared& shared;
-  int warpgroup, warp, lane, part;
+  int warpgroup, warp, lane;
+  typename Traits::Exchange exchange;
   uint32_t lhs_low, rhs_low;
   Turns<spec.stages> turns;
   int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
@@ -103,7 +93,7 @@ struct FewRowsConsumer {
         warpgroup(warp_uniform(threadIdx.x / 128)),
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
-        part(2 * rank + warpgroup),
+        exchange(shared_address(&s.exchange), rank, warpgroup),
         lhs_low(warp_uniform(descriptor_low<SwizzledRows>(shared_address(s.lhs)))),
         rhs_low(warp_uniform(descriptor_low<SwizzledRows>(shared_address(s.rhs)))),
         turns{{warpgroup, 0}, warpgroup} {}
@@ -118,8 +108,8 @@ struct FewRowsConsumer {
     if constexpr (spec.variant == Variant::kRagged) scale_shift = block.m % 4;
     for (; turns.index < range.count(); turns.advance()) {
       mbarrier_try_wait(shared_address(&shared.full[turns.at.stage]), turns.at.parity);
-      one_step<0>(range.step(turns.index), border);
-      if constexpr (kSubTiles == 2) one_step<1>(range.step(turns.index), border);
+      one_step<0>(range.begin + turns.index, border);
+      if constexpr (kSubTiles == 2) one_step<1>(range.begin + turns.index, border);
     }
     turns.end_block(range.count());
   }
@@ -127,30 +117,13 @@ struct FewRowsConsumer {
   // Sends each part its columns, receives this part's, stores them.
   FP8GEMM_DEVICE void reduce_and_store(const Block& block) {
     if constexpr (spec.split_k == 1) bar_sync(kExchangeFree, Traits::kConsumerThreads);
-    for_each_group([&](int m, int i, int owner, int owned) {
-      if (owner != part) send(owner, owned, sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]);
-    });
+    exchange.send(sums);
     if constexpr (spec.split_k == 1) {
       bar_sync(kExchangeFull, Traits::kConsumerThreads);
     } else {
-      cluster_arrive_release();
-      cluster_wait();
+      exchange.await_sums();
     }
-    const OutBlock out = OutBlock::of<spec>(block);
-    const int row = warp * 16 + lane / 4, column = 2 * (lane % 4);
-    for_each_group([&](int m, int i, int owner, int owned) {
-      if (owner != part) return;
-      const OutputRow<spec> top(params, out, row + m * 64, column);
-      const OutputRow<spec> bottom(params, out, row + m * 64 + 8, column);
-      Float4 v{sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]};
-#pragma unroll
-      for (int slot = 0; slot < kParts - 1; ++slot) {
-        const Float4 other = ld_shared_v4(slot_address(warpgroup, slot, owned));
-        v = {v.x + other.x, v.y + other.y, v.z + other.z, v.w + other.w};
-      }
-      top.store(2 * i, v.x, v.y);
-      bottom.store(2 * i, v.z, v.w);
-    });
+    exchange.template add_and_store<spec>(params, OutBlock::of<spec>(block), warp * 16 + lane / 4, sums);
   }
 
  private:
@@ -189,35 +162,6 @@ struct FewRowsConsumer {
   FP8GEMM_DEVICE void release(int stage) {
     if (lane == 0) mbarrier_arrive(shared_address(&shared.empty[stage]));
   }
-
-  // Calls body(sub-tile, first register, owner, index among the owner's) for each group of columns.
-  template <class Body>
-  FP8GEMM_DEVICE static void for_each_group(Body body) {
-#pragma unroll
-    for (int m = 0; m < kSubTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < kRegisters; i += 4) {
-        const int group = m * (kRegisters / 4) + i / 4;
-        body(m, i, group % kParts, group / kParts);
-      }
-    }
-  }
-
-  // Where this thread's values of a group lie: [warpgroup of the owner][slot of the sender][group].
-  FP8GEMM_DEVICE uint32_t slot_address(int owner_warpgroup, int slot, int owned) const {
-    const int index = (owner_warpgroup * (kParts - 1) + slot) * Traits::kOwned + owned;
-    return shared_address(&shared.exchange) + index * Traits::kGroupBytes + threadIdx.x % 128 * 16;
-  }
-
-  FP8GEMM_DEVICE void send(int owner, int owned, float x, float y, float z, float w) const {
-    const int slot = part < owner ? part : part - 1;
-    const uint32_t address = slot_address(owner % 2, slot, owned);
-    if constexpr (spec.split_k == 1) {
-      st_shared_v4(address, {x, y, z, w});
-    } else {
-      st_shared_cluster_v4(address, owner / 2, {x, y, z, w});
-    }
-  }
 };
 
 // Initialises the barriers of one warpgroup's stages and fills them: copies land in this CTA alone,
@@ -253,7 +197,7 @@ FP8GEMM_DEVICE void few_rows_producer(const GemmParams& params, Shared& shared, 
         if (empty_stages == -1) tell_ready();
         mbarrier_try_wait(producer.address(&shared.empty[turns.at.stage]), turns.at.parity);
       }
-      if (elected) producer.load(block, range.step(turns.index), turns.at.stage);
+      if (elected) producer.load(block, range.begin + turns.index, turns.at.stage);
     }
     turns.end_block(range.count());
   }
@@ -268,23 +212,19 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
 
   constexpr bool kCluster = spec.split_k > 1;
-  if constexpr (kCluster) cluster_arrive_relaxed();  // awaited before the first remote write
   const uint32_t rank = kCluster ? warp_uniform(cluster_ctarank()) : 0;
+  if constexpr (kCluster) Traits::Exchange::begin(shared_address(&shared.exchange), rank);
   const StepRange range(taken_steps(ceil_div(params.k, kBlockK)), rank, spec.split_k);
   Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
 
   const int warp = warp_uniform(threadIdx.x / 32);
   if (warp >= Traits::kConsumerThreads / 32) {
     few_rows_producer<spec>(params, shared, warp % 2, scheduler, range);
-    if constexpr (kCluster) {
-      cluster_wait();
-      cluster_arrive_release();
-      cluster_wait();
-    }
+    if constexpr (kCluster) Traits::Exchange::await_others();
   } else {
     bar_sync(kBarriersReady, Traits::kThreads);
     FewRowsConsumer<spec> consumer(params, shared, rank);
-    // NOTE: a cluster gets exactly one block, so that its barriers are passed once.
+    // NOTE: a cluster gets exactly one block.
     for (; !scheduler.done(); scheduler.next()) {
       const Block block = scheduler.block();
       if (block.steps == 0) {
@@ -292,7 +232,7 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
         continue;
       }
       consumer.multiply(block, range);
-      if constexpr (kCluster) cluster_wait();
+      if constexpr (kCluster) Traits::Exchange::await_others();
       consumer.reduce_and_store(block);
     }
   }

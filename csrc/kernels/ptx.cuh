@@ -107,10 +107,6 @@ FP8GEMM_DEVICE void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
-FP8GEMM_DEVICE void cluster_arrive_release() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
 FP8GEMM_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -277,12 +273,14 @@ FP8GEMM_DEVICE void st_shared_v4(uint32_t address, Float4 v) {
                : "memory");
 }
 
-// Writes to the same offset of CTA `rank` of the cluster.
-FP8GEMM_DEVICE void st_shared_cluster_v4(uint32_t address, uint32_t rank, Float4 v) {
+// Writes to the same offset of CTA `rank` of the cluster, whose barrier counts the bytes.
+FP8GEMM_DEVICE void st_async_v4(uint32_t address, uint32_t barrier, uint32_t rank, Float4 v) {
   asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
-      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      "{\n.reg .b32 remote, counts;\nmapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 counts, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [remote], {%3, %4, %5, %6}, "
+      "[counts];\n}" ::"r"(address),
+      "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
 

@@ -18,7 +18,7 @@ constexpr bool is_per_row(ScaleTile tile) {
 
 // 128-row scale blocks that a tile of `rows` rows can touch.
 constexpr int scale_blocks(int rows) {
-  return 128 % rows == 0 ? 1 : rows % 128 == 0 ? rows / 128 : 2;
+  return 128 % rows == 0 ? 1 : rows % 128 == 0 ? rows / 128 : 2;  // config.legal: no three
 }
 
 // Bytes of scales that one stage receives for a tile of `rows` rows.
