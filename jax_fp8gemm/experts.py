@@ -168,10 +168,14 @@ def _backward(block: Block, residuals, dy):
     )
     dx = multiply(dh, up, sizes, transposed=False)
     dx = _collected(dx, permutation, top_k, slots, like[0], block)
+    d_down = _contracting(at, dyt, sizes, like[3].dtype)
+    # x is turned once its place may be that of dy turned: XLA would do it before all else.
+    saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
     xt = requantize(from_bits(saved_x), **by_groups)
-    pairs = (xt, gate_t), (xt, up_t), (at, dyt)
     d_kernels = [
-        _contracting(*pair, sizes, w.dtype) for pair, w in zip(pairs, like[1:], strict=True)
+        _contracting(xt, gate_t, sizes, like[1].dtype),
+        _contracting(xt, up_t, sizes, like[2].dtype),
+        d_down,
     ]
     d_weights = rows_or_zero(d_row_weight, permutation.inverse()).reshape(weights.shape)
     return dx, None, d_weights, _weight_gradients(d_kernels, like[1:]), None
