@@ -51,6 +51,7 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
   }
   return bits;
 }
+inline bool __all_sync(unsigned, bool bit) { return __ballot_sync(~0u, bit) == ~0u; }
 
 namespace fp8gemm {
 
@@ -106,6 +107,9 @@ inline void mbarrier_init(void* barrier, uint16_t count) {
 inline void mbarrier_arrive(void* barrier) { static_cast<emulation::Barrier*>(barrier)->arrive(); }
 inline void mbarrier_try_wait(void* barrier, uint32_t parity) {
   static_cast<emulation::Barrier*>(barrier)->wait_for(parity);
+}
+inline bool mbarrier_test_wait(void* barrier, uint32_t parity) {
+  return static_cast<emulation::Barrier*>(barrier)->phase != parity;
 }
 
 // A cluster is one CTA, which tells itself what others would.
