@@ -1,6 +1,6 @@
-// Where several parts sum a block over steps of k of their own, their sums meet here: each part owns
-// every kParts-th group of eight columns, receives the others' sums for it, and adds them in a fixed
-// order, so results repeat to the bit.
+// Where several parts sum a block over steps of k of their own, their sums meet here: each part
+// owns every kParts-th group of eight columns, receives the others' sums for it, and adds them in a
+// fixed order, so results repeat to the bit.
 #pragma once
 
 #include "epilogue.cuh"
@@ -22,14 +22,14 @@ struct Exchange {
   static constexpr int kBytes = kSumBytes + (kCtas > 1 ? 128 : 0);  // and a barrier
   using Sums = float[kSubTiles][kRegisters];
 
-  uint32_t memory;  // address: [warpgroup that receives][slot of the sender][group], then the barrier
+  uint32_t memory;  // address of [warpgroup that receives][slot of the sender][group], a barrier
   int warpgroup, part;
 
   FP8GEMM_DEVICE Exchange(uint32_t address, uint32_t rank, int warpgroup_of_cta)
       : memory(address), warpgroup(warpgroup_of_cta), part(kWarpgroups * rank + warpgroup_of_cta) {}
 
-  // In a cluster, before anything else and for the whole CTA: once all have been here, and await_others()
-  // returns, they may send. It gets one block, so the barrier is passed once.
+  // In a cluster, before anything else and for the whole CTA: once all have been here, and
+  // await_others() returns, they may send. It gets one block, so the barrier is passed once.
   FP8GEMM_DEVICE static void begin(uint32_t address, uint32_t rank) {
     if (threadIdx.x == 0) {
       int groups = 0;
@@ -61,7 +61,8 @@ struct Exchange {
   // Until all that others send to this CTA has arrived.
   FP8GEMM_DEVICE void await_sums() const { mbarrier_try_wait(memory + kSumBytes, 0); }
 
-  // Adds to this part's columns what the others sent, and stores them. row: of this thread's first value.
+  // Adds to this part's columns what the others sent, and stores them. row: of this thread's first
+  // value.
   template <GemmSpec spec>
   FP8GEMM_DEVICE void add_and_store(const GemmParams& params, const OutBlock& block, int row,
                                     const Sums& sums) const {

@@ -34,7 +34,7 @@ struct Registers {
 };
 template <>
 struct Registers<true> {
-  static constexpr int kConsumer = 200, kProducer = 24, kCaster = 88;
+  static constexpr int kConsumer = 192, kProducer = 32, kCaster = 96;
   static_assert(2 * kConsumer + kProducer + kCaster <= 4 * 128);
 };
 

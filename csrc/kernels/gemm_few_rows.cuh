@@ -5,8 +5,8 @@
 //   warp 8, 9        producers, one for each warpgroup: fill all stages before anything else
 //                    happens in the CTA
 //
-// All CTAs go through k in step, so what several of them need is in L2 when the first one has it: begun
-// anywhere, some products took a third longer.
+// All CTAs go through k in step, so what several of them need is in L2 when the first one has it:
+// begun anywhere, some products took a third longer.
 //
 // With split_k > 1 a cluster shares one block and divides k. The partial sums of all parts
 // (2 warpgroups × split_k CTAs) meet in shared memory (exchange.cuh).
@@ -42,10 +42,11 @@ struct FewRowsTraits {
   static_assert(spec.stages % 2 == 0, "stages: even, since the warpgroups take every second one");
   static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect &&
                 !is_cast(spec.rhs));
-  static_assert(spec.variant == Variant::kDense || spec.variant == Variant::kBatched ||
-                    (spec.split_k == 1 && spec.variant != Variant::kRaggedContracting &&
-                     spec.variant != Variant::kContiguous),
-                "split_k: one block for each cluster, so not where groups decide how many there are");
+  static_assert(
+      spec.variant == Variant::kDense || spec.variant == Variant::kBatched ||
+          (spec.split_k == 1 && spec.variant != Variant::kRaggedContracting &&
+           spec.variant != Variant::kContiguous),
+      "split_k: one block for each cluster, so not where groups decide how many there are");
   static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
 };
 
@@ -123,7 +124,8 @@ struct FewRowsConsumer {
     } else {
       exchange.await_sums();
     }
-    exchange.template add_and_store<spec>(params, OutBlock::of<spec>(block), warp * 16 + lane / 4, sums);
+    exchange.template add_and_store<spec>(params, OutBlock::of<spec>(block), warp * 16 + lane / 4,
+                                          sums);
   }
 
  private:
@@ -139,9 +141,8 @@ struct FewRowsConsumer {
           rhs_low + stage * (Shared::kRhsBytes / 16));
     };
     const auto lhs_scales = [&] {
-      return load_lhs_scales<spec.lhs_scale>(
-          shared_address(shared.lhs_scale[stage]),
-          kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
+      return load_lhs_scales<spec.lhs_scale>(shared_address(shared.lhs_scale[stage]),
+                                             kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
     };
     if constexpr (kPerColumn) {
       start();

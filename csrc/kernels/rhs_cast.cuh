@@ -36,8 +36,8 @@ FP8GEMM_DEVICE void tell_other_cta(Ring& ring, int turn) {
   mbarrier_arrive_remote(shared_address(&ring.together[turn]), cluster_ctarank() ^ 1);
 }
 
-// One warp: copies the tiles of rhs that the CTA's blocks need, in the same order as the producer of
-// everything else, and as far ahead as there are slots.
+// One warp: copies the tiles of rhs that the CTA's blocks need, in the same order as the producer
+// of everything else, and as far ahead as there are slots.
 template <GemmSpec spec, class Shared>
 FP8GEMM_DEVICE void produce_bf16(const GemmParams& params, Shared& shared) {
   const bool elected = elect_sync();
@@ -101,41 +101,35 @@ struct Caster {
     column = kTransposes ? lane % 8 * 8 : lane % 16 * 8;
   }
 
-  // NOTE: what casting takes is its waits, one after the other, in a single warp of each scheduler. So
-  // the next tile is read while this one is written, if it is there by then.
+  // NOTE: what casting takes is its waits, one after the other, in a single warp of each scheduler.
+  // So the next tile is read while this one is written, if it is there by then. measure() has no
+  // condition, which would keep it apart from what it should run beside.
   FP8GEMM_DEVICE void run() {
     RingPosition<kCastSlots> from{0, 0};
     RingPosition<spec.stages> to{0, 1};  // parity 1: the stages begin empty
-    Content content{};
-    bool here = false, last;  // whether the tile is in registers
-    do {
-      if (!here) {
-        mbarrier_try_wait(shared_address(&shared.cast.full[from.stage]), from.parity);
-        content = content_of(from.stage);
-        if (content == Content::kTile) load<0>(from.stage), load<1>(from.stage), measure<0>();
-      }
-      const bool tile = content == Content::kTile;
-      last = content == Content::kEnd;
-      arrive(shared.cast.empty[from.stage]);
+    Content content = read_tile(from);
+    while (true) {
+      const bool tile = content == Content::kTile, last = content == Content::kEnd;
+      arrive(shared.cast.empty[from.stage]);  // all of it is in registers
       from.advance();
+      measure<1>();
       Scale<true> scale{};
-      if (tile) {
-        measure<1>();
-        scale = Scale<true>::of(largest_of_tile());
-      }
-      here = !last && has_landed(from);
-      if (here) content = content_of(from.stage);
-      const bool next = here && content == Content::kTile;
+      if (tile) scale = Scale<true>::of(largest_of_tile());
+      const bool landed = !last && has_landed(from);
+      if (landed) content = content_of(from.stage);
+      const bool next = landed && content == Content::kTile;
       mbarrier_try_wait(shared_address(&shared.empty[to.stage]), to.parity);
       if (tile) write<0>(to.stage, scale);
       if (next) load<0>(from.stage);
       if (tile) write<1>(to.stage, scale);
-      if (next) measure<0>();
+      measure<0>();
       fence_proxy_async();
       arrive(shared.cast.ready[to.stage]);
       to.advance();
       if (next) load<1>(from.stage);
-    } while (!last);
+      if (last) break;
+      if (!landed) content = read_tile(from);
+    }
   }
 
  private:
@@ -150,8 +144,16 @@ struct Caster {
   }
 
   FP8GEMM_DEVICE bool has_landed(RingPosition<kCastSlots> at) const {
-    return __all_sync(
-        ~0u, mbarrier_test_wait(shared_address(&shared.cast.full[at.stage]), at.parity));
+    return __all_sync(~0u,
+                      mbarrier_test_wait(shared_address(&shared.cast.full[at.stage]), at.parity));
+  }
+
+  FP8GEMM_DEVICE Content read_tile(RingPosition<kCastSlots> from) {
+    mbarrier_try_wait(shared_address(&shared.cast.full[from.stage]), from.parity);
+    const Content content = content_of(from.stage);
+    if (content == Content::kTile) load<0>(from.stage), load<1>(from.stage);
+    measure<0>();
+    return content;
   }
 
   // Block b of the tile in a slot, 0 or 1.
@@ -161,19 +163,19 @@ struct Caster {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const Words4 v = *reinterpret_cast<const Words4*>(from + 128 * i);
-      uint32_t(&two)[4] = blocks[b].two[i];
+      uint32_t (&two)[4] = blocks[b].two[i];
       two[0] = v.x, two[1] = v.y, two[2] = v.z, two[3] = v.w;
     }
   }
 
   FP8GEMM_DEVICE uint32_t& word(int i) { return blocks[i / 32].two[i / 4 % 8][i % 4]; }
 
-  // Looks at block b, after the blocks before it.
+  // Looks at block b; block 0 first.
   template <int b>
   FP8GEMM_DEVICE void measure() {
 #pragma unroll
     for (int i = 32 * b; i < 32 * b + 32; ++i) {
-      largest[i % 4] = i < 4 ? word(i) : max_magnitude_bf16x2(largest[i % 4], word(i));
+      largest[i % 4] = max_magnitude_bf16x2(i < 4 ? 0 : largest[i % 4], word(i));
     }
   }
 
