@@ -51,7 +51,6 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
   }
   return bits;
 }
-inline bool __all_sync(unsigned, bool bit) { return __ballot_sync(~0u, bit) == ~0u; }
 
 namespace fp8gemm {
 
@@ -107,9 +106,6 @@ inline void mbarrier_init(void* barrier, uint16_t count) {
 inline void mbarrier_arrive(void* barrier) { static_cast<emulation::Barrier*>(barrier)->arrive(); }
 inline void mbarrier_try_wait(void* barrier, uint32_t parity) {
   static_cast<emulation::Barrier*>(barrier)->wait_for(parity);
-}
-inline bool mbarrier_test_wait(void* barrier, uint32_t parity) {
-  return static_cast<emulation::Barrier*>(barrier)->phase != parity;
 }
 
 // A cluster is one CTA, which tells itself what others would.
