@@ -16,9 +16,10 @@ constexpr bool is_per_row(ScaleTile tile) {
   return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK;
 }
 
-// 128-row scale blocks that a tile of `rows` rows can touch.
+// 128-row scale blocks that a tile of `rows` rows can touch: it begins at a multiple of `rows`.
 constexpr int scale_blocks(int rows) {
-  return 128 % rows == 0 ? 1 : rows % 128 == 0 ? rows / 128 : 2;  // config.legal: no three
+  const int power = rows & -rows, common = power < 128 ? power : 128;  // their largest divisor
+  return ceil_div(128 - common + rows, 128);
 }
 
 // Bytes of scales that one stage receives for a tile of `rows` rows.
