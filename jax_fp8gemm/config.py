@@ -231,7 +231,8 @@ def candidates(problem: Problem) -> list[GemmConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Constants of `predicted_seconds`, fitted to timings on an H200 (docs/measured.md)."""
+    """Constants of `predicted_seconds`, fitted to timings on an H200; those of few rows and of a
+    split to timings on an H100 (docs/measured.md)."""
 
     clock: float = 1.80e9  # Hz, under load with promotion
     bandwidth: float = 4.7e12  # B/s from device memory, when every SM asks for its share

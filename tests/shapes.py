@@ -2,6 +2,8 @@
 
 import dataclasses
 
+CARDS = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")  # that have tuned rows of their own
+
 # Weights [n, k] of DeepSeek-V3's linear layers (arXiv 2412.19437, section 4.2: hidden 7168).
 WEIGHTS = {
     "q_down": (2112, 7168),  # with the kv down-projection beside it

@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from shapes import DENSE, GROUPED, ODD, WEIGHT_GRADIENT
+from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm import _native
 from jax_fp8gemm import config as configs
@@ -163,10 +163,7 @@ CASTING = ("ragged", "masked")  # variants whose weights a kernel may cast
 
 
 def reachable() -> dict[str, dict]:
-    """Returns the attributes of every config that the shapes of tests and benchmarks lead to.
-
-    Of an H100 too where those have rows of its own.
-    """
+    """Returns the attributes of every config that the shapes of tests and benchmarks lead to."""
     found = {}
     for shape in [*DENSE, *WEIGHT_GRADIENT, *ODD]:
         found |= chosen(shape, shape.scales, shape.out)
@@ -194,7 +191,7 @@ def chosen(shape, scales, out, accumulate=False, variant="dense") -> dict[str, d
 
 def chosen_for(problem: configs.Problem) -> dict[str, dict]:
     found = {}
-    for device in (configs.DEFAULT_DEVICE, "NVIDIA H100 80GB HBM3"):
+    for device in CARDS:
         config = configs.select(dataclasses.replace(problem, device=device))
         wanted = attributes(problem, config)
         wanted["num_sms"] = 0

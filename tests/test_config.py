@@ -6,16 +6,13 @@ import math
 import pathlib
 
 import pytest
-from shapes import DENSE, GROUPED, ODD, WEIGHT_GRADIENT
+from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm import config as configs
 from jax_fp8gemm.config import GemmConfig, Problem
 from jax_fp8gemm.variants import VARIANTS
 
-TUNED = {
-    "NVIDIA H200": "nvidia-h200.json",
-    "NVIDIA H100 80GB HBM3": "nvidia-h100-80gb-hbm3.json",
-}
+TUNED = pathlib.Path(configs.__file__).parent / "tuned"
 
 
 def problems() -> list[Problem]:
@@ -33,17 +30,15 @@ def test_every_choice_and_every_candidate_is_legal():
             assert configs.legal(problem, candidate) is None, (problem, candidate)
 
 
-@pytest.mark.parametrize("device", TUNED)
+@pytest.mark.parametrize("device", CARDS)
 def test_tuned_rows_are_legal_and_used(device):
-    rows = json.loads((pathlib.Path(configs.__file__).parent / "tuned" / TUNED[device]).read_text())
+    rows = json.loads((TUNED / f"{configs.file_name(device)}.json").read_text())
     assert len(rows) > 50
     fields = {field.name for field in dataclasses.fields(GemmConfig)}
     for row in rows:
         keys = {k: row[k] for k in ("variant", "m", "n", "k", "g", "scales", "out")}
-        problem, config = (
-            Problem(**keys, device=device),
-            GemmConfig(**{name: row[name] for name in fields}),
-        )
+        problem = Problem(**keys, device=device)
+        config = GemmConfig(**{name: row[name] for name in fields})
         assert configs.legal(problem, config) is None, row
         assert configs.select(problem) == config, row
 

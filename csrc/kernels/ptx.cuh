@@ -1,7 +1,7 @@
 // One function per PTX instruction, named as in the PTX ISA manual, with the manual's section.
-// Here: memory, synchronisation, tensor core; ptx_arithmetic.cuh: the others. Every line of asm of this
-// library is in these two, but for the wgmma wrapper that gemm_spec.cpp writes for the one block_n that
-// a kernel uses.
+// Here: memory, synchronisation, tensor core; ptx_arithmetic.cuh: the others. Every line of asm of
+// this library is in these two, but for the wgmma wrapper that gemm_spec.cpp writes for the one
+// block_n that a kernel uses.
 #pragma once
 
 #include "params.cuh"
