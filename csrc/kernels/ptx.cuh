@@ -331,6 +331,16 @@ FP8GEMM_DEVICE void cp_async_4(uint32_t destination, const void* source, bool ex
                : "memory");
 }
 
+FP8GEMM_DEVICE void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the latest `kPending` groups of copies have landed.
+template <int kPending>
+FP8GEMM_DEVICE void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 FP8GEMM_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace fp8gemm

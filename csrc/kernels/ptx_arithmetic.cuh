@@ -34,6 +34,13 @@ FP8GEMM_DEVICE uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
   return larger;
 }
 
+// The largest of a warp.
+FP8GEMM_DEVICE uint32_t redux_max(uint32_t value) {
+  uint32_t largest;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(value));
+  return largest;
+}
+
 FP8GEMM_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   uint32_t product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));

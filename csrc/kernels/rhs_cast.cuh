@@ -36,8 +36,8 @@ FP8GEMM_DEVICE void tell_other_cta(Ring& ring, int turn) {
   mbarrier_arrive_remote(shared_address(&ring.together[turn]), cluster_ctarank() ^ 1);
 }
 
-// One warp: copies the tiles of rhs that the CTA's blocks need, in the same order as the producer of
-// everything else, and as far ahead as there are slots.
+// One warp: copies the tiles of rhs that the CTA's blocks need, in the same order as the producer
+// of everything else, and as far ahead as there are slots.
 template <GemmSpec spec, class Shared>
 FP8GEMM_DEVICE void produce_bf16(const GemmParams& params, Shared& shared) {
   const bool elected = elect_sync();
@@ -91,6 +91,7 @@ struct Caster {
   int row, column;  // of the thread's first block in a tile as it is stored
   int turn = 0;     // which of the two places for largest magnitudes is next
   PackedTile<Float::kBf16, 8> blocks[2];
+  uint32_t largest[4];  // magnitudes of them, two each: four chains, so that none waits for itself
 
   // NOTE: lanes lie so that eight of them read 128 bytes of a row, and sixteen write to sixteen
   // different groups of banks.
@@ -100,27 +101,37 @@ struct Caster {
     column = kTransposes ? lane % 8 * 8 : lane % 16 * 8;
   }
 
+  // NOTE: what casting takes is its waits, one after the other, in a single warp of each scheduler.
+  // So the next tile is read while this one is written, if it is there by then. measure() has no
+  // condition, which would keep it apart from what it should run beside. A slot is given back once
+  // its largest is known, and so all of it in registers: right after the loads, a copy overtook them.
   FP8GEMM_DEVICE void run() {
-    Content content;
     RingPosition<kCastSlots> from{0, 0};
     RingPosition<spec.stages> to{0, 1};  // parity 1: the stages begin empty
-    do {
-      mbarrier_try_wait(shared_address(&shared.cast.full[from.stage]), from.parity);
-      content = content_of(from.stage);
-      const bool tile = content == Content::kTile;
+    Content content = read_tile(from);
+    while (true) {
+      const bool tile = content == Content::kTile, last = content == Content::kEnd;
+      measure<1>();
       Scale<true> scale{};
-      if (tile) {
-        load(from.stage);
-        scale = Scale<true>::of(largest_of_tile());
-      }
-      arrive(shared.cast.empty[from.stage]);  // all of it is in registers
+      if (tile) share_largest();
+      arrive(shared.cast.empty[from.stage]);
+      from.advance();
+      if (tile) scale = Scale<true>::of(largest_of_tile());
+      const bool landed = !last && has_landed(from);
+      if (landed) content = content_of(from.stage);
+      const bool next = landed && content == Content::kTile;
       mbarrier_try_wait(shared_address(&shared.empty[to.stage]), to.parity);
-      if (tile) write(to.stage, scale);
+      if (tile) write<0>(to.stage, scale);
+      if (next) load<0>(from.stage);
+      if (tile) write<1>(to.stage, scale);
+      measure<0>();
       fence_proxy_async();
       arrive(shared.cast.ready[to.stage]);
-      from.advance();
       to.advance();
-    } while (content != Content::kEnd);
+      if (next) load<1>(from.stage);
+      if (last) break;
+      if (!landed) content = read_tile(from);
+    }
   }
 
  private:
@@ -134,67 +145,85 @@ struct Caster {
     return static_cast<Content>(warp_uniform(content));
   }
 
+  FP8GEMM_DEVICE bool has_landed(RingPosition<kCastSlots> at) const {
+    return __all_sync(~0u,
+                      mbarrier_test_wait(shared_address(&shared.cast.full[at.stage]), at.parity));
+  }
+
+  FP8GEMM_DEVICE Content read_tile(RingPosition<kCastSlots> from) {
+    mbarrier_try_wait(shared_address(&shared.cast.full[from.stage]), from.parity);
+    const Content content = content_of(from.stage);
+    if (content == Content::kTile) load<0>(from.stage), load<1>(from.stage);
+    measure<0>();
+    return content;
+  }
+
+  // Block b of the tile in a slot, 0 or 1.
+  template <int b>
   FP8GEMM_DEVICE void load(int slot) {
+    const uint16_t* from = &shared.cast.tile[slot][row + b * kNextRow][column + b * kNextColumn];
 #pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const uint16_t* from = &shared.cast.tile[slot][row + b * kNextRow][column + b * kNextColumn];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const Words4 v = *reinterpret_cast<const Words4*>(from + 128 * i);
-        uint32_t(&two)[4] = blocks[b].two[i];
-        two[0] = v.x, two[1] = v.y, two[2] = v.z, two[3] = v.w;
-      }
+    for (int i = 0; i < 8; ++i) {
+      const Words4 v = *reinterpret_cast<const Words4*>(from + 128 * i);
+      uint32_t(&two)[4] = blocks[b].two[i];
+      two[0] = v.x, two[1] = v.y, two[2] = v.z, two[3] = v.w;
     }
   }
 
   FP8GEMM_DEVICE uint32_t& word(int i) { return blocks[i / 32].two[i / 4 % 8][i % 4]; }
 
-  FP8GEMM_DEVICE float largest_of_tile() {
-    uint32_t both[4] = {};  // four chains, so that none waits for itself
+  // Looks at block b; block 0 first.
+  template <int b>
+  FP8GEMM_DEVICE void measure() {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) both[i % 4] = max_magnitude_bf16x2(both[i % 4], word(i));
-    both[0] = max_magnitude_bf16x2(both[0], both[1]);
-    both[0] = max_magnitude_bf16x2(both[0], max_magnitude_bf16x2(both[2], both[3]));
-    float largest = max_nan(magnitude(unpack<Float::kBf16>(both[0], false)),
-                            magnitude(unpack<Float::kBf16>(both[0], true)));
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
+    for (int i = 32 * b; i < 32 * b + 32; ++i) {
+      largest[i % 4] = max_magnitude_bf16x2(i < 4 ? 0 : largest[i % 4], word(i));
     }
+  }
+
+  FP8GEMM_DEVICE void share_largest() {
+    const uint32_t both = max_magnitude_bf16x2(max_magnitude_bf16x2(largest[0], largest[1]),
+                                               max_magnitude_bf16x2(largest[2], largest[3]));
+    // Magnitudes are ordered as their bits are, NaN last.
+    const uint32_t bits = max(both & 0x7fff, both >> 16 & 0x7fff);
+    const float result = bits_to_float(redux_max(bits) << 16);
+    if (threadIdx.x % 32 == 0) shared.cast.largest[turn][warp] = result;
+  }
+
+  FP8GEMM_DEVICE float largest_of_tile() {
+    float result = 0;
     const float* of_warps = shared.cast.largest[turn];
-    if (threadIdx.x % 32 == 0) shared.cast.largest[turn][warp] = largest;
     turn ^= 1;
     bar_sync(kCastBarrier, kCastWarps * 32);
 #pragma unroll
-    for (int i = 0; i < kCastWarps; ++i) largest = max_nan(largest, of_warps[i]);
-    return largest;
+    for (int i = 0; i < kCastWarps; ++i) result = max_nan(result, of_warps[i]);
+    return result;
   }
 
   // NOTE: two at a time. A power of two changes no digit of a bf16, but of those so small that they
   // become zeros in FP8.
+  template <int b>
   FP8GEMM_DEVICE void multiply_by(float power_of_two) {
     const uint32_t half = float_to_bits(power_of_two) >> 16;
 #pragma unroll
-    for (int i = 0; i < 64; ++i) word(i) = mul_bf16x2(word(i), half << 16 | half);
+    for (int i = 32 * b; i < 32 * b + 32; ++i) word(i) = mul_bf16x2(word(i), half << 16 | half);
   }
 
+  template <int b>
   FP8GEMM_DEVICE void write(int stage, Scale<true> scale) {
-    multiply_by(scale.reciprocal);
+    multiply_by<b>(scale.reciprocal);
+    const int first = row + b * kNextRow, second = column + b * kNextColumn;
+    const int n = kTransposes ? second : first, k = kTransposes ? first : second;
+    uint8_t* to = shared.rhs[stage] + n / 8 * (CoreMatrices::kStride * 16) +
+                  k / 16 * (CoreMatrices::kLeading * 16) + k % 16;
 #pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const int first = row + b * kNextRow, second = column + b * kNextColumn;
-      const int n = kTransposes ? second : first, k = kTransposes ? first : second;
-      uint8_t* to = shared.rhs[stage] + n / 8 * (CoreMatrices::kStride * 16) +
-                    k / 16 * (CoreMatrices::kLeading * 16) + k % 16;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const auto get = [&](int j) {
-          return kTransposes ? blocks[b].get(j, i) : blocks[b].get(i, j);
-        };
-        *reinterpret_cast<Words2*>(to + 16 * i) = pack8(get, 1.0f);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const auto get = [&](int j) {
+        return kTransposes ? blocks[b].get(j, i) : blocks[b].get(i, j);
+      };
+      *reinterpret_cast<Words2*>(to + 16 * i) = pack8(get, 1.0f);
     }
-    if (warp == 0 && threadIdx.x % 32 == 0) {
+    if (b == 0 && warp == 0 && threadIdx.x % 32 == 0) {
       *reinterpret_cast<float*>(shared.rhs_scale[stage]) = scale.value;
     }
   }

@@ -2,8 +2,8 @@
 // transposed, in one pass over tiles of 128 rows × 128 columns.
 //
 // One CTA stays on each multiprocessor and takes every gridDim.x-th tile. While it works on a tile,
-// the next one's operands are on their way into shared memory. All three results of a tile stay in
-// registers until the scales of rows and of columns are known:
+// the operands of the next one, and soon of the one after it, are on their way into shared memory.
+// All three results of a tile stay in registers until the scales of rows and of columns are known:
 //
 //   lane % 16: which eight columns    slot = thread / 16: which four rows
 //
@@ -59,10 +59,10 @@ FP8GEMM_DEVICE void unpack_fp8(float (&to)[8], Words2 eight) {
   }
 }
 
-// Adds up, or the like, each of kCount values over sixteen lanes. Lane i gets value i % kCount: a
-// step hands half of the values over and keeps the others, so later steps have fewer.
-template <int kCount, class Combine>
-FP8GEMM_DEVICE float over_sixteen_lanes(float (&values)[kCount], Combine combine) {
+// Adds up, or the like, each of kCount values over kLanes lanes. Lane i gets value i % kCount: a step
+// hands half of the values over and keeps the others, so later steps have fewer.
+template <int kLanes, int kCount, class Combine>
+FP8GEMM_DEVICE float over_lanes(float (&values)[kCount], Combine combine) {
 #pragma unroll
   for (int half = kCount / 2; half > 0; half /= 2) {
     const bool upper = threadIdx.x & half;
@@ -74,7 +74,7 @@ FP8GEMM_DEVICE float over_sixteen_lanes(float (&values)[kCount], Combine combine
     }
   }
 #pragma unroll
-  for (int distance = kCount; distance < 16; distance *= 2) {
+  for (int distance = kCount; distance < kLanes; distance *= 2) {
     values[0] = combine(values[0], __shfl_xor_sync(~0u, values[0], distance));
   }
   return values[0];
@@ -110,9 +110,10 @@ struct SwigluBackward {
     start_copies(0);
     if (is_finder()) find(tiles, 1);
     __syncthreads();
+    start_copies(1);
     unsigned n = 0;
     for (; shared.tile[n % 4].count > 0; ++n) {
-      cp_async_wait_all();
+      cp_async_wait_group<1>();
       __syncwarp();
       compute(n);
       finish_rows(n);
@@ -122,11 +123,12 @@ struct SwigluBackward {
       store_rows(n, kGate);
       wait(kLargest, n);
       if (threadIdx.x < 3 * 128) make_column_scale(n, threadIdx.x / 128, threadIdx.x % 128);
+      if (is_finder()) find(tiles, n + 2);  // it has no columns to scale
       arrive(kScales);
       store_rows(n, kUp);
       wait(kScales, n);
+      start_copies(n + 2);  // to where this tile's operands, and then the largest of columns, were
       turn();
-      if (is_finder()) find(tiles, n + 2);
       arrive(kTurned);
     }
     if (n == 0) return;
@@ -140,8 +142,8 @@ struct SwigluBackward {
   // A warp says that it has come as far, and between that and waiting for the others does what needs
   // none of them.
 
-  // What lies in shared memory: columns' largest, their scales, and their copies; with these the
-  // number of the tile after the next one.
+  // What lies in shared memory: columns' largest; their scales, with these the tile after the next
+  // one; and their copies.
   enum { kLargest, kScales, kTurned };
 
   FP8GEMM_DEVICE void arrive(int which) const {
@@ -169,6 +171,7 @@ struct SwigluBackward {
   FP8GEMM_DEVICE void start_copies(unsigned n) const {
     const BackwardTile tile = shared.tile[n % 4];
     if (tile.count > 0) copy(tile, operands(n).rows);
+    cp_async_commit_group();
   }
 
   // NOTE: of rows that do not exist nothing is read, whatever the address.
@@ -218,9 +221,9 @@ struct SwigluBackward {
   //   the product       row weight · gate · s · up
   // and for each row dy · gate · s · up, summed over the tile's columns.
   //
-  // NOTE: between the rows the next tile's operands are asked for and the last tile's transposed
-  // copies written. Elsewhere warps would wait for each other's stores; here they have enough to do.
-  // All operands are read before, since no read moves up past a copy.
+  // NOTE: between the rows the last tile's transposed copies are written. Elsewhere warps would wait
+  // for each other's stores; here they have enough to do. All operands are read before, since no read
+  // moves up past the wait.
   FP8GEMM_DEVICE void compute(unsigned n) {
     const auto& from = operands(n).rows;
     const int64_t line = n > 0 ? first_line(n - 1) : 0;
@@ -241,7 +244,6 @@ struct SwigluBackward {
     for (int i = 0; i < 4; ++i) {
       compute_row(i, gate[i], up[i], gradient[i], gate_scale[i], up_scale[i], weight[i]);
       if (i == 0 && n > 0) wait(kTurned, n - 1);
-      if (i == 0) start_copies(n + 1);
       if (i < 3 && n > 0) store_lines(line, i);
     }
   }
@@ -280,14 +282,14 @@ struct SwigluBackward {
     const BackwardTile tile = shared.tile[n % 4];
     const int row = tile.first + slot * 4 + lane % 4;
     const bool exists = slot * 4 + lane % 4 < tile.count;
-    const float sum = over_sixteen_lanes(row_sum, [](float a, float b) { return a + b; });
+    const float sum = over_lanes<16>(row_sum, [](float a, float b) { return a + b; });
     if (exists && lane < 4) {
       params.row_weight_gradient[int64_t{tile.columns} * params.m + row] = sum;
     }
     float largest[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) largest[i] = values[i / 4].largest_of_row(i % 4);
-    const ScaleOf scale = ScaleOf::of(over_sixteen_lanes(largest, max_nan));
+    const ScaleOf scale = ScaleOf::of(over_lanes<16>(largest, max_nan));
     row_reciprocal = scale.reciprocal;
     if (exists && lane < 8) {
       params.rows_scale[scale_line(tile, lane / 4) + row] = scale.value;
@@ -323,14 +325,19 @@ struct SwigluBackward {
     }
   }
 
+  // `at`: where the column lies. Four lanes look at four columns, at a quarter of the rows each, which
+  // is a quarter of the reads, and of the time for which all other warps wait.
   FP8GEMM_DEVICE void make_column_scale(unsigned n, int which, int at) {
-    float largest = 0;
+    float largest[4] = {};
 #pragma unroll
-    for (int warp = 0; warp < 16; ++warp) {
-      const BackwardOperands& from = shared.operands[n % 2][warp];
-      largest = max_nan(largest, max_nan(from.largest[0][which][at], from.largest[1][which][at]));
+    for (int i = 0; i < 8; ++i) {
+      const BackwardOperands& from = shared.operands[n % 2][i / 2 * 4 + at % 4];
+      float four[4];
+      load4(four, &from.largest[i % 2][which][at / 4 * 4]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) largest[j] = max_nan(largest[j], four[j]);
     }
-    const ScaleOf scale = ScaleOf::of(largest);
+    const ScaleOf scale = ScaleOf::of(over_lanes<4>(largest, max_nan));
     shared.reciprocal[which][at] = scale.reciprocal;
     const BackwardTile tile = shared.tile[n % 4];
     const int column = at % 64 / 4 * 8 + at / 64 * 4 + at % 4;

@@ -51,6 +51,7 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
   }
   return bits;
 }
+inline bool __all_sync(unsigned, bool bit) { return __ballot_sync(~0u, bit) == ~0u; }
 
 namespace fp8gemm {
 
@@ -78,14 +79,16 @@ inline void* shared_address(void* pointer) { return pointer; }
 struct Copy {
   void* destination;
   const void* source;
-  int bytes;
+  int bytes, group;
 };
 static std::vector<Copy> copies[emulation::kMaxThreads];
+static int groups[emulation::kMaxThreads];  // that each thread has committed
 
 inline void start_copy(void* destination, const void* source, bool exists, int bytes) {
   static const Words4 zeros{};
   std::memset(destination, 0xff, bytes);
-  copies[emulation::current].push_back({destination, exists ? source : &zeros, bytes});
+  copies[emulation::current].push_back(
+      {destination, exists ? source : &zeros, bytes, groups[emulation::current]});
 }
 inline void cp_async(void* destination, const void* source, bool exists) {
   start_copy(destination, source, exists, 16);
@@ -93,11 +96,19 @@ inline void cp_async(void* destination, const void* source, bool exists) {
 inline void cp_async_4(void* destination, const void* source, bool exists) {
   start_copy(destination, source, exists, 4);
 }
-inline void cp_async_wait_all() {
-  for (const Copy& copy : copies[emulation::current]) {
+inline void cp_async_commit_group() { ++groups[emulation::current]; }
+template <int kPending>
+inline void cp_async_wait_group() {
+  const int end = groups[emulation::current] - kPending;
+  std::erase_if(copies[emulation::current], [&](const Copy& copy) {
+    if (copy.group >= end) return false;
     std::memcpy(copy.destination, copy.source, copy.bytes);
-  }
-  copies[emulation::current].clear();
+    return true;
+  });
+}
+inline void cp_async_wait_all() {
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
 }
 
 inline void mbarrier_init(void* barrier, uint16_t count) {
@@ -106,6 +117,9 @@ inline void mbarrier_init(void* barrier, uint16_t count) {
 inline void mbarrier_arrive(void* barrier) { static_cast<emulation::Barrier*>(barrier)->arrive(); }
 inline void mbarrier_try_wait(void* barrier, uint32_t parity) {
   static_cast<emulation::Barrier*>(barrier)->wait_for(parity);
+}
+inline bool mbarrier_test_wait(void* barrier, uint32_t parity) {
+  return static_cast<emulation::Barrier*>(barrier)->phase != parity;
 }
 
 // A cluster is one CTA, which tells itself what others would.
