@@ -181,33 +181,36 @@ struct Quantizer {
 
   FP8GEMM_DEVICE void quantize_rows() {
     const int64_t line = int64_t{batch} * ((rows.k + 127) / 128) + rows.column / 128;
-    float* scales = rows.scale + line * round_up4(params.m) + tokens.first;
+    const int own = threadIdx.x % 16;  // of kAtOnce rows: which one this lane has the scale of
+    float* scales = rows.scale + line * round_up4(params.m) + row(own);
     uint8_t* to = first_row();
+    constexpr int kAtOnce = kRows < Values<spec>::kRowsAtOnce ? kRows : Values<spec>::kRowsAtOnce;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i, to += rows.k) {
-      float largest = values.largest_of_row(i);
+    for (int first = 0; first < kRows; first += kAtOnce) {
+      float largest[kAtOnce];
 #pragma unroll
-      for (int distance = 8; distance > 0; distance /= 2) {
-        largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
+      for (int i = 0; i < kAtOnce; ++i) largest[i] = values.largest_of_row(first + i);
+      const ScaleOf scale = ScaleOf::of(over_lanes<16>(largest, max_nan));
+      if (own < kAtOnce && has_row(first + own)) scales[first] = scale.value;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i, to += rows.k) {
+        store_row(to, first + i, __shfl_sync(~0u, scale.reciprocal, i, 16));
       }
-      const ScaleOf scale = ScaleOf::of(largest);
-      if (column == 0 && has_row(i)) scales[slot * kRows + i] = scale.value;
-      store_row(to, i, scale);
     }
   }
 
   FP8GEMM_DEVICE void store_rows(ScaleOf scale) {
     uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < kRows; ++i, to += rows.k) store_row(to, i, scale);
+    for (int i = 0; i < kRows; ++i, to += rows.k) store_row(to, i, scale.reciprocal);
   }
 
   FP8GEMM_DEVICE uint8_t* first_row() const {
     return rows.values + (int64_t{batch} * params.m + row(0)) * rows.k + rows.column + column;
   }
 
-  FP8GEMM_DEVICE void store_row(uint8_t* to, int i, ScaleOf scale) {
-    const Words2 bytes = pack8([&](int j) { return values.get(i, j); }, scale.reciprocal);
+  FP8GEMM_DEVICE void store_row(uint8_t* to, int i, float reciprocal) {
+    const Words2 bytes = pack8([&](int j) { return values.get(i, j); }, reciprocal);
     if (has_row(i)) store8<spec.aligned>(to, bytes, rows.k - rows.column - column);
   }
 

@@ -36,6 +36,27 @@ struct Scale {
   }
 };
 
+// Adds up, or the like, each of kCount values over kLanes lanes. Lane i gets value i % kCount: a step
+// hands half of the values over and keeps the others, so later steps have fewer.
+template <int kLanes, int kCount, class Combine>
+FP8GEMM_DEVICE float over_lanes(float (&values)[kCount], Combine combine) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = threadIdx.x & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? values[i + half] : values[i];
+      const float given = upper ? values[i] : values[i + half];
+      values[i] = combine(kept, __shfl_xor_sync(~0u, given, half));
+    }
+  }
+#pragma unroll
+  for (int distance = kCount; distance < kLanes; distance *= 2) {
+    values[0] = combine(values[0], __shfl_xor_sync(~0u, values[0], distance));
+  }
+  return values[0];
+}
+
 // Eight values of get(0) ... get(7), each scaled by the scale of its index.
 template <class Get>
 FP8GEMM_DEVICE Words2 pack8(Get get, float reciprocal) {

@@ -52,6 +52,7 @@ constexpr int kThreadRows = tile_rows(spec) / 16;
 // floats stay packed, which halves their registers and the instructions that compare them.
 template <Float type, int kRows>
 struct PackedTile {
+  static constexpr int kRowsAtOnce = 8;  // that lanes look at together: see FloatTile
   uint32_t two[kRows][4];
 
   FP8GEMM_DEVICE float get(int i, int j) const { return unpack<type>(two[i][j / 2], j % 2); }
@@ -100,6 +101,9 @@ FP8GEMM_DEVICE void compare_columns(const Tile& tile, float (&largest)[8]) {
 
 template <int kRows>
 struct FloatTile {
+  // NOTE: of more rows the stores come all at once: as much as 8 % slower. Where numbers are packed,
+  // and another CTA has something else to do, fewer instructions win.
+  static constexpr int kRowsAtOnce = 2;
   float one[kRows][8];
 
   FP8GEMM_DEVICE float get(int i, int j) const { return one[i][j]; }

@@ -59,27 +59,6 @@ FP8GEMM_DEVICE void unpack_fp8(float (&to)[8], Words2 eight) {
   }
 }
 
-// Adds up, or the like, each of kCount values over kLanes lanes. Lane i gets value i % kCount: a step
-// hands half of the values over and keeps the others, so later steps have fewer.
-template <int kLanes, int kCount, class Combine>
-FP8GEMM_DEVICE float over_lanes(float (&values)[kCount], Combine combine) {
-#pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2) {
-    const bool upper = threadIdx.x & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float kept = upper ? values[i + half] : values[i];
-      const float given = upper ? values[i] : values[i + half];
-      values[i] = combine(kept, __shfl_xor_sync(~0u, given, half));
-    }
-  }
-#pragma unroll
-  for (int distance = kCount; distance < kLanes; distance *= 2) {
-    values[0] = combine(values[0], __shfl_xor_sync(~0u, values[0], distance));
-  }
-  return values[0];
-}
-
 template <QuantizeSpec spec>
 struct SwigluBackward {
   using ScaleOf = Scale<spec.pow2>;
