@@ -317,10 +317,11 @@ FP8GEMM_DEVICE Words4 ld_global_stream_v4(const void* address) {
   return v;
 }
 
-// Data movement: cp.async. 16 bytes to shared memory, zeros where they do not exist.
+// Data movement: cp.async. 16 bytes to shared memory, zeros where they do not exist; the neighbours
+// of what is read, up to 256 bytes, are on their way into L2 then.
 FP8GEMM_DEVICE void cp_async(uint32_t destination, const void* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(exists ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(destination),
+               "l"(source), "r"(exists ? 16 : 0)
                : "memory");
 }
 
