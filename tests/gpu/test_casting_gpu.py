@@ -54,7 +54,10 @@ SIZES = {
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("arrays", [1, 2])
 def test_groups_of_many_sizes(name, transposed, arrays):
-    """Hundreds of blocks, so that every CTA takes several, and some of a cluster one more."""
+    """Hundreds of blocks, so that every CTA takes several, and some of a cluster one more.
+
+    A slot that was given back too early showed in every fiftieth launch, beside other processes.
+    """
     sizes = np.array(SIZES[name], np.int32)
     k, n = (1024, 2304) if transposed else (1536, 2056)
     rows, columns = (k, n) if transposed else (n, k)
@@ -65,6 +68,11 @@ def test_groups_of_many_sizes(name, transposed, arrays):
     lhs = jax.jit(fp8.quantize)(jax.random.normal(keys[2], (2200, k), jnp.bfloat16))
     whole = jnp.swapaxes(whole, 1, 2) if transposed else whole
     check(lhs, weights, whole, sizes, transposed, "ragged")
+    casting = jax.jit(functools.partial(gemm_casting, transposed=transposed))
+    first, again = (casting(lhs, weights, sizes) for _ in range(2))
+    for _ in range(300):
+        again = jnp.where(first == again, casting(lhs, weights, sizes), again)
+    np.testing.assert_array_equal(bits(first), bits(again))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
