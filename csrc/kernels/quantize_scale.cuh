@@ -1,4 +1,4 @@
-// Scales, and eight numbers at a time from floats to FP8 in memory.
+// Scales, sums over lanes on the way to them, and eight numbers at a time from floats to FP8.
 #pragma once
 
 #include "params.cuh"
