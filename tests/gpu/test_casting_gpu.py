@@ -56,7 +56,7 @@ SIZES = {
 def test_groups_of_many_sizes(name, transposed, arrays):
     """Hundreds of blocks, so that every CTA takes several, and some of a cluster one more.
 
-    A slot that was given back too early showed in every fiftieth launch, beside other processes.
+    A slot that was given back too early showed in about every tenth launch, beside other processes.
     """
     sizes = np.array(SIZES[name], np.int32)
     k, n = (1024, 2304) if transposed else (1536, 2056)
