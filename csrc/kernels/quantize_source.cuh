@@ -101,7 +101,7 @@ FP8GEMM_DEVICE void compare_columns(const Tile& tile, float (&largest)[8]) {
 
 template <int kRows>
 struct FloatTile {
-  // NOTE: of more rows the stores come all at once: as much as 8 % slower. Where numbers are packed,
+  // NOTE: of more rows the stores come all at once: 7 % slower. Where numbers are packed,
   // and another CTA has something else to do, fewer instructions win.
   static constexpr int kRowsAtOnce = 2;
   float one[kRows][8];

@@ -304,8 +304,8 @@ struct SwigluBackward {
     }
   }
 
-  // `at`: where the column lies. Four lanes look at four columns, at a quarter of the rows each, which
-  // is a quarter of the reads, and of the time for which all other warps wait.
+  // `at`: where the column lies. Four lanes look at four columns, at a quarter of the rows each: a
+  // quarter of the reads, while all other warps wait.
   FP8GEMM_DEVICE void make_column_scale(unsigned n, int which, int at) {
     float largest[4] = {};
 #pragma unroll

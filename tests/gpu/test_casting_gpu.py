@@ -17,6 +17,8 @@ from jax_fp8gemm.kernel_level import gemm_casting
 
 # As the casting kernels: both of these add up along k in one order.
 CONFIG = GemmConfig("persistent", 128, 128, 4)
+# A slot that was given back too early showed in about every tenth, beside other processes.
+LAUNCHES = 300
 
 
 def defined(out, sizes, variant: str) -> np.ndarray:
@@ -33,7 +35,10 @@ def check(lhs, weights, whole, sizes, transposed: bool, variant: str) -> None:
     got = casting(lhs, weights, sizes)
     np.testing.assert_array_equal(*(defined(y, sizes, variant) for y in (got, expected)))
     if variant == "ragged":
-        np.testing.assert_array_equal(bits(got), bits(casting(lhs, weights, sizes)))
+        again = casting(lhs, weights, sizes)
+        for _ in range(LAUNCHES):  # what once differs stays
+            again = jnp.where(got == again, casting(lhs, weights, sizes), again)
+        np.testing.assert_array_equal(bits(got), bits(again))
 
 
 @pytest.mark.parametrize("variant", ["ragged", "masked"])
@@ -54,10 +59,7 @@ SIZES = {
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("arrays", [1, 2])
 def test_groups_of_many_sizes(name, transposed, arrays):
-    """Hundreds of blocks, so that every CTA takes several, and some of a cluster one more.
-
-    A slot that was given back too early showed in about every tenth launch, beside other processes.
-    """
+    """Hundreds of blocks, so that every CTA takes several, and some of a cluster one more."""
     sizes = np.array(SIZES[name], np.int32)
     k, n = (1024, 2304) if transposed else (1536, 2056)
     rows, columns = (k, n) if transposed else (n, k)
@@ -68,11 +70,6 @@ def test_groups_of_many_sizes(name, transposed, arrays):
     lhs = jax.jit(fp8.quantize)(jax.random.normal(keys[2], (2200, k), jnp.bfloat16))
     whole = jnp.swapaxes(whole, 1, 2) if transposed else whole
     check(lhs, weights, whole, sizes, transposed, "ragged")
-    casting = jax.jit(functools.partial(gemm_casting, transposed=transposed))
-    first, again = (casting(lhs, weights, sizes) for _ in range(2))
-    for _ in range(300):
-        again = jnp.where(first == again, casting(lhs, weights, sizes), again)
-    np.testing.assert_array_equal(bits(first), bits(again))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
