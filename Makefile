@@ -37,6 +37,8 @@ gpu: $(VENV)/.test
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 8 tests/gpu
 	for script in gemm grouped quantize moe_layer train_step; do \
 	$(RECORD) $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(RECORD) XLA_FLAGS=--xla_gpu_enable_command_buffer= \
+	$(BIN)/python benchmarks/gemm.py --host-only
 	$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/.test

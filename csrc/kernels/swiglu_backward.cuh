@@ -76,20 +76,18 @@ struct SwigluBackward {
 
   FP8GEMM_DEVICE void run() {
     __shared__ BackwardTiles<spec> tiles;
-    if (is_finder()) {
-      tiles.start();
-      find(tiles, 0);
-    }
+    if (is_finder()) tiles.start();
     if (threadIdx.x == 0) {
       for (uint64_t& barrier : shared.barrier) {
         mbarrier_init(shared_address(&barrier), kBackwardThreads / 32);
       }
     }
-    __syncthreads();
-    start_copies(0);
-    if (is_finder()) find(tiles, 1);
-    __syncthreads();
-    start_copies(1);
+#pragma unroll 1  // the less code, the sooner it is there
+    for (unsigned n = 0; n < 2; ++n) {
+      if (is_finder()) find(tiles, n);
+      __syncthreads();
+      start_copies(n);
+    }
     unsigned n = 0;
     for (; shared.tile[n % 4].count > 0; ++n) {
       cp_async_wait_group<1>();
