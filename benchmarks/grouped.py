@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
+import pallas_peer
 import shapes
 from protocol import ANCHORS, DEEPGEMM, deepgemm, progress, row, runs, save, summary
 
@@ -29,12 +30,6 @@ REPS = 11
 PADDED = "DeepGEMM, contiguous: the same rows, padded (stored)"  # beside ragged
 GROUPS, ROWS = 8, 32768
 WEIGHTS = ((4096, 7168), (7168, 2048))
-# Of JAX's Pallas kernel: block_m, block_n, block_k, max_concurrent_steps, grid_block_n.
-PALLAS_CONFIGS = [
-    (*block, 64, steps, grid)
-    for block in ((192, 128), (128, 192), (128, 128))
-    for steps, grid in ((4, 2), (4, 8))
-]
 
 
 def products(only: str) -> list[dict]:
@@ -72,14 +67,6 @@ def burst(listed: list) -> dict[str, list[float]]:
 # ---- beside the ragged dots that JAX has --------------------------------------------------------
 
 
-def pallas(config: tuple[int, ...]) -> Callable:
-    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
-
-    names = ("block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n")
-    blocks = dict(zip(names, config, strict=True))
-    return lambda lhs, rhs, sizes: ragged_dot_mgpu.ragged_dot(lhs, rhs, group_sizes=sizes, **blocks)
-
-
 def tokamax(lhs, rhs, sizes):
     import tokamax
 
@@ -88,12 +75,15 @@ def tokamax(lhs, rhs, sizes):
 
 def peers() -> dict[str, Callable]:
     """Returns what a JAX user has today, in bf16."""
-    made = {f"Pallas ragged_dot_mgpu {config}": pallas(config) for config in PALLAS_CONFIGS}
+    made = {
+        f"Pallas ragged_dot_mgpu {config}": functools.partial(pallas_peer.forward, config=config)
+        for config in pallas_peer.FORWARD
+    }
     return {**made, "tokamax.ragged_dot": tokamax, "jax.lax.ragged_dot": jax.lax.ragged_dot}
 
 
 def ragged_dot(n: int, k: int) -> list[dict]:
-    """Times forward products of floats, casts included; ours is each row's `us`."""
+    """Times forward products of floats, casts included, beside ours with weights in FP8 before."""
     problem = configs.Problem("ragged", ROWS, n, k, GROUPS)
     keys = jax.random.split(jax.random.key(0))
     lhs = jax.random.normal(keys[0], (ROWS, k), jnp.bfloat16)

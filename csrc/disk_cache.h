@@ -21,8 +21,6 @@ class DiskCache {
   // Best effort: a folder that cannot be written gives one warning and no cache.
   void store(const std::string& key, const CompiledKernel& kernel) const;
 
-  const std::string& folder() const { return folder_; }
-
  private:
   std::string path(const std::string& key) const;
   std::string folder_;

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "attributes.h"
 #include "driver.h"
@@ -38,6 +39,25 @@ struct CallState {
 // NOTE: outside the class: inside it the type is incomplete and its destructor would never run.
 template <class Spec>
 ffi::TypeId CallState<Spec>::id = {};
+
+// Every run, before a CUDA graph is captured: loads the kernel on a device that has not got it.
+template <class Spec>
+ffi::Error initialize(CUstream stream, int32_t device, CallState<Spec>* state, ffi::RemainingArgs,
+                      ffi::RemainingRets, ffi::Dictionary) {
+  return to_error(state->program->load(stream, device).status());
+}
+
+// What initialize and execute are given.
+template <class Spec, class Binding>
+auto bind_call(Binding&& stage) {
+  return std::forward<Binding>(stage)
+      .template Ctx<ffi::PlatformStream<CUstream>>()
+      .template Ctx<ffi::DeviceOrdinal>()
+      .template Ctx<ffi::State<CallState<Spec>>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs();
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -27,11 +27,6 @@ ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Dictionary dictionary)
   return std::make_unique<GemmState>(GemmState{*spec, *made});
 }
 
-ffi::Error initialize(CUstream stream, int32_t device, GemmState* state, ffi::RemainingArgs,
-                      ffi::RemainingRets, ffi::Dictionary) {
-  return to_error(state->program->load(stream, device).status());
-}
-
 // An operand as a stack of matrices: [groups, rows, columns].
 struct Operand {
   const char* name;
@@ -51,6 +46,10 @@ Status read_operand(const ffi::AnyBuffer& buffer, const char* name, ffi::DataTyp
                              std::to_string(rank));
   }
   operand = {name, buffer.untyped_data(), rank == 3 ? dims[0] : 1, dims[rank - 2], dims[rank - 1]};
+  if (operand.groups * operand.rows > INT32_MAX || operand.columns > INT32_MAX) {
+    return wrong_operand(std::string("gemm: operand ") + name + " has too many rows or columns",
+                         shape_text(buffer), "rows of all groups and columns below 2^31");
+  }
   return {};
 }
 
@@ -109,8 +108,6 @@ TensorMapShape tile_shape(const Operand& operand, int rows) {
   return {kTensorMapUint8, 2, {uint64_t(operand.columns), uint64_t(operand.groups * operand.rows)},
           {128, uint32_t(copied_rows(rows, int(operand.rows)))}, true};
 }
-
-bool is_per_row(ScaleTile tile) { return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK; }
 
 // `rows` of the operand, of which `block_rows` make a tile.
 TensorMapShape row_scale_shape(const Operand& scale, int block_rows, int64_t rows) {
@@ -201,7 +198,7 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
     status = read_operand(*args.get<ffi::AnyBuffer>(expected - 1), "init", out_type, out_rank, init);
     if (status.ok()) status = expect_shape(init, o.out.groups, m, n);
     if (status.ok() && init.data != o.out.data) {
-      return Status::error("jax_fp8gemm: gemm: init is not aliased to the output");
+      return wrong_operand("gemm: init is not aliased to the output", "two buffers", "one");
     }
   }
   return status;
@@ -237,7 +234,7 @@ Status launch(const Driver& driver, const KernelSpec& spec, const LoadedKernel& 
   const int64_t blocks = cluster_blocks(spec.gemm, params);
   const int64_t grid = grid_size(spec, blocks, kernel.multiprocessors);
   if (blocks > INT32_MAX || grid > INT32_MAX) {
-    return Status::error("jax_fp8gemm: gemm: more than 2^31 output blocks");
+    return wrong_operand("gemm: too many output blocks", std::to_string(blocks), "below 2^31");
   }
   CUlaunchAttribute cluster = {kLaunchAttributeClusterDimension, {}, {}};
   cluster.value.cluster = {unsigned(cluster_size(spec)), 1, 1};
@@ -277,23 +274,11 @@ ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::Remai
 
 XLA_FFI_DEFINE_HANDLER(instantiate_handler, instantiate, ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER(initialize_handler, initialize,
-                       ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::PlatformStream<CUstream>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<GemmState>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs());
+XLA_FFI_DEFINE_HANDLER(initialize_handler, initialize<KernelSpec>,
+                       bind_call<KernelSpec>(ffi::Ffi::BindInitialize()));
 
 XLA_FFI_DEFINE_HANDLER(execute_handler, execute,
-                       ffi::Ffi::BindExecute()
-                           .Ctx<ffi::PlatformStream<CUstream>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<GemmState>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs(),
+                       bind_call<KernelSpec>(ffi::Ffi::BindExecute()),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_Error* gemm_instantiate(XLA_FFI_CallFrame* frame) { return instantiate_handler(frame); }

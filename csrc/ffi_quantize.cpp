@@ -21,11 +21,6 @@ ffi::ErrorOr<std::unique_ptr<QuantizeState>> instantiate(ffi::Dictionary diction
   return std::make_unique<QuantizeState>(QuantizeState{*spec, *made});
 }
 
-ffi::Error initialize(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs,
-                      ffi::RemainingRets, ffi::Dictionary) {
-  return to_error(state->program->load(stream, device).status());
-}
-
 using Shape = std::initializer_list<int64_t>;  // a negative size fits any
 
 // Takes buffers one after the other and keeps the first error.
@@ -209,23 +204,11 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
 XLA_FFI_DEFINE_HANDLER(quantize_instantiate_handler, instantiate,
                        ffi::Ffi::BindInstantiate().Attrs());
 
-XLA_FFI_DEFINE_HANDLER(quantize_initialize_handler, initialize,
-                       ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::PlatformStream<CUstream>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<QuantizeState>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs());
+XLA_FFI_DEFINE_HANDLER(quantize_initialize_handler, initialize<QuantizeSpec>,
+                       bind_call<QuantizeSpec>(ffi::Ffi::BindInitialize()));
 
 XLA_FFI_DEFINE_HANDLER(quantize_execute_handler, execute,
-                       ffi::Ffi::BindExecute()
-                           .Ctx<ffi::PlatformStream<CUstream>>()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<QuantizeState>>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs(),
+                       bind_call<QuantizeSpec>(ffi::Ffi::BindExecute()),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_Error* quantize_instantiate(XLA_FFI_CallFrame* frame) {

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdio>
+#include <exception>
 #include <future>
 #include <vector>
 
@@ -40,7 +41,8 @@ Result<CompiledKernel> compile(const Nvrtc& nvrtc, const std::string& text, std:
   nvrtcProgram program;
   if (nvrtc.create(&program, text.c_str(), "fp8_gemm.cu", static_cast<int>(names.size()),
                    sources.data(), names.data()) != 0) {
-    return Status::error("jax_fp8gemm: NVRTC does not take the program");
+    return Status::error(message("NVRTC does not take the program", nvrtc.path,
+                                 "NVRTC 12.3 or newer", "set JAX_FP8GEMM_NVRTC to another one"));
   }
   const int code = nvrtc.compile(program, static_cast<int>(kFlags.size()), kFlags.data());
   CompiledKernel kernel{"", program_log(nvrtc, program)};
@@ -57,8 +59,8 @@ Result<CompiledKernel> compile(const Nvrtc& nvrtc, const std::string& text, std:
   if (kernel.cubin.empty()) {
     return Status::error(message("the kernel does not compile",
                                  std::string(nvrtc.error_string(code)) + " from " + nvrtc.path,
-                                 "NVRTC 12.3 or newer, and a legal GemmConfig",
-                                 "choose another config; the compiler says:\n" + kernel.log));
+                                 "NVRTC 12.3 or newer, and for a product a legal GemmConfig",
+                                 "see what the compiler says:\n" + kernel.log));
   }
   return kernel;
 }
@@ -73,7 +75,8 @@ void dump(const std::string& folder, const std::string& name, const std::string&
   write_file(base + ".cubin", kernel.cubin);
 }
 
-// Everything that the machine code depends on.
+// Everything that the machine code depends on, but for the patch level of NVRTC, which it does not
+// tell.
 std::string cache_key(const Nvrtc& nvrtc, const std::string& text, const std::string& version) {
   std::string key = "jax_fp8gemm " + version + "\nnvrtc " + std::to_string(nvrtc.major) + "." +
                     std::to_string(nvrtc.minor) + "\n";
@@ -112,6 +115,16 @@ Result<std::shared_ptr<Program>> make_program(const ProgramText& source) {
 }
 
 using ProgramResult = Result<std::shared_ptr<Program>>;
+
+// NOTE: others wait for the result, so that there must be one, whatever happens.
+ProgramResult make_program_or_error(const ProgramText& source) {
+  try {
+    return make_program(source);
+  } catch (const std::exception& e) {
+    return Status::error(message("the kernel could not be made", e.what(), "memory for its text",
+                                 "free some memory"));
+  }
+}
 
 // The one piece of global state: programs by text. Leaked on purpose, since XLA may still destroy
 // executables while the process ends.
@@ -155,7 +168,7 @@ ProgramResult program(const ProgramText& source) {
   }
   if (!mine) return future.get();
 
-  ProgramResult made = make_program(source);
+  ProgramResult made = make_program_or_error(source);
   promise.set_value(made);
   std::lock_guard<std::mutex> lock(registry().mutex);
   if (!made.ok()) {

@@ -250,15 +250,13 @@ class CostModel:
     output: float = 27.0  # bytes per clock that leave one SM
 
 
-def predicted_seconds(
-    problem: Problem, config: GemmConfig, model: CostModel | None = None
-) -> float:
+def predicted_seconds(problem: Problem, config: GemmConfig) -> float:
     """Returns the cost model's time of `problem` with `config`; good for ranking, no more.
 
     time = max(waves · (steps of k · max(tensor core, L2) + block overhead) / clock,
                bytes / bandwidth) + latency
     """
-    p, c, model = problem, config, model or CostModel()
+    p, c, model = problem, config, CostModel()
     few_rows = c.kernel == "few_rows"
     m, k = p.one_group
     steps = max(2, ceil_div(k, 128)) / c.split_k
@@ -306,7 +304,7 @@ def _tuned(device: str) -> dict:
         path = folder / "nvidia-h200.json"  # the nearest relative of every Hopper GPU
     table: dict = {}
     fields = {field.name for field in dataclasses.fields(GemmConfig)}
-    for row in json.loads(path.read_text()) if path.exists() else []:
+    for row in json.loads(path.read_text()):
         key = tuple(row[name] for name in ("variant", "n", "k", "g", "scales", "out"))
         config = GemmConfig(**{name: row[name] for name in fields})
         table.setdefault(key, {})[row["m"]] = config

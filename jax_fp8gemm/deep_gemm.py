@@ -7,8 +7,7 @@ DeepGEMM; scale arrays may have any layout in memory.
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm.errors import message
-from jax_fp8gemm.kernel_level import gemm
+from jax_fp8gemm.kernel_level import check_positive, gemm
 from jax_fp8gemm.qarray import BLOCK, QArray, round_up
 from jax_fp8gemm.qarray import ceil_div as ceil_div
 
@@ -18,11 +17,7 @@ _num_sms: int | None = None
 def set_num_sms(num_sms: int | None) -> None:
     """Limits the multiprocessors of products traced from now on; None for no limit."""
     global _num_sms
-    if num_sms is not None and num_sms < 1:
-        raise ValueError(
-            message("set_num_sms", "no multiprocessors.", got=str(num_sms), expected="at least 1",
-                    mend="pass None for no limit")
-        )  # fmt: skip
+    check_positive("set_num_sms", "num_sms", num_sms)
     _num_sms = num_sms
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.ops import fp8_matmul
+from jax_fp8gemm.ops import fp8_matmul, result_dtype
 from jax_fp8gemm.quantizing import check_float
 
 Dims = Sequence[int]
@@ -60,7 +60,7 @@ def fp8_dot_general(
     contract, batch = _normal(contract, lhs.ndim), _normal(batch, lhs.ndim)
     rhs_contract, rhs_batch = _normal(rhs_contract, rhs.ndim), _normal(rhs_batch, rhs.ndim)
     _check(lhs, rhs, (contract, rhs_contract), (batch, rhs_batch))
-    dtype = _result_dtype(lhs, rhs, preferred_element_type)
+    dtype = result_dtype(OP, lhs, rhs, preferred_element_type)
     free, rhs_free = _others(lhs, contract, batch), _others(rhs, rhs_contract, rhs_batch)
     numbers = (contract, rhs_contract), (batch, rhs_batch)
 
@@ -159,11 +159,3 @@ def _check(lhs, rhs, contract, batch) -> None:
     if 0 in _sizes(lhs, contract[0]) or not contract[0]:
         mend = "multiply outer products with jnp.multiply; FP8 has nothing to sum"
         fail(OP, "nothing to contract over.", got, "contracting dims of 1 or more", mend)
-
-
-def _result_dtype(lhs, rhs, preferred) -> jnp.dtype:
-    dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        got = f"preferred_element_type {dtype}"
-        fail(OP, "no such result.", got, "bf16, f16 or f32", "cast the result", TypeError)
-    return dtype

@@ -4,11 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm, gemm_casting
-from jax_fp8gemm.prepared import Bits, cast_in_products, from_bits, to_bits
+from jax_fp8gemm.prepared import Bits, cast_in_products, from_bits, save
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray
 from jax_fp8gemm.quantizing import check_float, quantize_both
 
@@ -77,12 +76,6 @@ def multiply(
     if weights[0].dtype == jnp.uint8:  # a copy, which lies as the product wants it
         return gemm(lhs, from_bits(weights), sizes, variant=variant)
     return gemm_casting(lhs, weights, sizes, transposed=transposed, variant=variant)
-
-
-def save(q: QArray, name: str) -> Bits:
-    """Names an FP8 array for jax.checkpoint policies."""
-    bits, scale = to_bits(q)
-    return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
 
 def prepared_of(op: str, wi_0, wi_1, wo, scale: str, rows: int) -> PreparedExperts:

@@ -74,6 +74,8 @@ def gemm(
     if variant not in VARIANTS:
         fail("gemm", "unknown variant.", repr(variant), f"one of {list(VARIANTS)}", "choose one")
     _check_operands(lhs, rhs, variant)
+    check_positive("gemm", "num_sms", num_sms)
+    check_positive("gemm", "expected_rows", expected_rows)
     groups = _group_operand(lhs, rhs, group_sizes, variant)
     count = None if groups is None else groups.shape[0]
     row = VARIANTS[variant].with_ranks(lhs.ndim, rhs.ndim)
@@ -113,7 +115,8 @@ def gemm_casting(
         rhs="bf16_transposed" if transposed else "bf16",
         pair=len(weights) == 2,
     )
-    return product(lhs, (weights[0], weights[-1]), static, _as_int32(group_sizes))
+    groups = as_int32("gemm_casting", "group_sizes", group_sizes)
+    return product(lhs, (weights[0], weights[-1]), static, groups)
 
 
 def contract_tokens(
@@ -177,6 +180,12 @@ def _check_operands(lhs: QArray, rhs: QArray, variant: str) -> None:
         fail("gemm", f"dim k is not a multiple of {K_MULTIPLE}.", both, "k % 16 == 0", mend)
 
 
+def check_positive(op: str, name: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        mend = "leave it out, or pass None, for all"
+        fail(op, f"{name} is below 1.", f"{name} {count}", "1 or more", mend)
+
+
 def _group_operand(lhs: QArray, rhs: QArray, groups, variant: str) -> jax.Array | None:
     """Returns the checked group operand as int32."""
     row = VARIANTS[variant]
@@ -189,25 +198,27 @@ def _group_operand(lhs: QArray, rhs: QArray, groups, variant: str) -> jax.Array 
     if groups is None:
         fail("gemm", f"{variant} needs group_sizes.", "none", want, "pass group_sizes")
     concrete = isinstance(groups, np.ndarray)
-    given, groups = groups, jnp.asarray(groups)
-    if not jnp.issubdtype(groups.dtype, jnp.integer):
-        got, mend = describe("group_sizes", groups), "cast group_sizes to int32"
-        fail("gemm", "group_sizes are no integers.", got, want, mend, TypeError)
+    given, groups = groups, as_int32("gemm", "group_sizes", groups)
     size = row.sizes(lhs.shape, rhs.shape, None).get(row.group_operand)
     if groups.ndim != 1 or groups.shape[0] != (groups.shape[0] if size is None else size):
         got = describe("group_sizes", groups) + ", " + describe("rhs", rhs.qvalue)
-        expected = f"{want}, here [{size}]"
+        expected = want if size is None else f"{want}, here [{size}]"
         fail("gemm", "group_sizes do not fit the operands.", got, expected, "pass one per group")
     if variant == "contiguous" and concrete:
         _check_contiguous(given)
-    return _as_int32(groups)
+    return groups
 
 
-def _as_int32(groups: jax.Array) -> jax.Array:
-    most = jnp.iinfo(jnp.int32)
-    if jnp.iinfo(groups.dtype).max > most.max:
-        groups = jnp.clip(groups, most.min, most.max)
-    return groups.astype(jnp.int32)
+def as_int32(op: str, name: str, integers: jax.Array) -> jax.Array:
+    """Returns the nearest int32 of each."""
+    integers = jnp.asarray(integers)
+    if not jnp.issubdtype(integers.dtype, jnp.integer):
+        got, mend = describe(name, integers), f"cast {name} to int32"
+        fail(op, f"{name} must be integers.", got, "integers", mend, TypeError)
+    own, most = jnp.iinfo(integers.dtype), jnp.iinfo(jnp.int32)
+    if own.max > most.max:
+        integers = jnp.clip(integers, max(own.min, most.min), most.max)
+    return integers.astype(jnp.int32)
 
 
 def _check_contiguous(rows: np.ndarray) -> None:

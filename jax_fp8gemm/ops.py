@@ -13,7 +13,6 @@ from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import contract_tokens, gemm, gemm_casting
 from jax_fp8gemm.meshes import explicit_sharding, vary_alike
 from jax_fp8gemm.prepared import (
-    Bits,
     Weight,
     both_copies,
     cast_in_products,
@@ -22,11 +21,12 @@ from jax_fp8gemm.prepared import (
     forward_copy,
     from_bits,
     pad_k,
+    save,
     split,
-    to_bits,
 )
 from jax_fp8gemm.qarray import BLOCK, QArray
 from jax_fp8gemm.quantizing import (
+    FLOATS,
     check_float,
     quantize,
     quantize_both,
@@ -95,10 +95,18 @@ def fp8_matmul(
     if x.shape[-1] != w.shape[0]:
         expected, mend = f"w [{x.shape[-1]}, n]", "if w is stored [n, k], pass w.T"
         fail(op, "dim k differs between x and w.", both, expected, mend)
-    dtype = jnp.dtype(preferred_element_type or jnp.result_type(x.dtype, w.dtype))
+    dtype = result_dtype(op, x, w, preferred_element_type)
     how = How(dtype, scale, residuals, op)
     y = _matmul(*vary_alike(x if x.ndim > 1 else x[None], *split(w)), how)
     return y if x.ndim > 1 else y[0]
+
+
+def result_dtype(op: str, lhs: jax.Array, rhs: Weight, preferred) -> jnp.dtype:
+    dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
+    if dtype not in FLOATS:
+        got = f"preferred_element_type {dtype}"
+        fail(op, "no such result.", got, "bf16, f16 or f32", "cast the result", TypeError)
+    return dtype
 
 
 def _check_residuals(op: str, residuals: str) -> None:
@@ -129,7 +137,7 @@ def _matmul_forward(x, w, copies, how: How):
     nk, kn = both_copies(w, copies, how.scale)
     rows, saved = _keep(_tokens(x), how)
     y = _product(rows, nk, how.dtype).reshape(*x.shape[:-1], nk.shape[0])
-    return y, (saved, _save(kn, f"{how.name}_w"), Like.of(x), Like.of(w))
+    return y, (saved, save(kn, f"{how.name}_w"), Like.of(x), Like.of(w))
 
 
 def _matmul_backward(how: How, residuals, dy):
@@ -162,9 +170,9 @@ def _keep(x: jax.Array, how: How, group_sizes: jax.Array | None = None):
     name, tokens = f"{how.name}_x", {"group_sizes": group_sizes, "token_dims": x.ndim - 1}
     if how.residuals == "fp8_t":
         rows, transposed = quantize_both(x, scale=how.scale, **tokens)
-        return rows, _save(transposed, name)
+        return rows, save(transposed, name)
     rows = quantize_rows(x, scale=how.scale, group_sizes=group_sizes)
-    return rows, _save(rows, name) if how.residuals == "fp8" else checkpoint_name(x, name)
+    return rows, save(rows, name) if how.residuals == "fp8" else checkpoint_name(x, name)
 
 
 def _transposed(saved, how: How, group_sizes: jax.Array | None = None) -> QArray:
@@ -177,11 +185,6 @@ def _transposed(saved, how: How, group_sizes: jax.Array | None = None) -> QArray
         return requantize(rows, scale=how.scale, **tokens)
     tokens = {"group_sizes": group_sizes, "token_dims": saved.ndim - 1}
     return quantize_transposed(saved, scale=how.scale, **tokens)
-
-
-def _save(q: QArray, name: str) -> Bits:
-    bits, scale = to_bits(q)
-    return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
 
 @jax.tree_util.register_static
@@ -228,12 +231,13 @@ def fp8_ragged_dot(
 
     Returns:
       [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
-      Residuals are named "fp8_ragged_dot_x" and "fp8_ragged_dot_w". With few rows in a group, and
-      everything in bf16, the products cast rhs themselves, and it is kept as it is.
+      Residuals are named "fp8_ragged_dot_x" and "fp8_ragged_dot_w". With few rows in a group,
+      everything in bf16, and one device or shard_map, the products cast rhs themselves, and it is
+      kept as it is.
 
     Raises:
       ValueError: ranks, k or the number of groups do not fit. TypeError: not floats, sizes that
-      are no integers. NotImplementedError: a second derivative.
+      must be integers. NotImplementedError: a second derivative.
 
     Source: jax.lax.ragged_dot; DeepSeek-V3 (arXiv 2412.19437), section 3.3.
 
@@ -246,7 +250,7 @@ def fp8_ragged_dot(
     _check_residuals(op, residuals)
     group_sizes = jnp.asarray(group_sizes)
     _check_ragged(op, lhs, rhs, group_sizes)
-    dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype))
+    dtype = result_dtype(op, lhs, rhs, preferred_element_type)
     w, copies = split(rhs)
     results_are_bf16 = {dtype, lhs.dtype} == {jnp.dtype(jnp.bfloat16)}
     casts = copies is None and results_are_bf16
@@ -269,7 +273,7 @@ def _check_ragged(op: str, lhs, rhs: Weight, group_sizes) -> None:
         fail(op, "the number of groups differs.", both, expected, "pass one size for each matrix")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         mend = "cast group_sizes to int32"
-        fail(op, "group_sizes are no integers.", both, "int [g]", mend, TypeError)
+        fail(op, "group_sizes must be integers.", both, "int [g]", mend, TypeError)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -288,7 +292,7 @@ def _ragged_forward(lhs, rhs, copies, group_sizes, how: How):
         return gemm_casting(rows, (rhs,), group_sizes, transposed=True), (saved, rhs, *like)
     nk, kn = both_copies(rhs, copies, how.scale)
     y = _product(rows, nk, how.dtype, group_sizes, "ragged")
-    return y, (saved, _save(kn, f"{how.name}_w"), *like)
+    return y, (saved, save(kn, f"{how.name}_w"), *like)
 
 
 def _ragged_backward(how: How, residuals, dy):

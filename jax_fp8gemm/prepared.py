@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_fp8gemm import meshes
 from jax_fp8gemm.errors import describe, fail
@@ -18,6 +19,12 @@ Bits = tuple[jax.Array, jax.Array]  # (uint8 qvalue, f32 scale)
 
 def to_bits(q: QArray) -> Bits:
     return jax.lax.bitcast_convert_type(q.qvalue, jnp.uint8), q.scale
+
+
+def save(q: QArray, name: str) -> Bits:
+    """Names an FP8 array for jax.checkpoint policies."""
+    bits, scale = to_bits(q)
+    return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
 
 def from_bits(bits: Bits) -> QArray:

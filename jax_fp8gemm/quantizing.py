@@ -5,10 +5,12 @@ import jax.numpy as jnp
 
 from jax_fp8gemm import reference
 from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.kernel_level import as_int32
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, ROW_BLOCKS, TENSOR, TILES, QArray, Tile
 from jax_fp8gemm.quantize_primitive import QuantizeStatic, call
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+HALVES = (jnp.bfloat16, jnp.float16)
 
 Matrices = jax.Array | tuple[jax.Array, jax.Array]
 
@@ -30,7 +32,16 @@ def _check_matrix(op: str, x: jax.Array) -> None:
         fail(op, "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
 
 
-def _check_token_dims(op: str, x: jax.Array, tile: Tile, token_dims: int) -> None:
+def _check_copies(op: str, x: jax.Array, tile: Tile, token_dims: int, *groups) -> None:
+    """Checks what the copies along tokens want of x; groups: group_sizes and index, or None."""
+    if tile not in (ROW_BLOCKS, BLOCKS):
+        expected = f"{ROW_BLOCKS} or {BLOCKS}"
+        fail(op, "no transposed copy in this tile.", f"tile {tile}", expected, "choose one of them")
+    given = [one for one in groups if one is not None]
+    if given and (x.ndim != 2 or tile == BLOCKS or any(jnp.ndim(one) != 1 for one in given)):
+        got = ", ".join([describe("x", x), f"tile {tile}", *(describe("", one) for one in given)])
+        expected = "x [m, k], tile (1, 128), each of rank 1"
+        fail(op, "group_sizes and index are for rows of tokens.", got, expected, "use jax.vmap")
     fits = 1 <= token_dims < x.ndim
     if not fits or (token_dims > 1 and (tile != ROW_BLOCKS or x.shape[-2] % BLOCK)):
         got = f"{describe('x', x)}, tile {tile}, token_dims {token_dims}"
@@ -77,8 +88,10 @@ def quantize_rows(
     """Returns the first of `quantize_both`'s copies alone, scaled 1x128."""
     _check_scale("quantize_rows", scale)
     _check_matrix("quantize_rows", x)
+    _check_copies("quantize_rows", x, ROW_BLOCKS, 1, group_sizes, index)
     static = QuantizeStatic(scale=scale, **_tokens(group_sizes, index))
-    return _copies(static, x, *_present(index, group_sizes))[0]
+    present = _present("quantize_rows", index=index, group_sizes=group_sizes)
+    return _copies(static, x, *present)[0]
 
 
 def quantize_transposed(
@@ -93,11 +106,11 @@ def quantize_transposed(
     op = "quantize_transposed"
     _check_scale(op, scale)
     _check_matrix(op, x)
-    _check_token_dims(op, x, tile, token_dims)
+    _check_copies(op, x, tile, token_dims, group_sizes)
     static = QuantizeStatic(
         "float", tile, scale, False, True, group_sizes is not None, token_dims=token_dims
     )
-    return _copies(static, x, *_present(group_sizes))[0]
+    return _copies(static, x, *_present(op, group_sizes=group_sizes))[0]
 
 
 def quantize_both(
@@ -140,22 +153,17 @@ def quantize_both(
     _check_scale(op, scale)
     for one in operands:
         _check_matrix(op, one)
-    if tile not in (ROW_BLOCKS, BLOCKS):
-        expected = f"{ROW_BLOCKS} or {BLOCKS}"
-        fail(op, "no transposed copy in this tile.", f"tile {tile}", expected, "choose one of them")
     if pair and (x[0].shape != x[1].shape or x[0].dtype != x[1].dtype or x[0].shape[-1] % BLOCK):
         got, mend = ", ".join(describe("x", one) for one in x), "concatenate them"
         expected = "equal shapes and dtypes, a multiple of 128 columns"
         fail(op, "the two matrices cannot lie side by side.", got, expected, mend)
-    if (group_sizes is not None or index is not None) and (operands[0].ndim != 2 or tile == BLOCKS):
-        got, expected = f"{describe('x', operands[0])}, tile {tile}", "x [m, k], tile (1, 128)"
-        fail(op, "group_sizes and index are for rows of tokens.", got, expected, "use jax.vmap")
-    _check_token_dims(op, operands[0], tile, token_dims)
+    _check_copies(op, operands[0], tile, token_dims, group_sizes, index)
     static = QuantizeStatic(
         "float", tile, scale, True, True,
         pair=pair, token_dims=token_dims, **_tokens(group_sizes, index),
     )  # fmt: skip
-    first, second = _copies(static, *operands, *_present(index, group_sizes))
+    present = _present(op, index=index, group_sizes=group_sizes)
+    first, second = _copies(static, *operands, *present)
     return first, second
 
 
@@ -180,17 +188,19 @@ def requantize(
     Raises:
       ValueError: q has other scales, or an unknown scale.
     """
-    _check_scale("requantize", scale)
+    op = "requantize"
+    _check_scale(op, scale)
     if not q.has_tile(ROW_BLOCKS):
         got = f"{describe('q', q.qvalue)}, {describe('scale', q.scale)}"
         mend = "quantize(x) with tile (1, 128)"
-        fail("requantize", "q is not scaled by 1x128.", got, "scale [..., m, k/128]", mend)
-    _check_token_dims("requantize", q.qvalue, ROW_BLOCKS, token_dims)
+        fail(op, "q is not scaled by 1x128.", got, "scale [..., m, k/128]", mend)
+    _check_copies(op, q.qvalue, ROW_BLOCKS, token_dims, group_sizes, index)
     static = QuantizeStatic(
         "fp8", ROW_BLOCKS, scale, False, True,
         token_dims=token_dims, **_tokens(group_sizes, index),
     )  # fmt: skip
-    return _copies(static, q.qvalue, q.scale, *_present(index, group_sizes))[0]
+    present = _present(op, index=index, group_sizes=group_sizes)
+    return _copies(static, q.qvalue, q.scale, *present)[0]
 
 
 def swiglu_quantize(
@@ -208,6 +218,9 @@ def swiglu_quantize(
 
     Returns:
       QArray [m, f].
+
+    Raises:
+      TypeError: h is neither bf16 nor f16. ValueError: shapes that do not fit, an unknown scale.
 
     Source: SwiGLU (arXiv 2002.05202); DeepSeek-V3 (arXiv 2412.19437), section 3.3.3.
     """
@@ -231,9 +244,13 @@ def swiglu_quantize_both(
 
 def _swiglu(op: str, h, row_weight, group_sizes, scale: str, *, both: bool) -> list[QArray]:
     _check_scale(op, scale)
+    if h.dtype not in HALVES:
+        what, mend = "h has the wrong dtype.", "cast h to bfloat16"
+        fail(op, what, describe("h", h), "bf16 or f16", mend, TypeError)
     _check_swiglu(op, h, row_weight)
     static = QuantizeStatic("swiglu", scale=scale, transposed=both, **_tokens(group_sizes, None))
-    return _copies(static, h, row_weight, *_present(group_sizes))
+    weight = row_weight.astype(jnp.float32)
+    return _copies(static, h, weight, *_present(op, group_sizes=group_sizes))
 
 
 def swiglu_backward(
@@ -270,8 +287,8 @@ def swiglu_backward(
     static = QuantizeStatic(
         "swiglu_backward", ROW_BLOCKS, scale, True, True, group_sizes is not None
     )
-    rest = [] if group_sizes is None else [group_sizes]
-    operands = h.qvalue, h.scale, gradient.astype(jnp.bfloat16), row_weight, *rest
+    floats = gradient.astype(jnp.bfloat16), row_weight.astype(jnp.float32)
+    operands = h.qvalue, h.scale, *floats, *_present(op, group_sizes=group_sizes)
     *copies, parts = _copies(static, *operands)
     return (*copies, parts.sum(0))
 
@@ -280,8 +297,8 @@ def _tokens(group_sizes: jax.Array | None, index: jax.Array | None) -> dict[str,
     return {"grouped": group_sizes is not None, "gather": index is not None}
 
 
-def _present(*operands: jax.Array | None) -> list[jax.Array]:
-    return [x for x in operands if x is not None]
+def _present(op: str, **operands: jax.Array | None) -> list[jax.Array]:
+    return [as_int32(op, name, x) for name, x in operands.items() if x is not None]
 
 
 def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array) -> None:
@@ -294,10 +311,7 @@ def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array) -> None:
 
 def _copies(static: QuantizeStatic, *operands: jax.Array) -> list:
     """Returns QArrays, then what else the call gives."""
-    named = static.named(operands)
-    if "group_sizes" in named:
-        named["group_sizes"] = named["group_sizes"].astype(jnp.int32)
-    results = call(static, *named.values())
+    results = call(static, *operands)
     pairs = len(results) // 2 * 2
     arrays = map(QArray, results[:pairs:2], results[1:pairs:2])
     return [*arrays, *results[pairs:]]

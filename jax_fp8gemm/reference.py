@@ -1,6 +1,6 @@
 """What every operation means, in plain jnp. The kernels are tested against this.
 
-It is also what runs where there is no Hopper GPU.
+It is also what runs on other platforms than CUDA.
 """
 
 import jax

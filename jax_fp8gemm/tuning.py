@@ -34,7 +34,7 @@ FLUSH_KERNEL = "shift_left"  # the operation that names the kernel of the flush 
 READING_KERNEL = "reduce"  # likewise
 FLUSH_US = 20.0  # that a flush takes at least
 PAUSE = 0.1  # s between bursts, for the clock to recover
-KERNEL = "fp8_gemm"  # the entry point, csrc/gemm_spec.h
+KERNEL = "fp8_gemm"  # the entry point, csrc/gemm_spec.cpp
 OURS = "fp8_"  # how all entry points begin
 
 Contender = Callable[[], jax.Array]

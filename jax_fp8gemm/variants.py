@@ -26,7 +26,6 @@ class Variant:
     groups: str | None
     group_operand: str | None
     vmap: str | None
-    known_as: str
 
     def with_ranks(self, lhs: int, rhs: int) -> "Variant":
         """Returns the row for operands of these ranks; only `dense` has others than its own.
@@ -56,12 +55,12 @@ class Variant:
 VARIANTS = {
     row.name: row
     for row in (
-        Variant("dense", "mk", "nk", "mn", None, None, "batched", "DeepGEMM normal"),
-        Variant("batched", "gmk", "gnk", "gmn", None, None, None, "batched"),
-        Variant("ragged", "mk", "gnk", "mn", "m", "g", None, "jax.lax.ragged_dot"),
-        Variant("contiguous", "mk", "gnk", "mn", "m", "m", None, "DeepGEMM m-grouped contiguous"),
-        Variant("masked", "gmk", "gnk", "gmn", "m", "g", None, "DeepGEMM m-grouped masked"),
-        Variant("ragged_contracting", "mk", "nk", "gmn", "k", "g", None, "DeepGEMM k-grouped"),
+        Variant("dense", "mk", "nk", "mn", None, None, "batched"),
+        Variant("batched", "gmk", "gnk", "gmn", None, None, None),
+        Variant("ragged", "mk", "gnk", "mn", "m", "g", None),
+        Variant("contiguous", "mk", "gnk", "mn", "m", "m", None),
+        Variant("masked", "gmk", "gnk", "gmn", "m", "g", None),
+        Variant("ragged_contracting", "mk", "nk", "gmn", "k", "g", None),
     )
 }
 

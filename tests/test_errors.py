@@ -1,5 +1,7 @@
 """What a user reads when an argument is wrong: golden texts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,29 @@ def test_scale_of_the_wrong_shape():
         (ValueError, lambda: fp8.quantize(jnp.ones((4, 128)), scale="log"), "unknown scale."),
         (ValueError, lambda: fp8.quantize(jnp.ones(128)), "x is no matrix."),
         (
+            ValueError,
+            lambda: fp8.quantize_transposed(jnp.ones((4, 128)), (1, None)),
+            "no transposed copy in this tile.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.swiglu_quantize(jnp.ones((4, 256)), jnp.ones(4)),
+            "h has the wrong dtype.",
+        ),
+        (ValueError, lambda: fp8.gemm(q(4, 128), q(8, 128), num_sms=-5), "num_sms is below 1."),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(4, 128), q(8, 128), expected_rows=0),
+            "expected_rows is below 1.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.fp8_matmul(
+                jnp.ones((4, 8)), jnp.ones((8, 8)), preferred_element_type=jnp.int8
+            ),
+            "no such result.",
+        ),
+        (
             TypeError,
             lambda: fp8.fp8_matmul(jnp.ones((4, 8), jnp.int32), jnp.ones((8, 8))),
             "x has the wrong dtype.",
@@ -137,7 +162,7 @@ def ragged(sizes, variant="ragged"):
         (ValueError, ragged(None), "ragged needs group_sizes."),
         (ValueError, ragged(jnp.ones(3, jnp.int32)), "group_sizes do not fit the operands."),
         (ValueError, ragged(jnp.ones((2, 1), jnp.int32)), "group_sizes do not fit the operands."),
-        (TypeError, ragged(jnp.ones(2)), "group_sizes are no integers."),
+        (TypeError, ragged(jnp.ones(2)), "group_sizes must be integers."),
         (ValueError, ragged(jnp.ones(7, jnp.int32), "contiguous"), "do not fit the operands."),
         (
             ValueError,
@@ -167,7 +192,30 @@ def ragged(sizes, variant="ragged"):
         (
             TypeError,
             lambda: fp8.fp8_ragged_dot(jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.ones(2)),
-            "group_sizes are no integers.",
+            "group_sizes must be integers.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.quantize_rows(jnp.ones((8, 4)), group_sizes=jnp.ones(2)),
+            "group_sizes must be integers.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.quantize_both(jnp.ones((8, 4)), index=jnp.ones(2)),
+            "index must be integers.",
+        ),
+        *(
+            (
+                ValueError,
+                lambda call=call: call(group_sizes=jnp.ones(2, int)),
+                "group_sizes and index are for rows of tokens.",
+            )
+            for call in (
+                functools.partial(fp8.quantize_rows, jnp.ones((2, 8, 4))),
+                functools.partial(fp8.quantize_transposed, jnp.ones((2, 8, 4))),
+                functools.partial(fp8.quantize_both, jnp.ones((8, 4)), (128, 128)),
+                functools.partial(fp8.requantize, q(2, 8, 128)),
+            )
         ),
     ],
 )

@@ -132,7 +132,7 @@ def test_vmap_of_ragged_is_a_clear_error():
 def test_sizes_may_come_from_the_host_in_any_integer_type():
     lhs, rhs, sizes, _ = operands("ragged", GROUPS[3])
     expected = fp8.gemm(lhs, rhs, sizes, variant="ragged")
-    for dtype in (np.int64, np.int8, np.uint16):
+    for dtype in (np.int64, np.int8, np.uint16, np.uint32):
         host = np.asarray(sizes).astype(dtype)
         run = jax.jit(lambda a, b, host=host: fp8.gemm(a, b, host, variant="ragged"))
         if np.array_equal(host, sizes):

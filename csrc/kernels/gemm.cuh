@@ -383,8 +383,7 @@ template <GemmSpec spec>
 FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
   using Traits = GemmTraits<spec>;
   using Shared = typename Traits::Shared;
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
 
   const uint32_t rank = Traits::kCtas > 1 ? warp_uniform(cluster_ctarank()) : 0;
   const uint32_t warp = warp_uniform(threadIdx.x / 32);

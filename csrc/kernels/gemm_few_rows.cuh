@@ -209,8 +209,7 @@ template <GemmSpec spec>
 FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
   using Traits = FewRowsTraits<spec>;
   using Shared = typename Traits::Shared;
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
 
   constexpr bool kCluster = spec.split_k > 1;
   const uint32_t rank = kCluster ? warp_uniform(cluster_ctarank()) : 0;

@@ -37,6 +37,13 @@ enum class ScaleTile : int {
   kTensor,   // scales [1, 4], the first of which counts; one for each group of a batch
 };
 
+constexpr bool is_per_row(ScaleTile tile) {
+  return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK;
+}
+
+// ↑4: a line of scales is whole 16 bytes.
+constexpr int round_up4(int x) { return (x + 3) / 4 * 4; }
+
 // How rhs lies in memory. As bf16 it becomes FP8 on its way to the tensor core, by 128×128.
 enum class Rhs : int {
   kFp8,             // [n, k], with scales beside it
@@ -100,7 +107,7 @@ struct alignas(64) TensorMap {
 
 struct GemmParams {
   TensorMap lhs;        // fp8 [groups * m, k], or [m, k] where lhs has no groups
-  TensorMap rhs;        // fp8 [groups * n, k], likewise
+  TensorMap rhs;        // likewise fp8 [groups * n, k]; where it is cast, bf16 as it lies
   TensorMap lhs_scale;  // fp32, where GemmSpec::lhs_scale is per row
   TensorMap rhs_scale;  // likewise
   TensorMap out;        // GemmSpec::out [groups, m, n], likewise, where Store::kTma
@@ -143,7 +150,7 @@ struct QuantizeSpec {
   bool grouped;    // rows lie in groups; in the transposed copy each begins at a multiple of 128
   bool gather;     // row i is row index[i] of x
   bool pair;       // kFloat: the right half of the columns lies in a second array
-  bool aligned;    // k is a multiple of 8, and so is m, of 16, where it is a row of k128x128 tiles
+  bool aligned;    // k is a multiple of 8; and m of 16 where a transposed copy's tiles are k128x128
 };
 
 // ↑: rounded up to a multiple. Scales as ScaleTile says.

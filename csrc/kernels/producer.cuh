@@ -1,4 +1,4 @@
-// Fills stages: four or five copies per 128 of k, issued by one thread.
+// Fills stages: two to five copies per 128 of k, issued by one thread.
 #pragma once
 
 #include "params.cuh"

@@ -55,15 +55,6 @@ struct QuantizeShared {
   alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
 };
 
-// One of the two copies: where it lies, and which of its columns, before it was transposed, the tile
-// begins with.
-struct Target {
-  uint8_t* values;
-  float* scale;
-  int k;       // columns
-  int column;  // the tile's first
-};
-
 template <QuantizeSpec spec>
 struct Quantizer {
   using Shared = QuantizeShared<spec>;
@@ -74,8 +65,7 @@ struct Quantizer {
   const QuantizeParams& params;
   Shared& shared;
   TokenTile tokens;
-  Target rows, transposed;
-  int batch;
+  int first_column;  // of the tile
   int slot, column;  // this thread's rows, and its first column in the tile
   Values<spec> values;
 
@@ -83,15 +73,13 @@ struct Quantizer {
       : params(p),
         shared(s),
         tokens(t),
-        rows{p.rows, p.rows_scale, p.k, static_cast<int>(blockIdx.x * 128)},
-        transposed{p.transposed, p.transposed_scale, p.k, static_cast<int>(blockIdx.x * 128)},
-        batch(t.batch),
+        first_column(blockIdx.x * 128),
         slot(threadIdx.x / 16),
         column(threadIdx.x % 16 * 8) {}
 
   FP8GEMM_DEVICE void run() {
-    values.load(params, batch, tokens.first + slot * kRows, tokens.first + tokens.count,
-                blockIdx.x * 128 + column);
+    values.load(params, tokens.batch, tokens.first + slot * kRows, tokens.first + tokens.count,
+                first_column + column);
     quantize();
   }
 
@@ -125,15 +113,7 @@ struct Quantizer {
     float largest = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) largest = max_nan(largest, values.largest_of_row(i));
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      largest = max_nan(largest, __shfl_xor_sync(~0u, largest, distance));
-    }
-    if (threadIdx.x % 32 == 0) shared.largest[0][threadIdx.x / 32] = largest;
-    __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < 8; ++warp) largest = max_nan(largest, shared.largest[0][warp]);
-    return largest;
+    return largest_of_block(largest);
   }
 
   FP8GEMM_DEVICE void share_largest_of_columns() {
@@ -155,10 +135,10 @@ struct Quantizer {
     for (int warp = 1; warp < 8; ++warp) largest = max_nan(largest, shared.largest[warp][at]);
     const ScaleOf scale = ScaleOf::of(largest);
     shared.column[at] = scale;
-    const int steps = params.pitch / 128, all = round_up4(transposed.k);
-    const int64_t line = int64_t{batch} * steps + tokens.position / 128;
-    if (transposed.column + at < transposed.k) {
-      transposed.scale[line * all + transposed.column + at] = scale.value;
+    const int steps = params.pitch / 128, all = round_up4(params.k);
+    const int64_t line = int64_t{tokens.batch} * steps + tokens.position / 128;
+    if (first_column + at < params.k) {
+      params.transposed_scale[line * all + first_column + at] = scale.value;
     }
   }
 
@@ -166,23 +146,21 @@ struct Quantizer {
     const int row_tile = tokens.first / 128, column_tile = blockIdx.x;
     const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
     if constexpr (spec.rows) {
-      const int64_t line = int64_t{batch} * row_tiles + row_tile;
-      rows.scale[line * round_up4(column_tiles) + column_tile] = scale;
+      const int64_t line = int64_t{tokens.batch} * row_tiles + row_tile;
+      params.rows_scale[line * round_up4(column_tiles) + column_tile] = scale;
     }
     if constexpr (spec.transposed) {
-      const int64_t line = int64_t{batch} * column_tiles + column_tile;
-      transposed.scale[line * round_up4(row_tiles) + row_tile] = scale;
+      const int64_t line = int64_t{tokens.batch} * column_tiles + column_tile;
+      params.transposed_scale[line * round_up4(row_tiles) + row_tile] = scale;
     }
   }
-
-  FP8GEMM_DEVICE static int round_up4(int x) { return (x + 3) / 4 * 4; }
 
   // ---- The copy as it lies ----
 
   FP8GEMM_DEVICE void quantize_rows() {
-    const int64_t line = int64_t{batch} * ((rows.k + 127) / 128) + rows.column / 128;
+    const int64_t line = int64_t{tokens.batch} * ((params.k + 127) / 128) + first_column / 128;
     const int own = threadIdx.x % 16;  // of kAtOnce rows: which one this lane has the scale of
-    float* scales = rows.scale + line * round_up4(params.m) + row(own);
+    float* scales = params.rows_scale + line * round_up4(params.m) + row(own);
     uint8_t* to = first_row();
     constexpr int kAtOnce = kRows < Values<spec>::kRowsAtOnce ? kRows : Values<spec>::kRowsAtOnce;
 #pragma unroll
@@ -193,7 +171,7 @@ struct Quantizer {
       const ScaleOf scale = ScaleOf::of(over_lanes<16>(largest, max_nan));
       if (own < kAtOnce && has_row(first + own)) scales[first] = scale.value;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i, to += rows.k) {
+      for (int i = 0; i < kAtOnce; ++i, to += params.k) {
         store_row(to, first + i, __shfl_sync(~0u, scale.reciprocal, i, 16));
       }
     }
@@ -202,16 +180,17 @@ struct Quantizer {
   FP8GEMM_DEVICE void store_rows(ScaleOf scale) {
     uint8_t* to = first_row();
 #pragma unroll
-    for (int i = 0; i < kRows; ++i, to += rows.k) store_row(to, i, scale.reciprocal);
+    for (int i = 0; i < kRows; ++i, to += params.k) store_row(to, i, scale.reciprocal);
   }
 
   FP8GEMM_DEVICE uint8_t* first_row() const {
-    return rows.values + (int64_t{batch} * params.m + row(0)) * rows.k + rows.column + column;
+    return params.rows + (int64_t{tokens.batch} * params.m + row(0)) * params.k + first_column +
+           column;
   }
 
   FP8GEMM_DEVICE void store_row(uint8_t* to, int i, float reciprocal) {
     const Words2 bytes = pack8([&](int j) { return values.get(i, j); }, reciprocal);
-    if (has_row(i)) store8<spec.aligned>(to, bytes, rows.k - rows.column - column);
+    if (has_row(i)) store8<spec.aligned>(to, bytes, params.k - first_column - column);
   }
 
   // ---- The transposed copy ----
@@ -229,12 +208,12 @@ struct Quantizer {
     __syncthreads();
     const int room = params.pitch - tokens.position;  // columns of the transposed copy, here on
     uint8_t* out =
-        transposed.values + int64_t{batch} * transposed.k * params.pitch + tokens.position;
+        params.transposed + int64_t{tokens.batch} * params.k * params.pitch + tokens.position;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = threadIdx.x / 8 + 32 * i, chunk = threadIdx.x % 8;
-      const int line = transposed.column + at;
-      if (line >= transposed.k) continue;
+      const int line = first_column + at;
+      if (line >= params.k) continue;
       const Words2 low = shared.tile[place(at, chunk, 0)], high = shared.tile[place(at, chunk, 1)];
       uint8_t* to = out + int64_t{line} * params.pitch + chunk * 16;
       if constexpr (spec.aligned || !kBlocks) {

@@ -57,7 +57,7 @@ FP8GEMM_DEVICE float over_lanes(float (&values)[kCount], Combine combine) {
   return values[0];
 }
 
-// Eight values of get(0) ... get(7), each scaled by the scale of its index.
+// Eight values, get(0) ... get(7), times `reciprocal`.
 template <class Get>
 FP8GEMM_DEVICE Words2 pack8(Get get, float reciprocal) {
   auto scaled = [&](int i) { return get(i) * reciprocal; };

@@ -225,7 +225,7 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
 
 // The scales [rows↑4] of FP8 rows' step of 128 that `column` lies in.
 FP8GEMM_DEVICE const float* scales_of(const QuantizeParams& params, int batch, int k, int column) {
-  const int steps = (k + 127) / 128, rows = (params.x_rows + 3) / 4 * 4;
+  const int steps = (k + 127) / 128, rows = round_up4(params.x_rows);
   return params.x_scale + (int64_t{batch} * steps + min(column / 128, steps - 1)) * rows;
 }
 

@@ -62,7 +62,7 @@ FP8GEMM_DEVICE void quantize_whole_row(const QuantizeParams& params) {
   });
   const auto scale = Scale<spec.pow2>::of(largest_of_block(largest));
   if (threadIdx.x == 0) {
-    params.rows_scale[batch * ((params.m + 3) / 4 * 4) + blockIdx.x] = scale.value;
+    params.rows_scale[batch * round_up4(params.m) + blockIdx.x] = scale.value;
   }
   uint8_t* to = params.rows + row * params.k;
   each_eight<spec>(params, row, [&](int column, const Values<spec>& values) {

@@ -12,10 +12,6 @@ constexpr int kNotes = 4;  // of blocks; eight stages hold no more, at two steps
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-constexpr bool is_per_row(ScaleTile tile) {
-  return tile == ScaleTile::k1x128 || tile == ScaleTile::k1xK;
-}
-
 // 128-row scale blocks that a tile of `rows` rows can touch: it begins at a multiple of `rows`.
 constexpr int scale_blocks(int rows) {
   const int power = rows & -rows, common = power < 128 ? power : 128;  // their largest divisor
