@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <random>
 #include <string_view>
 
 #include "files.h"
@@ -76,7 +77,9 @@ void DiskCache::store(const std::string& key, const CompiledKernel& kernel) cons
 
   make_folders(folder_);
   static std::atomic<int> counter{0};
-  const std::string temporary = path(key) + "." + std::to_string(getpid()) + "." +
+  static const unsigned process = std::random_device{}();  // hosts may share the folder
+  const std::string temporary = path(key) + "." + std::to_string(process) + "." +
+                                std::to_string(getpid()) + "." +
                                 std::to_string(counter++) + ".tmp";
   // Losing a race against another writer is fine: both wrote the same kernel.
   if (write_file(temporary, text) && rename(temporary.c_str(), path(key).c_str()) == 0) return;

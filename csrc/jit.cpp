@@ -69,10 +69,13 @@ void dump(const std::string& folder, const std::string& name, const std::string&
           const std::string& ptx, const CompiledKernel& kernel) {
   make_folders(folder);
   const std::string base = folder + "/" + name;
-  write_file(base + ".cu", text);
-  write_file(base + ".ptx", ptx.c_str());  // without the final zero byte
-  write_file(base + ".log", kernel.log);
-  write_file(base + ".cubin", kernel.cubin);
+  const bool good = write_file(base + ".cu", text) &&
+                    write_file(base + ".ptx", ptx.c_str()) &&  // without the final zero byte
+                    write_file(base + ".log", kernel.log) &&
+                    write_file(base + ".cubin", kernel.cubin);
+  if (!good) {
+    std::fprintf(stderr, "jax_fp8gemm: cannot write to JAX_FP8GEMM_DUMP, %s\n", folder.c_str());
+  }
 }
 
 // Everything that the machine code depends on, but for the patch level of NVRTC, which it does not

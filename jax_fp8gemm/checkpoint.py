@@ -7,6 +7,7 @@ A weight is two tensors: `X.weight` e4m3 [out, in] and `X.weight_scale_inv` f32
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Callable, Mapping
 
 import jax
@@ -59,7 +60,7 @@ def load_safetensors(
     op, path = "load_safetensors", pathlib.Path(path)
     wanted = (lambda name: True) if keep is None else (lambda name: keep(name.removesuffix(SCALE)))
     raw: dict[str, np.ndarray] = {}
-    for file, names in _files(path, wanted).items():
+    for file, names in _files(op, path, wanted).items():
         found = _read(op, file, wanted)
         for name in names or found:
             if name not in found:
@@ -101,27 +102,33 @@ def save_safetensors(path: Path, tensors: Mapping[str, QArray | jax.Array]) -> N
     _write(path, flat)
 
 
-def _files(path: pathlib.Path, wanted) -> dict[pathlib.Path, list[str]]:
+def _files(op: str, path: pathlib.Path, wanted) -> dict[pathlib.Path, list[str]]:
     """Returns the files to read with the tensors that the index expects in them; [] for all."""
     if not path.is_dir():
         return {path: []}
     if not (path / INDEX).exists():
         return {path / "model.safetensors": []}
     files: dict[pathlib.Path, list[str]] = {}
-    for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
+    index = json.loads((path / INDEX).read_text())
+    if "weight_map" not in index:
+        mend = "take model.safetensors.index.json from where the other files are from"
+        fail(op, f"{path / INDEX} is no index.", f"{sorted(index)}", "weight_map in it", mend)
+    for name, file in index["weight_map"].items():
         if wanted(name):
             files.setdefault(path / file, []).append(name)
     return files
 
 
 def _read(op: str, file: pathlib.Path, wanted) -> dict[str, np.ndarray]:
-    from safetensors import deserialize
+    from safetensors import SafetensorError, deserialize
 
-    return {
-        name: _array(op, name, tensor)
-        for name, tensor in deserialize(file.read_bytes())
-        if wanted(name)
-    }
+    content = file.read_bytes()
+    try:
+        tensors = deserialize(content)
+    except SafetensorError as error:
+        got, mend = f"{len(content)} bytes: {error}", "fetch it again; git-lfs leaves such pointers"
+        fail(op, f"{file} is damaged.", got, "a whole safetensors file", mend)
+    return {name: _array(op, name, tensor) for name, tensor in tensors if wanted(name)}
 
 
 def _array(op: str, name: str, tensor: dict) -> np.ndarray:
@@ -179,7 +186,7 @@ def _host(op: str, name: str, value: jax.Array) -> np.ndarray:
 def _write(path: pathlib.Path, flat: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         # Hugging Face's loaders ask for a format; "pt" says that names and shapes are PyTorch's.
         save_file(flat, temporary, metadata={"format": "pt"})

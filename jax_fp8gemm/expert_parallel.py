@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_fp8gemm.errors import fail
 from jax_fp8gemm.prepared import from_bits, to_bits
-from jax_fp8gemm.qarray import QArray
+from jax_fp8gemm.qarray import QArray, exportable
 
 EXCHANGES = ("all_gather", "all_to_all")
 WIRES = ("fp8", "bf16")
@@ -34,7 +34,7 @@ class Exchange:
     wire: str
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Slots:
     """Where all_to_all puts t tokens: `capacity` slots for each device of the axis.

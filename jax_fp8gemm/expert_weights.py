@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm, gemm_casting
 from jax_fp8gemm.prepared import Bits, cast_in_products, from_bits, save
-from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, QArray, exportable
 from jax_fp8gemm.quantizing import check_float, quantize_both
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclasses.dataclass(frozen=True)
 class PreparedExperts:
     """Weights of experts with their FP8 copies, quantised once for many calls.

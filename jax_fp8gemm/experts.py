@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.expert_parallel import (
@@ -20,7 +21,7 @@ from jax_fp8gemm.expert_parallel import (
 )
 from jax_fp8gemm.expert_weights import PreparedExperts, multiply, operand, prepared_of, save
 from jax_fp8gemm.kernel_level import K_MULTIPLE, gemm
-from jax_fp8gemm.meshes import vary_alike
+from jax_fp8gemm.meshes import automatic, vary_alike
 from jax_fp8gemm.prepared import from_bits
 from jax_fp8gemm.qarray import QArray
 from jax_fp8gemm.quantizing import (
@@ -76,9 +77,11 @@ def expert_ffn(
     """
     prepared = prepared_of("expert_ffn", wi_0, wi_1, wo, scale, experts.size)
     check_tokens("expert_ffn", x, experts, weights, prepared)
-    if capacity is not None and capacity < 1:
-        expected, mend = "capacity ≥ 1, or None", "leave capacity out to keep every row"
-        fail("expert_ffn", "no capacity.", f"capacity {capacity}", expected, mend)
+    if capacity is not None:
+        if not isinstance(capacity, int | np.integer) or capacity < 1:
+            expected, mend = "an integer ≥ 1, or None", "leave capacity out to keep every row"
+            fail("expert_ffn", "no capacity.", f"capacity {capacity}", expected, mend)
+        capacity = min(int(capacity), experts.size)
     return run_experts(x, experts, weights, prepared, Block(scale, capacity))
 
 
@@ -104,7 +107,8 @@ def run_experts(
     if 0 in x.shape or 0 in experts.shape:
         return jnp.zeros_like(x)
     weights = weights.astype(jnp.float32)
-    return _experts(*vary_alike(x, experts, weights, prepared, slots), block)
+    run = automatic(lambda *operands: _experts(*operands, block), x)
+    return run(*vary_alike(x, experts, weights, prepared, slots))
 
 
 def check_tokens(op: str, x, experts, weights, prepared: PreparedExperts) -> None:

@@ -10,7 +10,7 @@ from flax.typing import Dtype, Initializer
 
 from jax_fp8gemm.dot_general import dot_general_like_lhs
 from jax_fp8gemm.expert_parallel import axis_size
-from jax_fp8gemm.moe import moe
+from jax_fp8gemm.moe import OPTIONS, moe
 from jax_fp8gemm.ops import fp8_matmul
 from jax_fp8gemm.prepared import prepare_weight
 from jax_fp8gemm.qarray import BLOCKS, FP8, QArray, scale_shape
@@ -195,6 +195,3 @@ class Fp8MoE(nn.Module):
             param("shared_wi_1", self.shared_wi_init, h, fs),
             param("shared_wo", self.shared_wo_init, fs, h),
         )
-
-
-OPTIONS = ("top_k", "score", "normalize", "scale", "capacity_factor", "exchange", "wire")

@@ -80,3 +80,11 @@ def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Cal
             return automatic(*arrays)
 
     return call
+
+
+def automatic(function: Callable, like: jax.Array) -> Callable:
+    """Returns `function` with Explicit axes made Auto inside; its result is sharded as `like`."""
+    axes = _explicit_axes(_mesh_of(like))
+    if not axes:
+        return function
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=jax.typeof(like).sharding)

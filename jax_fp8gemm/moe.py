@@ -20,6 +20,9 @@ from jax_fp8gemm.meshes import vary_alike
 from jax_fp8gemm.ops import fp8_matmul
 from jax_fp8gemm.routing import Routing, route
 
+# What layers pass on.
+OPTIONS = ("top_k", "score", "normalize", "scale", "capacity_factor", "exchange", "wire")
+
 
 def moe(
     x: jax.Array,
@@ -72,6 +75,7 @@ def moe(
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
     check_exchange("moe", exchange, wire)
+    _check_options(capacity_factor, shared)
     rows = math.prod(x.shape[:-1]) * top_k
     prepared = prepared_of("moe", wi_0, wi_1, wo, "pow2", rows)
     via = None if expert_axis is None else Exchange(expert_axis, exchange, wire)
@@ -88,6 +92,15 @@ def moe(
     if shared is not None:
         y = y + _shared(tokens, shared)
     return y.reshape(x.shape), routing
+
+
+def _check_options(capacity_factor: float | None, shared) -> None:
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        got, mend = f"capacity_factor {capacity_factor}", "leave it out to keep every row"
+        fail("moe", "no capacity.", got, "a finite number above 0, or None", mend)
+    if shared is not None and len(shared) != 3:
+        expected = "kernels [h, fs], [h, fs], [fs, h]"
+        fail("moe", "shared is not complete.", f"{len(shared)} kernels", expected, "pass all three")
 
 
 def _check_experts(x, gate_kernel, prepared: PreparedExperts, expert_axis: str | None) -> int:
@@ -114,7 +127,7 @@ def _exchanged(tokens, routing, prepared, via, devices: int, capacity_factor: fl
         room = t if capacity_factor is None else math.ceil(capacity_factor * t * top_k / devices)
         slots = make_slots(experts, own, devices, min(t, max(1, room)))
     elif capacity_factor is not None:
-        capacity = max(1, math.ceil(capacity_factor * t * top_k / own))
+        capacity = min(t * top_k, max(1, math.ceil(capacity_factor * t * top_k / own)))
     if via is not None:
         experts, weights, slots = vary_alike(experts, weights, slots)
         first = own * jax.lax.axis_index(via.axis)

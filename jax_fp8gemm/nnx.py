@@ -1,6 +1,6 @@
 """Flax nnx layers in FP8, with the parameters of the layers they stand in for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from flax.typing import Dtype, Initializer
 
 from jax_fp8gemm.dot_general import dot_general_like_lhs
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.moe import moe
+from jax_fp8gemm.moe import OPTIONS, moe
 from jax_fp8gemm.ops import fp8_matmul
 from jax_fp8gemm.prepared import prepare_weight
 from jax_fp8gemm.qarray import BLOCKS, QArray
@@ -91,7 +91,7 @@ class Fp8Linear(nnx.Linear):
             dtype=linear.dtype,
             param_dtype=linear.param_dtype,
             preferred_element_type=linear.preferred_element_type,
-            kernel_init=lambda *_: linear.kernel[...],
+            kernel_init=lambda *_: jnp.zeros(()),  # makes room for:
             rngs=nnx.Rngs(0),
         )
         layer.kernel, layer.bias, layer.use_bias = linear.kernel, linear.bias, linear.use_bias
@@ -158,7 +158,7 @@ class Fp8MoE(nnx.Module):
       wi_0, wi_1, wo: Params [e, h, f], [e, h, f], [e, f, h].
       shared_wi_0, shared_wi_1, shared_wo: Params [h, fs], [h, fs], [fs, h] of an expert that sees
         every token; None without.
-      options: what `moe` is called with.
+      options: what `moe` is called with, as pairs.
 
     Args:
       in_features, hidden_features, num_experts: h, f and e.
@@ -192,7 +192,8 @@ class Fp8MoE(nnx.Module):
         e, h, f, fs = num_experts, in_features, hidden_features, shared_features
         shapes = {"gate_kernel": (h, e), "wi_0": (e, h, f), "wi_1": (e, h, f), "wo": (e, f, h)}
         shared = {"shared_wi_0": (h, fs), "shared_wi_1": (h, fs), "shared_wo": (fs, h)}
-        _check_init(init, {**shapes, **shared})
+        _check_names("init", init, {**shapes, **shared})
+        _check_names("options", options, {*OPTIONS, "expert_axis"} - {"top_k"})
         for name, shape in {**shapes, **shared}.items():
             if 0 in shape and name in shared:
                 setattr(self, name, nnx.data(None))
@@ -200,7 +201,7 @@ class Fp8MoE(nnx.Module):
             make = init.get(name, expert_init if len(shape) == 3 else kernel_init)
             setattr(self, name, nnx.Param(make(rngs.params(), shape, param_dtype)))
         self.dtype = dtype
-        self.options = {"top_k": top_k, **options}
+        self.options = tuple(sorted({"top_k": top_k, **options}.items()))  # hashable
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """Sends x [..., h] through the experts.
@@ -223,12 +224,12 @@ class Fp8MoE(nnx.Module):
             self.wo[...],
             shared=shared,
             bias=bias,
-            **self.options,
+            **dict(self.options),
         )
 
 
-def _check_init(init: Mapping[str, Initializer], shapes: Mapping[str, tuple]) -> None:
-    unknown = set(init) - set(shapes)
+def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
     if unknown:
-        expected = ", ".join(shapes)
-        fail("Fp8MoE", "init names no parameter.", f"{sorted(unknown)}", expected, "rename them")
+        expected = ", ".join(sorted(known))
+        fail("Fp8MoE", f"unknown names in {what}.", f"{unknown}", expected, "rename them")

@@ -251,6 +251,8 @@ def fp8_ragged_dot(
     group_sizes = jnp.asarray(group_sizes)
     _check_ragged(op, lhs, rhs, group_sizes)
     dtype = result_dtype(op, lhs, rhs, preferred_element_type)
+    if not rhs.shape[0]:
+        return jnp.zeros_like(lhs, dtype, shape=(lhs.shape[0], rhs.shape[2]))
     w, copies = split(rhs)
     results_are_bf16 = {dtype, lhs.dtype} == {jnp.dtype(jnp.bfloat16)}
     casts = copies is None and results_are_bf16

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_fp8gemm import meshes
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import K_MULTIPLE
-from jax_fp8gemm.qarray import BLOCK, BLOCKS, FP8, QArray
+from jax_fp8gemm.qarray import BLOCK, BLOCKS, FP8, QArray, exportable
 from jax_fp8gemm.quantizing import check_float, quantize_both, quantize_transposed
 
 # NOTE: jax.checkpoint saves floats through reduce_precision, which turns e4m3 numbers above 240
@@ -45,7 +45,7 @@ def pad_k(q: QArray) -> QArray:
     return from_bits((jnp.pad(bits, [(0, 0)] * (q.ndim - 1) + [(0, pad)]), scale))
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclasses.dataclass(frozen=True)
 class PreparedWeight:
     """A weight [..., k, n] in FP8, in both orientations: pass it in place of the weight.
@@ -167,7 +167,7 @@ def cast_in_products(*weights: tuple[jax.Array, ...], rows: int, scale: str) -> 
       rows: of all groups together.
     """
     arrays = [w for product in weights for w in product]
-    few = rows <= CAST_ROWS * arrays[0].shape[0]
+    few = isinstance(rows, int) and rows <= CAST_ROWS * arrays[0].shape[0]  # symbolic: any number
     fits = all(size % K_MULTIPLE == 0 for w in arrays for size in w.shape[1:])
     fits &= all(len(product) == 1 or product[0].shape[-1] % BLOCK == 0 for product in weights)
     bf16 = all(w.dtype == jnp.bfloat16 for w in arrays)

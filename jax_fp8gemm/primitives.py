@@ -33,6 +33,7 @@ EXPORT_CHECKS = tuple(
 )
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+SYMBOLIC_SIZE = 4096  # rows for which a config is chosen where an exported program takes any number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,21 @@ class Static:
         return VARIANTS[self.variant].with_ranks(operands[0].ndim, operands[1].ndim)
 
 
-gemm_p = Primitive("jax_fp8gemm_gemm")
+def primitive(name: str, *, multiple_results: bool = False) -> Primitive:
+    """Returns a primitive that runs under jax.disable_jit() too: it brings its own jit."""
+    made = Primitive(name)
+    made.multiple_results = multiple_results
+    jitted = jax.jit(made.bind, static_argnames="static")
+
+    @made.def_impl
+    def run(*operands, static):
+        with jax.disable_jit(False):
+            return jitted(*operands, static=static)
+
+    return made
+
+
+gemm_p = primitive("jax_fp8gemm_gemm")
 
 
 def _rhs_shape(static: Static, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,12 +147,17 @@ def _device_kind() -> str:
 
 
 def _problem(static: Static, operands, accumulate: bool) -> configs.Problem:
-    sizes = _sizes(static, operands)
+    sizes = {letter: _typical(size) for letter, size in _sizes(static, operands).items()}
     m = static.expected_rows or sizes["m"]
     return configs.Problem(
         static.variant, m, sizes["n"], sizes["k"], sizes.get("g", 1), static.scales, static.out,
         accumulate, static.num_sms, _device_kind(), static.rhs,
     )  # fmt: skip
+
+
+def _typical(size) -> int:
+    """A size to choose a config for; that of an exported program may not be known yet."""
+    return SYMBOLIC_SIZE if jax.export.is_symbolic_dim(size) else size
 
 
 def _lower_cuda(ctx, *operands, static: Static):
@@ -237,7 +257,8 @@ def no_derivative(op: str):
                 "FP8 numbers have no derivative.",
                 got=f"jax.grad (or a second derivative) through {op}",
                 expected="first derivatives, through fp8_matmul or fp8_ragged_dot",
-                mend="differentiate these once; for second derivatives use jnp.dot",
+                mend="differentiate these once; for second derivatives use jnp.dot, for a "
+                "metric jax.lax.stop_gradient",
             )
         )
 
@@ -263,7 +284,8 @@ def product(
     operands = (lhs.qvalue, values, lhs.scale, beside, *rest)
     shape = _out_shape(static, operands)
     if 0 in (*shape, *lhs.shape, *values.shape):
-        return jnp.zeros(shape, DTYPES[static.out]) if init is None else init
+        like = meshes.vary_alike(*operands)[0]
+        return jnp.zeros_like(like, DTYPES[static.out], shape=shape) if init is None else init
     rule = _rule(static, operands)
     call = meshes.explicit(rule, _batchable(static), operands, out_sharding)
     return call(*meshes.vary_alike(*operands))

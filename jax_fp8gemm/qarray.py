@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jax_fp8gemm.errors import message
@@ -39,7 +40,19 @@ def scale_shape(shape: tuple[int, ...], tile: Tile) -> tuple[int, ...]:
     return (*lead, count(rows, tile[0]), count(columns, tile[1]))
 
 
-@jax.tree_util.register_dataclass
+def exportable(cls: type) -> type:
+    """Registers a dataclass of arrays as a pytree, which exported programs may take and return."""
+    cls = jax.tree_util.register_dataclass(cls)
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"jax_fp8gemm.{cls.__name__}",
+        serialize_auxdata=lambda nothing: b"",
+        deserialize_auxdata=lambda nothing: (),
+    )
+    return cls
+
+
+@exportable
 @dataclasses.dataclass(frozen=True)
 class QArray:
     """An array in FP8 with scales: real[i, j] = qvalue[i, j] · scale[i // rows, j // columns].

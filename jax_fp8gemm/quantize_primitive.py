@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
-from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm import meshes, reference, sharding
 from jax_fp8gemm._native import QUANTIZE_TARGET
 from jax_fp8gemm.config import TILE_NAMES
-from jax_fp8gemm.primitives import empty_batch, no_derivative
+from jax_fp8gemm.primitives import empty_batch, no_derivative, primitive
 from jax_fp8gemm.qarray import (
     BLOCK,
     BLOCKS,
@@ -122,8 +121,7 @@ class QuantizeStatic:
         return found + [((k // 2 // BLOCK, m), jnp.float32)] * backward
 
 
-quantize_p = Primitive("jax_fp8gemm_quantize")
-quantize_p.multiple_results = True
+quantize_p = primitive("jax_fp8gemm_quantize", multiple_results=True)
 
 
 def _abstract(*operands, static: QuantizeStatic):
@@ -283,13 +281,14 @@ def call(static: QuantizeStatic, *operands) -> list[jax.Array]:
 def _empty(static: QuantizeStatic, operands) -> list[jax.Array]:
     shapes = [shape for shape, _ in static.results(operands)]
     copies = shapes[: len(shapes) // 2 * 2 : 2]
-    found = [
-        part
-        for shape in copies
-        for part in (jnp.zeros(shape, FP8), jnp.ones(scale_shape(shape, static.tile)))
-    ]
+    like = meshes.vary_alike(*operands)[0]
+    found = []
+    for shape in copies:
+        scales = scale_shape(shape, static.tile)
+        found += [jnp.zeros_like(like, FP8, shape), jnp.ones_like(like, jnp.float32, scales)]
     found = _unmerged(static, operands[0].shape, found)
-    return found + [jnp.zeros(shape) for shape in shapes[2 * len(copies) :]]
+    rest = shapes[2 * len(copies) :]
+    return found + [jnp.zeros_like(like, jnp.float32, shape) for shape in rest]
 
 
 def _rule(static: QuantizeStatic, operands) -> Rule:

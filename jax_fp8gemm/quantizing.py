@@ -16,6 +16,10 @@ Matrices = jax.Array | tuple[jax.Array, jax.Array]
 
 
 def check_float(op: str, name: str, x: jax.Array) -> None:
+    if not hasattr(x, "dtype"):
+        mend = "convert it by jnp.asarray, or an FP8 weight by prepare_weight"
+        got, expected = type(x).__name__, "a bf16, f16 or f32 array"
+        fail(op, f"{name} is no array of floats.", got, expected, mend, TypeError)
     if x.dtype not in FLOATS:
         what, mend = f"{name} has the wrong dtype.", f"cast {name} to bfloat16"
         fail(op, what, describe(name, x), "bf16, f16 or f32", mend, TypeError)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.qarray import exportable
 from jax_fp8gemm.reference import group_of_row
 
 SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What a router decided for t tokens.
@@ -108,7 +109,7 @@ def _mean(x: jax.Array, axis: str | None) -> jax.Array:
 
 def _aux_loss(scores, experts, score: str, axis: str | None) -> jax.Array:
     e, top_k = scores.shape[1], experts.shape[1]
-    chosen = (experts[:, :, None] == jnp.arange(e)).sum(1) / top_k
+    chosen = (experts[:, :, None] == jnp.arange(e)).sum(1, dtype=jnp.float32) / top_k
     sums = scores.sum(1, keepdims=True) + SMALLEST_SUM
     shares = scores if score == "softmax" else scores / sums
     return e * jnp.sum(_mean(chosen, axis) * _mean(shares, axis))
@@ -117,7 +118,7 @@ def _aux_loss(scores, experts, score: str, axis: str | None) -> jax.Array:
 # ---- the order of the rows ----------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@exportable
 @dataclasses.dataclass(frozen=True)
 class Permutation:
     """Rows by expert: each of t · top_k (token, choice) pairs is one row.

@@ -180,6 +180,18 @@ def test_errors_name_the_tensor_and_its_numbers(tmp_path, change, error, words):
     assert all(part in text for part in ["  got  ", "  expected  ", "  mend  ", *words]), text
 
 
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_safetensors(path, {"x": np.ones(1000, np.float32)})
+    for content in (path.read_bytes()[:-1], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged(?s:.*)fetch it again"):
+            load_safetensors(path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json is no index(?s:.*)weight_map"):
+        load_safetensors(tmp_path)
+
+
 def test_dtypes_that_would_change_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_by_hand(path, {"e": np.uint8([3])}, codes={"e": "F8_E8M0"})

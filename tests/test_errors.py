@@ -254,6 +254,18 @@ def test_illegal_config_is_an_error_when_lowering():
     assert "the config cannot run this product" in text and "shared memory" in text
 
 
+def test_what_is_no_array_is_named():
+    x, w = jnp.ones((4, 256)), q(8, 256, tile=(128, 128))
+    text = raised(TypeError, fp8.fp8_matmul, x, w)
+    assert text == (
+        "fp8_matmul: w is no array of floats.\n"
+        "  got       QArray\n"
+        "  expected  a bf16, f16 or f32 array\n"
+        "  mend      convert it by jnp.asarray, or an FP8 weight by prepare_weight"
+    )
+    assert "got       list" in raised(TypeError, fp8.quantize, [[1.0] * 128])
+
+
 def test_second_derivative_is_a_clear_error(key):
     x, w = jax.random.normal(key, (32, 64)), jax.random.normal(key, (64, 48))
     first = jax.grad(lambda x: (fp8.fp8_matmul(x, w) ** 2).sum())

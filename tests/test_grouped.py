@@ -142,6 +142,12 @@ def test_sizes_may_come_from_the_host_in_any_integer_type():
 # ---- fp8_ragged_dot -----------------------------------------------------------------------------
 
 
+def test_ragged_dot_without_groups_is_zero():
+    lhs, rhs, sizes = jnp.ones((8, 32)), jnp.ones((0, 32, 16)), jnp.zeros(0, jnp.int32)
+    value, gradient = jax.value_and_grad(lambda x: fp8.fp8_ragged_dot(x, rhs, sizes).sum())(lhs)
+    assert value == 0 and gradient.shape == lhs.shape and not gradient.any()
+
+
 @pytest.mark.parametrize("groups", GROUPS[:-2], ids=lambda g: g.name)
 def test_ragged_dot_and_its_gradients(groups, key):
     """Against float32 ragged_dot, up to what quantising costs."""

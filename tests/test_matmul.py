@@ -161,3 +161,15 @@ def test_jacrev(key):
     jacobian = jax.jacrev(fp8.fp8_matmul)(x, w)
     assert jacobian.shape == (2, 3, 2, 16)
     np.testing.assert_array_equal(jacobian[0, :, 1], 0.0)
+
+
+def test_with_64_bits_enabled_results_have_32(key):
+    x, w = jax.random.normal(key, (4, 40)), jax.random.normal(key, (40, 24))
+    sizes = jnp.array([3])
+    with jax.enable_x64(True):
+        for rows in (0, 4):
+            run = lambda x, w: fp8.fp8_matmul(x, w) + fp8.fp8_ragged_dot(x, w[None], sizes)  # noqa: E731
+            y, pull = jax.vjp(run, x[:rows], w)
+            assert (y.shape, y.dtype) == ((rows, 24), jnp.float32)
+            assert all(gradient.dtype == jnp.float32 for gradient in pull(y))
+            assert fp8.quantize(x[:rows]).scale.dtype == jnp.float32

@@ -127,6 +127,26 @@ CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
             "no capacity.",
         ),
         (
+            ValueError,
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, *KERNELS, capacity=2.5),
+            "no capacity.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), *KERNELS, top_k=2, capacity_factor=-1),
+            "no capacity.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), *KERNELS, top_k=2, shared=KERNELS[:2]),
+            "shared is not complete.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), *map(fp8.quantize, KERNELS), top_k=2),
+            "wi_0 is no array of floats.",
+        ),
+        (
             TypeError,
             lambda: fp8.expert_ffn(ones(8, 32), CHOSEN[1], CHOSEN[1], *KERNELS),
             "experts are no integers.",

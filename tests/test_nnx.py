@@ -213,8 +213,27 @@ def test_moe_is_near_the_dense_one(x, fs):
 
 
 def test_an_initialiser_of_no_parameter_is_an_error():
-    with pytest.raises(ValueError, match=r"(?s)Fp8MoE: init names no.*\['wi'\]"):
+    with pytest.raises(ValueError, match=r"(?s)Fp8MoE: unknown names in init.*\['wi'\]"):
         Fp8MoE(H, F, E, top_k=2, init={"wi": nnx.initializers.zeros_init()}, rngs=nnx.Rngs(0))
+
+
+def test_an_option_that_moe_has_not_is_an_error():
+    with pytest.raises(ValueError, match=r"(?s)Fp8MoE: unknown names in options.*\['scores'\]"):
+        Fp8MoE(H, F, E, top_k=2, scores="sigmoid", rngs=nnx.Rngs(0))
+
+
+def test_what_a_moe_layer_is_may_be_a_static_argument(x):
+    layer = Fp8MoE(H, F, E, top_k=2, rngs=nnx.Rngs(0))
+    run = jax.jit(lambda graph, state, x: nnx.merge(graph, state)(x)[0], static_argnums=0)
+    np.testing.assert_array_equal(run(*nnx.split(layer), x), layer(x)[0])
+
+
+def test_a_model_is_converted_before_it_has_numbers(x):
+    made = nnx.eval_shape(lambda: Mlp(nnx.Linear, nnx.Rngs(0)))
+    graph, _ = nnx.split(convert(made))
+    _, state = nnx.split(convert(Mlp(nnx.Linear, nnx.Rngs(0))))
+    y = nnx.merge(graph, state)(x)
+    np.testing.assert_array_equal(y, convert(Mlp(nnx.Linear, nnx.Rngs(0)))(x))
 
 
 def test_moe_over_devices_equals_that_of_one(x):

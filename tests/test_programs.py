@@ -53,6 +53,39 @@ def test_export_round_trip(key):
     np.testing.assert_array_equal(again.call(x, w), jax.jit(fp8.fp8_matmul)(x, w))
 
 
+def test_fp8_weights_are_arguments_of_an_exported_program(key):
+    x, w = jax.random.normal(key, (32, 64)), jax.random.normal(key, (64, 48))
+    prepared, q = fp8.prepare_weight(w), fp8.quantize(x)
+    run = jax.jit(lambda x, w, q: (fp8.fp8_matmul(x, w), q))
+    exported = jax.export.export(run, disabled_checks=fp8.EXPORT_CHECKS)(x, prepared, q)
+    y, again = jax.export.deserialize(exported.serialize()).call(x, prepared, q)
+    np.testing.assert_array_equal(y, jax.jit(fp8.fp8_matmul)(x, w))
+    assert isinstance(again, fp8.QArray) and again.tile == q.tile
+
+
+def test_export_for_any_number_of_rows(key):
+    x, w = jax.random.normal(key, (32, 64)), jax.random.normal(key, (64, 48))
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 64"), jnp.float32)
+    step = jax.jit(jax.value_and_grad(lambda w, x: (fp8.fp8_matmul(x, w) ** 2).sum()))
+    exported = jax.export.export(
+        step, platforms=("cpu", "cuda"), disabled_checks=fp8.EXPORT_CHECKS
+    )(w, rows)
+    again = jax.export.deserialize(exported.serialize())
+    for count in (1, 32):
+        got, expected = again.call(w, x[:count]), step(w, x[:count])
+        np.testing.assert_array_equal(got[1], expected[1])
+
+
+def test_without_jit_everything_still_runs(key):
+    x, w = jax.random.normal(key, (32, 64)), jax.random.normal(key, (64, 48))
+    gradient = jax.grad(lambda x, w: (fp8.fp8_matmul(x, w) ** 2).sum(), (0, 1))
+    expected = gradient(x, w)
+    with jax.disable_jit():
+        got = gradient(x, w)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_config_is_the_same_for_equal_problems():
     first = configs.Problem("dense", 777, 4096, 7168)
     assert configs.select(first) == configs.select(configs.Problem("dense", 777, 4096, 7168))

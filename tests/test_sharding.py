@@ -391,6 +391,37 @@ def test_ragged_dot_on_explicit_axes(key):
         assert gradient.sharding.is_equivalent_to(like.sharding, gradient.ndim)
 
 
+@pytest.mark.parametrize("spec", [("data",), (None, "model")])
+def test_moe_on_explicit_axes(key, spec):
+    mesh = mesh_of(AxisType.Explicit)
+    sizes = ((64, 256), (256, 4), (4, 256, 128), (4, 256, 128), (4, 128, 256))
+    keys = jax.random.split(key, len(sizes))
+    x, *kernels = (jax.random.normal(k, s) / 8 for k, s in zip(keys, sizes, strict=True))
+
+    def loss(x, *kernels):
+        y, routing = fp8.moe(x, *kernels, top_k=2)
+        return (y**2).sum() + routing.aux_loss, y
+
+    run = jax.jit(jax.value_and_grad(loss, tuple(range(len(sizes))), has_aux=True))
+    expected = run(x, *kernels)
+    with jax.set_mesh(mesh):
+        placed = (*place(mesh, (x,), spec), *place(mesh, kernels, *[()] * len(kernels)))
+        got = run(*placed)
+    assert near(got, expected, 1e-3)
+    assert got[0][1].sharding.is_equivalent_to(placed[0].sharding, 2)
+    for gradient, like in zip(got[1], placed, strict=True):
+        assert gradient.sharding.is_equivalent_to(like.sharding, gradient.ndim)
+
+
+def test_no_rows_inside_shard_map(mesh, key):
+    x, w = jnp.zeros((0, 64)), jax.random.normal(key, (64, 48))
+    run = jax.shard_map(
+        lambda x, w: fp8.fp8_matmul(x, w), mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    gradients = jax.grad(lambda x, w: run(x, w).sum(), (0, 1))(x, w)
+    assert gradients[0].shape == x.shape and not gradients[1].any()
+
+
 def test_without_shardy(mesh):
     lhs, rhs = random_operands(Problem("dense", 32, 256, 512))
     placed = place(mesh, (lhs, rhs), ("data",), (None, "data"))

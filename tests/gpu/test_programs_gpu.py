@@ -67,6 +67,17 @@ def test_vmap_scan_and_remat_match_the_plain_loop():
         assert calc_diff(got.astype(jnp.float32), jax.jit(fp8.fp8_matmul)(x, w)) < 1e-5
 
 
+def test_an_exported_program_takes_any_number_of_rows(key):
+    x, w = jax.random.normal(key, (300, 256)), jax.random.normal(key, (256, 200))
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 256"), jnp.float32)
+    step = jax.jit(jax.value_and_grad(lambda w, x: (fp8.fp8_matmul(x, w) ** 2).sum()))
+    exported = jax.export.export(step, disabled_checks=fp8.EXPORT_CHECKS)(w, rows)
+    again = jax.export.deserialize(exported.serialize())
+    for count in (1, 128, 300):
+        got, expected = again.call(w, x[:count]), step(w, x[:count])
+        assert calc_diff(got[1], expected[1]) < 1e-9
+
+
 def test_a_chain_in_a_cuda_graph_gives_the_same_bits(tmp_path):
     """Eight products in a row: captured by default, launched one by one without command buffers."""
     code = """
