@@ -26,6 +26,7 @@ from jax_fp8gemm.prepared import CAST_ROWS
 
 WIDTH, HIDDEN, TOP_K = 7168, 2048, 8  # DeepSeek-V3 (arXiv 2412.19437), section 4.2
 CASES = [(8, 8192), (8, 32768), (32, 8192), (32, 32768)]  # experts of this device, rows
+CASES += [(8, 8 * CAST_ROWS)]  # up to which products cast weights themselves
 
 
 def operands(experts: int, rows: int, width: int, hidden: int) -> tuple:
