@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_fp8gemm.sharding import Axes, Rule, assign, spec_of
 
@@ -73,18 +73,27 @@ def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Cal
         kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
         out = [spec_of(dims, kept) for dims in rule.results]
         out_sharding = out if len(out) > 1 else out[0]
-    automatic = jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
+    return _automatic(function, mesh, axes, out_sharding)
+
+
+def automatic(function: Callable, *likes: jax.Array | None) -> Callable:
+    """Returns `function` with Explicit axes made Auto inside.
+
+    Its results are sharded as `likes`, one for each: as the array, or not at all for None.
+    """
+    mesh = _mesh_of(*(x for x in likes if x is not None))
+    axes = _explicit_axes(mesh)
+    if not axes:
+        return function
+    out = tuple(PartitionSpec() if x is None else jax.typeof(x).sharding for x in likes)
+    return _automatic(function, mesh, axes, out if len(out) > 1 else out[0])
+
+
+def _automatic(function: Callable, mesh, axes: Axes, out_sharding) -> Callable:
+    inner = jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
 
     def call(*arrays):
         with jax.sharding.use_abstract_mesh(mesh):
-            return automatic(*arrays)
+            return inner(*arrays)
 
     return call
-
-
-def automatic(function: Callable, like: jax.Array) -> Callable:
-    """Returns `function` with Explicit axes made Auto inside; its result is sharded as `like`."""
-    axes = _explicit_axes(_mesh_of(like))
-    if not axes:
-        return function
-    return jax.sharding.auto_axes(function, axes=axes, out_sharding=jax.typeof(like).sharding)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax_fp8gemm import reference
 from jax_fp8gemm.errors import describe, fail
 from jax_fp8gemm.kernel_level import as_int32
+from jax_fp8gemm.meshes import automatic
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, ROW_BLOCKS, TENSOR, TILES, QArray, Tile
 from jax_fp8gemm.quantize_primitive import QuantizeStatic, call
 
@@ -323,4 +324,5 @@ def _copies(static: QuantizeStatic, *operands: jax.Array) -> list:
 
 def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Returns qvalue · scale, multiplied in float32, as `dtype` [..., rows, k]."""
-    return reference.dequantize(q.qvalue, q.scale, q.tile).astype(dtype)
+    run = automatic(lambda *bits: reference.dequantize(*bits, q.tile).astype(dtype), q.qvalue)
+    return run(q.qvalue, q.scale)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm.errors import describe, fail
+from jax_fp8gemm.meshes import automatic
 from jax_fp8gemm.qarray import exportable
 from jax_fp8gemm.reference import group_of_row
 
@@ -185,8 +186,12 @@ def permute(x: jax.Array, experts: jax.Array, num_experts: int) -> tuple[jax.Arr
       y = unpermute(fp8_ragged_dot(rows, w, permutation.group_sizes), permutation, top_k)
     """
     _check_permute("permute", x, experts)
-    permutation = permutation_of(experts, num_experts)
-    return _spread(x, permutation, experts.shape[1]), permutation
+
+    def run(x, experts):
+        permutation = permutation_of(experts, num_experts)
+        return _spread(x, permutation, experts.shape[1]), permutation
+
+    return automatic(run, x, None)(x, experts)
 
 
 def unpermute(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
@@ -208,7 +213,7 @@ def unpermute(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Arra
         got = f"{describe('rows', rows)}, a permutation of {count} rows, top_k {top_k}"
         expected, mend = "rows [t * top_k, h]", "pass what permute returned for these tokens"
         fail("unpermute", "rows do not fit the permutation.", got, expected, mend)
-    return _collect(rows, permutation, top_k)
+    return automatic(lambda *operands: _collect(*operands, top_k), rows)(rows, permutation)
 
 
 def _check_permute(op: str, x, experts) -> None:

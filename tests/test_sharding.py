@@ -391,6 +391,33 @@ def test_ragged_dot_on_explicit_axes(key):
         assert gradient.sharding.is_equivalent_to(like.sharding, gradient.ndim)
 
 
+def test_dequantize_on_explicit_axes(key):
+    mesh = mesh_of(AxisType.Explicit)
+    x = jax.random.normal(key, (256, 512))
+    expected = fp8.dequantize(fp8.quantize(x))
+    (placed,) = place(mesh, (x,), ("data", "model"))
+    got = jax.jit(lambda x: fp8.dequantize(fp8.quantize(x)))(placed)
+    np.testing.assert_array_equal(got, expected)
+    assert got.sharding.is_equivalent_to(placed.sharding, 2)
+
+
+def test_permuted_rows_on_explicit_axes(key):
+    mesh, sizes = mesh_of(AxisType.Explicit), ((64, 256), (4, 256, 128))
+    x, w = (jax.random.normal(k, s) for k, s in zip(jax.random.split(key), sizes, strict=True))
+    experts = jax.random.randint(key, (64, 2), 0, 4)
+
+    def loss(x, w):
+        rows, permutation = fp8.permute(x, experts, 4)
+        y = fp8.fp8_ragged_dot(rows, w, permutation.group_sizes)
+        return (fp8.unpermute(y, permutation, 2) ** 2).sum()
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    with jax.set_mesh(mesh):
+        got = run(*place(mesh, (x,), ("data",)), *place(mesh, (w,), ()))
+    assert near(got, run(x, w), 1e-3)
+    assert got[1][0].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
+
+
 @pytest.mark.parametrize("spec", [("data",), (None, "model")])
 def test_moe_on_explicit_axes(key, spec):
     mesh = mesh_of(AxisType.Explicit)
