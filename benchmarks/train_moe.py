@@ -241,7 +241,7 @@ def plot(by_arm: dict, path: pathlib.Path) -> None:
                 ratio = 100 * (smooth(run) / smooth(bf16) - 1)
                 right.plot(x[-len(ratio) :], ratio, color=color, lw=0.8)
     left.set(xlabel="step", ylabel="loss, nats per byte", yscale="log")
-    right.set(xlabel="step", ylabel="gap to bf16 of the same seed, %", ylim=(-2, 2))
+    right.set(xlabel="step", ylabel="gap to bf16 of the same seed, %")
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
