@@ -34,8 +34,9 @@ def main(steps: int = 20, width: int = 512, hidden: int = 512) -> list[float]:
         return make(key, shape)
 
     keys = jax.random.split(jax.random.key(0), 4)
-    # FSDP over "data", tensor parallel over "model": columns of "up", then rows of "down". The
-    # step gathers FP8 copies of weights over "data" and sums over "model"; no activation moves.
+    # FSDP over "data", tensor parallel over "model": columns of "up", then rows of "down". The step
+    # gathers FP8 copies of weights over "data", where it also adds up their gradients; over "model"
+    # it adds up what "down" gives. No activation is gathered.
     params = {
         "up": made(keys[0], (width, hidden), "data", "model") * width**-0.5,
         "down": made(keys[1], (hidden, width), "model", "data") * hidden**-0.5,

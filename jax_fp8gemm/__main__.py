@@ -19,8 +19,9 @@ def line(name: str, value: object) -> None:
 
 
 def mend_of(error: str) -> str:
-    """Returns the last part of a four-part message: what to do."""
-    return error.split("mend")[-1].strip()
+    """Returns the last part of a four-part message, what to do, after what was found."""
+    got, mend = (error.split(f"\n  {part} ")[1].split("\n")[0].strip() for part in ("got", "mend"))
+    return f"{got}; {mend}"
 
 
 def devices() -> bool:

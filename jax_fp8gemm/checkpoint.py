@@ -83,12 +83,15 @@ def save_safetensors(path: Path, tensors: Mapping[str, QArray | jax.Array]) -> N
 
     Raises:
       ValueError: other scales, FP8 numbers without scales, a name taken twice. TypeError: not an
-      array, a dtype that the format lacks.
+      array, a dtype that the format lacks. FileNotFoundError: no such folder.
 
     Example:
       save_safetensors("model.safetensors", {"up.weight": quantize(w.T, (128, 128))})
     """
     op, path = "save_safetensors", pathlib.Path(path)
+    if not path.parent.is_dir():
+        mend = "make it, or choose another"
+        fail(op, "no such folder.", str(path.parent), "a folder", mend, FileNotFoundError)
     flat: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if isinstance(value, QArray):

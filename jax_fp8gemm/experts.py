@@ -68,13 +68,14 @@ def expert_ffn(
 
     Raises:
       ValueError: shapes that do not fit. TypeError: dtypes. NotImplementedError: a second
-      derivative.
+      derivative, jax.vmap.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 
     Example:
       y = expert_ffn(x, routing.experts, routing.weights, wi_0, wi_1, wo)
     """
+    experts = jnp.asarray(experts)
     prepared = prepared_of("expert_ffn", wi_0, wi_1, wo, scale, experts.size)
     check_tokens("expert_ffn", x, experts, weights, prepared)
     if capacity is not None:
@@ -113,6 +114,7 @@ def run_experts(
 
 def check_tokens(op: str, x, experts, weights, prepared: PreparedExperts) -> None:
     check_float(op, "x", x)
+    check_float(op, "weights", weights)
     named = (("x", x), ("experts", experts), ("weights", weights), ("wi_0", prepared.wi_0))
     got = ", ".join(describe(name, value) for name, value in named)
     if (x.ndim, experts.ndim) != (2, 2) or experts.shape[0] != x.shape[0]:

@@ -67,6 +67,7 @@ def gemm(
 
     Raises:
       ValueError: shapes or scales that do not fit, an unknown variant. TypeError: dtypes.
+      NotImplementedError: a derivative; jax.vmap of a grouped variant other than masked.
 
     Example:
       out = gemm(quantize(x), quantize(w.T, (128, 128)))
@@ -140,20 +141,18 @@ def contract_tokens(
     return product(lhs, rhs, static, out_sharding=out_sharding).astype(dtype)
 
 
+def check_quantised(op: str, name: str, q: QArray) -> None:
+    if not isinstance(q, QArray):
+        got, mend = type(q).__name__, f"quantize({name})"
+        fail(op, f"{name} is not quantised.", got, "QArray", mend, TypeError)
+
+
 def _check_operands(lhs: QArray, rhs: QArray, variant: str) -> None:
     row = VARIANTS[variant]
     if isinstance(lhs, QArray) and isinstance(rhs, QArray) and rhs.ndim == 2:
         row = row.with_ranks(lhs.ndim, rhs.ndim)
     for name, q, letters in (("lhs", lhs, row.lhs), ("rhs", rhs, row.rhs)):
-        if not isinstance(q, QArray):
-            fail(
-                "gemm",
-                f"{name} is not quantised.",
-                type(q).__name__,
-                "QArray",
-                f"quantize({name})",
-                TypeError,
-            )
+        check_quantised("gemm", name, q)
         text = f"{name} [{', '.join(letters)}]"
         if q.ndim != len(letters) or q.scale.ndim != len(letters):
             got = describe(name, q.qvalue) + ", " + describe("scale", q.scale)
@@ -272,7 +271,7 @@ def _out_name(out_dtype, init: jax.Array | None, shape: tuple[int, ...]) -> str:
             "init needs float32.",
             got,
             "f32 init and out_dtype",
-            "cast init to f32",
+            "pass out_dtype=jnp.float32, and init as f32",
             TypeError,
         )
     if init.shape != shape:

@@ -18,6 +18,7 @@ from jax_fp8gemm.expert_weights import PreparedExperts, prepared_of
 from jax_fp8gemm.experts import Block, check_tokens, run_experts
 from jax_fp8gemm.meshes import vary_alike
 from jax_fp8gemm.ops import fp8_matmul
+from jax_fp8gemm.quantizing import check_float
 from jax_fp8gemm.routing import Routing, route
 
 # What layers pass on.
@@ -48,7 +49,7 @@ def moe(
 
     Args:
       x: bf16, f16 or f32 [..., h]; with expert_axis this device's tokens.
-      gate_kernel: float [h, e]; logits are made in float32.
+      gate_kernel: bf16, f16 or f32 [h, e]; logits are made in float32.
       wi_0, wi_1, wo: [e, h, f], [e, h, f], [e, f, h], or PreparedExperts alone. With expert_axis
         the experts of this device: e / devices of them, in the order of the devices.
       top_k, score, bias, normalize, scale: see `route`.
@@ -74,6 +75,8 @@ def moe(
       y, routing = moe(x, gate_kernel, wi_0, wi_1, wo, top_k=2)
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
+    check_float("moe", "x", x)
+    check_float("moe", "gate_kernel", gate_kernel)
     check_exchange("moe", exchange, wire)
     _check_options(capacity_factor, shared)
     rows = math.prod(x.shape[:-1]) * top_k

@@ -237,7 +237,7 @@ def fp8_ragged_dot(
 
     Raises:
       ValueError: ranks, k or the number of groups do not fit. TypeError: not floats, sizes that
-      must be integers. NotImplementedError: a second derivative.
+      are no integers. NotImplementedError: a second derivative, jax.vmap.
 
     Source: jax.lax.ragged_dot; DeepSeek-V3 (arXiv 2412.19437), section 3.3.
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jax_fp8gemm import reference
 from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.kernel_level import as_int32
+from jax_fp8gemm.kernel_level import as_int32, check_quantised
 from jax_fp8gemm.meshes import automatic
 from jax_fp8gemm.qarray import BLOCK, BLOCKS, ROW_BLOCKS, TENSOR, TILES, QArray, Tile
 from jax_fp8gemm.quantize_primitive import QuantizeStatic, call
@@ -37,16 +37,18 @@ def _check_matrix(op: str, x: jax.Array) -> None:
         fail(op, "x is no matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
 
 
-def _check_copies(op: str, x: jax.Array, tile: Tile, token_dims: int, *groups) -> None:
+def _check_copies(op: str, x: jax.Array, tile: Tile, token_dims: int, **groups) -> None:
     """Checks what the copies along tokens want of x; groups: group_sizes and index, or None."""
     if tile not in (ROW_BLOCKS, BLOCKS):
         expected = f"{ROW_BLOCKS} or {BLOCKS}"
         fail(op, "no transposed copy in this tile.", f"tile {tile}", expected, "choose one of them")
-    given = [one for one in groups if one is not None]
-    if given and (x.ndim != 2 or tile == BLOCKS or any(jnp.ndim(one) != 1 for one in given)):
-        got = ", ".join([describe("x", x), f"tile {tile}", *(describe("", one) for one in given)])
+    given = {name: jnp.asarray(one) for name, one in groups.items() if one is not None}
+    if given and (x.ndim != 2 or tile == BLOCKS or any(one.ndim != 1 for one in given.values())):
+        named = [describe(name, one) for name, one in given.items()]
+        got = ", ".join([describe("x", x), f"tile {tile}", *named])
         expected = "x [m, k], tile (1, 128), each of rank 1"
-        fail(op, "group_sizes and index are for rows of tokens.", got, expected, "use jax.vmap")
+        mend = "leave the tile at (1, 128); for more dims use jax.vmap"
+        fail(op, "group_sizes and index are for rows of tokens.", got, expected, mend)
     fits = 1 <= token_dims < x.ndim
     if not fits or (token_dims > 1 and (tile != ROW_BLOCKS or x.shape[-2] % BLOCK)):
         got = f"{describe('x', x)}, tile {tile}, token_dims {token_dims}"
@@ -93,7 +95,7 @@ def quantize_rows(
     """Returns the first of `quantize_both`'s copies alone, scaled 1x128."""
     _check_scale("quantize_rows", scale)
     _check_matrix("quantize_rows", x)
-    _check_copies("quantize_rows", x, ROW_BLOCKS, 1, group_sizes, index)
+    _check_copies("quantize_rows", x, ROW_BLOCKS, 1, group_sizes=group_sizes, index=index)
     static = QuantizeStatic(scale=scale, **_tokens(group_sizes, index))
     present = _present("quantize_rows", index=index, group_sizes=group_sizes)
     return _copies(static, x, *present)[0]
@@ -111,7 +113,7 @@ def quantize_transposed(
     op = "quantize_transposed"
     _check_scale(op, scale)
     _check_matrix(op, x)
-    _check_copies(op, x, tile, token_dims, group_sizes)
+    _check_copies(op, x, tile, token_dims, group_sizes=group_sizes)
     static = QuantizeStatic(
         "float", tile, scale, False, True, group_sizes is not None, token_dims=token_dims
     )
@@ -162,7 +164,7 @@ def quantize_both(
         got, mend = ", ".join(describe("x", one) for one in x), "concatenate them"
         expected = "equal shapes and dtypes, a multiple of 128 columns"
         fail(op, "the two matrices cannot lie side by side.", got, expected, mend)
-    _check_copies(op, operands[0], tile, token_dims, group_sizes, index)
+    _check_copies(op, operands[0], tile, token_dims, group_sizes=group_sizes, index=index)
     static = QuantizeStatic(
         "float", tile, scale, True, True,
         pair=pair, token_dims=token_dims, **_tokens(group_sizes, index),
@@ -195,11 +197,12 @@ def requantize(
     """
     op = "requantize"
     _check_scale(op, scale)
+    check_quantised(op, "q", q)
     if not q.has_tile(ROW_BLOCKS):
         got = f"{describe('q', q.qvalue)}, {describe('scale', q.scale)}"
         mend = "quantize(x) with tile (1, 128)"
         fail(op, "q is not scaled by 1x128.", got, "scale [..., m, k/128]", mend)
-    _check_copies(op, q.qvalue, ROW_BLOCKS, token_dims, group_sizes, index)
+    _check_copies(op, q.qvalue, ROW_BLOCKS, token_dims, group_sizes=group_sizes, index=index)
     static = QuantizeStatic(
         "fp8", ROW_BLOCKS, scale, False, True,
         token_dims=token_dims, **_tokens(group_sizes, index),
@@ -249,10 +252,11 @@ def swiglu_quantize_both(
 
 def _swiglu(op: str, h, row_weight, group_sizes, scale: str, *, both: bool) -> list[QArray]:
     _check_scale(op, scale)
+    check_float(op, "h", h)
     if h.dtype not in HALVES:
         what, mend = "h has the wrong dtype.", "cast h to bfloat16"
         fail(op, what, describe("h", h), "bf16 or f16", mend, TypeError)
-    _check_swiglu(op, h, row_weight)
+    _check_swiglu(op, h, row_weight, group_sizes)
     static = QuantizeStatic("swiglu", scale=scale, transposed=both, **_tokens(group_sizes, None))
     weight = row_weight.astype(jnp.float32)
     return _copies(static, h, weight, *_present(op, group_sizes=group_sizes))
@@ -283,7 +287,8 @@ def swiglu_backward(
     """
     op = "swiglu_backward"
     _check_scale(op, scale)
-    _check_swiglu(op, h.qvalue, row_weight)
+    check_quantised(op, "h", h)
+    _check_swiglu(op, h.qvalue, row_weight, group_sizes)
     f = h.shape[1] // 2
     if f % BLOCK or gradient.shape != (h.shape[0], f) or not h.has_tile(ROW_BLOCKS):
         got = ", ".join((describe("h", h.qvalue), describe("gradient", gradient)))
@@ -306,12 +311,13 @@ def _present(op: str, **operands: jax.Array | None) -> list[jax.Array]:
     return [as_int32(op, name, x) for name, x in operands.items() if x is not None]
 
 
-def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array) -> None:
+def _check_swiglu(op: str, h: jax.Array, row_weight: jax.Array, group_sizes) -> None:
     if h.ndim != 2 or h.shape[1] % 2 or row_weight.shape != h.shape[:1]:
         got = f"{describe('h', h)}, {describe('row_weight', row_weight)}"
         fail(
             op, "h or row_weight has the wrong shape.", got, "h [m, 2f], row_weight [m]", "reshape"
         )
+    _check_copies(op, h, ROW_BLOCKS, 1, group_sizes=group_sizes)
 
 
 def _copies(static: QuantizeStatic, *operands: jax.Array) -> list:

@@ -179,7 +179,7 @@ def permute(x: jax.Array, experts: jax.Array, num_experts: int) -> tuple[jax.Arr
       takes. The gradient of x is the sum over its rows, in float32, without atomics.
 
     Raises:
-      ValueError: ranks or the number of tokens do not fit.
+      ValueError: ranks or the number of tokens do not fit. TypeError: experts are no integers.
 
     Example:
       rows, permutation = permute(x, routing.experts, 64)

@@ -25,6 +25,7 @@ import numpy as np
 
 from jax_fp8gemm import config as configs
 from jax_fp8gemm import reference
+from jax_fp8gemm.errors import fail
 from jax_fp8gemm.primitives import Static, product
 from jax_fp8gemm.qarray import BLOCK, FP8, QArray, round_up, scale_shape
 from jax_fp8gemm.variants import VARIANTS
@@ -347,13 +348,17 @@ def tune(problems: list[configs.Problem], totals: list, count: int, reps: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "shapes", help="JSON list of {variant, m, n, k, g, scales, out}, and total for given rows"
+        "shapes",
+        help="file with a JSON list of {variant, m, n, k}, also g, scales, out, total (of rows)",
     )
     parser.add_argument("--out", required=True, help="tuned/*.json: gets or keeps other products")
     parser.add_argument("--log", help="where every timing goes")
     parser.add_argument("--count", type=int, default=12, help="configs to time for each shape")
     parser.add_argument("--reps", type=int, default=9)
     options = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        got, mend = f"a {jax.default_backend()}", "run it on a Hopper GPU, with jax[cuda12]"
+        fail("tuning", "nothing to time here.", got, "a GPU", mend, RuntimeError)
     shapes = json.loads(pathlib.Path(options.shapes).read_text())
     totals = [shape.pop("total", None) for shape in shapes]
     kind = jax.devices()[0].device_kind

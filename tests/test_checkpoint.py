@@ -218,6 +218,11 @@ def test_only_what_can_be_read_again_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder(?s:.*)missing"):
+        save_safetensors(tmp_path / "missing" / "x.safetensors", {"x": np.ones(1, np.float32)})
+
+
 def test_a_strided_view_is_written_in_its_order(tmp_path):
     x = np.arange(12, dtype=np.int32).reshape(3, 4).T
     save_safetensors(tmp_path / "x.safetensors", {"x": x})

@@ -116,6 +116,20 @@ def test_scale_of_the_wrong_shape():
             lambda: fp8.swiglu_quantize(jnp.ones((4, 256)), jnp.ones(4)),
             "h has the wrong dtype.",
         ),
+        (TypeError, lambda: fp8.swiglu_quantize(q(4, 256), jnp.ones(4)), "h is no array of floats"),
+        (TypeError, lambda: fp8.requantize(jnp.ones((4, 256))), "q is not quantised."),
+        (
+            TypeError,
+            lambda: fp8.swiglu_backward(jnp.ones((4, 256)), jnp.ones((4, 128)), jnp.ones(4)),
+            "h is not quantised.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.swiglu_quantize(
+                jnp.ones((4, 256), jnp.bfloat16), jnp.ones(4), group_sizes=jnp.ones((2, 1), int)
+            ),
+            "group_sizes and index are for rows of tokens.",
+        ),
         (ValueError, lambda: fp8.gemm(q(4, 128), q(8, 128), num_sms=-5), "num_sms is below 1."),
         (
             ValueError,

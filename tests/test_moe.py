@@ -169,6 +169,11 @@ CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
             "top_k is 5, with 4 experts.",
         ),
         (
+            TypeError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4, dtype=jnp.int32), *KERNELS, top_k=2),
+            "gate_kernel has the wrong dtype.",
+        ),
+        (
             ValueError,
             lambda: fp8.moe(ones(8, 32), ones(4, 32), *KERNELS, top_k=2),
             "x and gate_kernel do not fit.",
