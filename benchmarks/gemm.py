@@ -167,8 +167,8 @@ def matmul() -> list[dict]:
             extra = {"us_products": round(middle, 2)} if name == "fp8_matmul" else {}
             if extra:
                 extra["us_casts"] = round(statistics.median(total) - middle, 2)
-            rows.append(row(problem, f"jitted {name}: {what}", total, **extra))
-            rows[-1]["tflops"] = round(rows[-1]["tflops"] * (3 if "back" in what else 1), 1)
+            count = 3 if what == "forward + backward" else 1
+            rows.append(row(problem, f"jitted {name}: {what}", total, products=count, **extra))
     return rows
 
 

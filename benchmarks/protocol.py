@@ -51,10 +51,19 @@ def traffic(p: configs.Problem, rows: int) -> int:
     return rows * p.k + elements[0] + out_bytes * rows * p.n
 
 
-def row(p: configs.Problem, op: str, times: list[float], rows: int | None = None, **extra) -> dict:
+def row(
+    p: configs.Problem,
+    op: str,
+    times: list[float],
+    rows: int | None = None,
+    *,
+    products: int = 1,
+    **extra,
+) -> dict:
     """Returns a row of results.
 
     Args:
+      products: of this size; three for forward and both gradients.
       rows: rows of lhs that count, of all groups together; default: all.
       times: µs of each launch; the row has their median, and the 10th and 90th percentile.
     """
@@ -62,12 +71,13 @@ def row(p: configs.Problem, op: str, times: list[float], rows: int | None = None
         rows = p.m * (p.g if p.variant in ("batched", "masked") else 1)
     us = statistics.median(times)
     low, high = (sorted(times)[round(q * (len(times) - 1))] for q in (0.1, 0.9))
-    roofline = 1e6 * max(operations(p, rows) / PEAK, traffic(p, rows) / BANDWIDTH)
+    flops, nbytes = products * operations(p, rows), products * traffic(p, rows)
+    roofline = 1e6 * max(flops / PEAK, nbytes / BANDWIDTH)
     return {
         "op": op, "variant": p.variant, "m": p.m, "n": p.n, "k": p.k, "g": p.g,
         "scales": p.scales, "out": p.out, "us": round(us, 2), "p10": round(low, 2),
-        "p90": round(high, 2), "tflops": round(1e-6 * operations(p, rows) / us, 1),
-        "gbs": round(1e-3 * traffic(p, rows) / us, 1), "roofline": round(roofline / us, 3),
+        "p90": round(high, 2), "tflops": round(1e-6 * flops / us, 1),
+        "gbs": round(1e-3 * nbytes / us, 1), "roofline": round(roofline / us, 3),
         **extra,
     }  # fmt: skip
 

@@ -142,9 +142,8 @@ def compare(problem: configs.Problem, op: str, contenders: dict, ours: str) -> l
     }
     rows = []
     for name in good:
-        own = row(problem, f"{op}: {name}", totals[name])
+        own = row(problem, f"{op}: {name}", totals[name], products=3)
         products = [sum(us for k, us in launch if tuning.KERNEL in k) for launch in times[name]]
-        own["tflops"] = round(3 * own["tflops"], 1)  # three products
         own |= {"bytes_peak": peak_bytes(*good[name][:1], *good[name][1])}
         if statistics.median(products):
             own["us_products"] = round(statistics.median(products), 2)

@@ -1,13 +1,18 @@
-"""What travels between devices in a compiled program."""
+"""Meshes of eight devices, and what travels between them in a compiled program."""
 
 import collections
 import re
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+AXES = ("data", "seq", "model")
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+def mesh_of(kind: AxisType):
+    return jax.make_mesh((2, 2, 2), AXES, axis_types=(kind,) * 3)
 
 
 def collectives(text: str) -> list[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
