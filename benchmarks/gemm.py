@@ -25,10 +25,12 @@ import shapes
 from protocol import ANCHORS, deepgemm, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
-from jax_fp8gemm import reference, tuning
-from jax_fp8gemm.primitives import TARGET
-from jax_fp8gemm.qarray import FP8
+from jax_fp8gemm import tuning
+from jax_fp8gemm._bind.native import TARGET
+from jax_fp8gemm._core import reference
+from jax_fp8gemm._core.qarray import FP8
+from jax_fp8gemm._select.choice import select
+from jax_fp8gemm._select.problem import Problem, attributes
 
 REPS = 15
 CALLS = 200  # in a program whose host time is measured
@@ -40,17 +42,15 @@ def all_shapes(only: str) -> list[shapes.Shape]:
     return [shape for shape in found if only in shape.name]
 
 
-def problem_of(shape: shapes.Shape) -> configs.Problem:
+def problem_of(shape: shapes.Shape) -> Problem:
     kind = jax.devices()[0].device_kind
-    return configs.Problem(
-        "dense", shape.m, shape.n, shape.k, 1, shape.scales, shape.out, device=kind
-    )
+    return Problem("dense", shape.m, shape.n, shape.k, 1, shape.scales, shape.out, device=kind)
 
 
 def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
     """Returns what a JAX user has today, as jitted functions of the same operands."""
 
-    def dequantise_then_bf16(lhs, rhs):
+    def dequantize_then_bf16(lhs, rhs):
         left = reference.dequantize(lhs.qvalue, lhs.scale, lhs.tile).astype(jnp.bfloat16)
         right = reference.dequantize(rhs.qvalue, rhs.scale, rhs.tile).astype(jnp.bfloat16)
         return jnp.einsum("mk,nk->mn", left, right)
@@ -64,7 +64,7 @@ def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
 
     left, right = jax.jit(bf16)(lhs, rhs)
     made = {
-        "dequantise, bf16 dot": (jax.jit(dequantise_then_bf16), (lhs, rhs)),
+        "dequantize, bf16 dot": (jax.jit(dequantize_then_bf16), (lhs, rhs)),
         "cuBLASLt, one scale": (jax.jit(cublaslt_per_tensor), (lhs, rhs)),
         "bf16 dot": (jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b)), (left, right)),
     }
@@ -91,7 +91,7 @@ def products(only: str) -> Iterator[list[dict]]:
         extra = {
             **deepgemm(peer),
             "us_read_flush": round(statistics.median(read[shape.name]), 2),
-            "config": str(configs.select(problem)),
+            "config": str(select(problem)),
         }
         name = "gradient: " if shape.scales == "1x128_1x128" else "dense: "
         rows.append(row(problem, name + shape.name, write[shape.name], **extra))
@@ -146,7 +146,7 @@ def beside_torch(shape, problem, us: float) -> list[dict]:
 def matmul() -> list[dict]:
     """Times fp8_matmul with its casts, forward and forward + backward, beside bf16."""
     m, n, k = 4096, 4096, 7168
-    problem = configs.Problem("dense", m, n, k)
+    problem = Problem("dense", m, n, k)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
     w = jax.random.normal(keys[1], (k, n), jnp.bfloat16)
@@ -183,8 +183,8 @@ def host() -> list[dict]:
     Launched one by one, calls without rows tell what of it is XLA's own: they return before
     anything is encoded or launched.
     """
-    problem = configs.Problem("dense", 1, 8, 128)  # so small that the host is what takes time
-    attributes = configs.attributes(problem, configs.select(problem))
+    problem = Problem("dense", 1, 8, 128)  # so small that the host is what takes time
+    specification = attributes(problem, select(problem))
 
     @jax.jit
     def chain(lhs, rhs, init):
@@ -196,7 +196,7 @@ def host() -> list[dict]:
     def without_rows(*operands):
         result = jax.ShapeDtypeStruct((0, 8), jnp.bfloat16)
         call = jax.ffi.ffi_call(TARGET, result, has_side_effect=True)  # else XLA would drop it
-        return [call(*operands, **attributes) for _ in range(CALLS)][-1]
+        return [call(*operands, **specification) for _ in range(CALLS)][-1]
 
     lhs, rhs, lhs_scale, rhs_scale = (0, 128), (8, 128), (1, 0), (1, 4)  # kernel level
     nothing = [jnp.zeros(shape, FP8) for shape in (lhs, rhs)]
@@ -220,11 +220,11 @@ def host() -> list[dict]:
 
 def compiling() -> list[dict]:
     """Times two processes that need one kernel: the first compiles it, the second loads it."""
-    big = configs.Problem("dense", 4096, 4096, 7168)
-    wanted = configs.attributes(big, configs.select(big))
+    big = Problem("dense", 4096, 4096, 7168)
+    wanted = attributes(big, select(big))
     wanted = {k: v if isinstance(v, str) else int(v) for k, v in wanted.items()}
     code = f"""
-from jax_fp8gemm import _native
+from jax_fp8gemm._bind import native as _native
 made = _native.compile({wanted})
 print(made["origin"], made["seconds"])
 """

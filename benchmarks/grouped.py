@@ -23,8 +23,9 @@ import shapes
 from protocol import ANCHORS, DEEPGEMM, deepgemm, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
 from jax_fp8gemm import tuning
+from jax_fp8gemm._select.choice import select
+from jax_fp8gemm._select.problem import Problem
 
 REPS = 11
 PADDED = "DeepGEMM, contiguous: the same rows, padded (stored)"  # beside ragged
@@ -46,7 +47,7 @@ def products(only: str) -> list[dict]:
         stored = "contiguous" if shape.variant == "ragged" else shape.variant
         peer = ANCHORS[stored].get(f"{shape.g}x{shape.rows}", {}).get(f"{shape.n}x{shape.k}")
         name = DEEPGEMM if stored == shape.variant else PADDED
-        extra = {"config": str(configs.select(problem)), **deepgemm(peer, name)}
+        extra = {"config": str(select(problem)), **deepgemm(peer, name)}
         rows.append(row(problem, f"grouped: {shape.name}", times[shape.name], total, **extra))
     return rows
 
@@ -84,7 +85,7 @@ def peers() -> dict[str, Callable]:
 
 def ragged_dot(n: int, k: int) -> list[dict]:
     """Times forward products of floats, casts included, beside ours with weights in FP8 before."""
-    problem = configs.Problem("ragged", ROWS, n, k, GROUPS)
+    problem = Problem("ragged", ROWS, n, k, GROUPS)
     keys = jax.random.split(jax.random.key(0))
     lhs = jax.random.normal(keys[0], (ROWS, k), jnp.bfloat16)
     rhs = jax.random.normal(keys[1], (GROUPS, k, n), jnp.bfloat16)
@@ -97,7 +98,7 @@ def ragged_dot(n: int, k: int) -> list[dict]:
 
     floats = lhs, rhs, sizes
     contenders = {
-        "weights quantised beforehand": functools.partial(ours, lhs, weights, sizes),
+        "weights quantized beforehand": functools.partial(ours, lhs, weights, sizes),
         "fp8_ragged_dot": functools.partial(jax.jit(fp8.fp8_ragged_dot), *floats),
     }
     for name, peer in peers().items():
@@ -106,7 +107,7 @@ def ragged_dot(n: int, k: int) -> list[dict]:
             contenders[name] = functools.partial(jitted, *floats)
         progress(name)
     times = tuning.device_microseconds(contenders, 3, burst=True)
-    mine = times.pop("weights quantised beforehand")
+    mine = times.pop("weights quantized beforehand")
     best = min((n for n in times if "Pallas" in n), key=lambda n: min(times[n]), default=None)
     rows = []
     for name, us in times.items():

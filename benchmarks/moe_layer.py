@@ -21,8 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from moe_lm import plain_experts
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.prepared import CAST_ROWS
+from jax_fp8gemm._ops.weights import CAST_ROWS
+from jax_fp8gemm._select.problem import Problem
 
 WIDTH, HIDDEN, TOP_K = 7168, 2048, 8  # DeepSeek-V3 (arXiv 2412.19437), section 4.2
 CASES = [(8, 8192), (8, 32768), (32, 8192), (32, 32768)]  # experts of this device, rows
@@ -59,13 +59,13 @@ def forward_and_backward(layer):
 
 
 def ours(x, routing, *kernels) -> jax.Array:
-    return fp8.expert_ffn(x, routing.experts, routing.weights, *kernels)
+    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, *kernels)
 
 
 def with_copies(x, routing, *kernels) -> jax.Array:
     """The same, with FP8 copies of the weights whatever the number of rows."""
     prepared = fp8.prepare_experts(*kernels)
-    return fp8.expert_ffn(x, routing.experts, routing.weights, prepared)
+    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, prepared)
 
 
 def layer(experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> list[dict]:
@@ -81,7 +81,7 @@ def layer(experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> 
             return (up if rhs.shape[1] == width else down)(lhs, rhs, sizes)
 
         layers["Pallas ragged_dot_mgpu, tuned"] = plain_experts(pallas)
-    problem = configs.Problem("ragged", rows, hidden, 3 * width, experts)  # gate, up and down
+    problem = Problem("ragged", rows, hidden, 3 * width, experts)  # gate, up and down
     op = f"MoE layer, {experts} experts, {rows} rows, forward + backward"
     made = {name: (forward_and_backward(f), given) for name, f in layers.items()}
     return compare(problem, op, made, "fp8 expert_ffn")

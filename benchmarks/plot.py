@@ -22,7 +22,7 @@ KINDS = {  # how ops of stored rows begin: what a reader sees
 LAYER = "MoE layer, 8 experts, 32768 rows, forward + backward: "
 PEERS = {
     "beside bf16 dot: ffn_up_m4096": "bf16 dot\n4096×4096×7168",
-    "beside dequantise, bf16 dot: ffn_up_m4096": "dequantise,\nbf16 dot",
+    "beside dequantize, bf16 dot: ffn_up_m4096": "dequantize,\nbf16 dot",
     "beside torch._scaled_mm, 1x128 by 128x128: ffn_up_m4096": "torch\n_scaled_mm",
     "beside Pallas ragged_dot_mgpu: 8x4096 7168x2048": "Pallas ragged_dot\n(weights in FP8 before)",
     "beside jax.lax.ragged_dot: 8x4096 7168x2048": "lax.ragged_dot\n(weights in FP8 before)",

@@ -12,8 +12,9 @@ import time
 
 import jax
 
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.variants import VARIANTS
+from jax_fp8gemm._core.variants import VARIANTS
+from jax_fp8gemm._select.choice import file_name
+from jax_fp8gemm._select.problem import Problem
 
 HERE = pathlib.Path(__file__).parent
 ANCHORS = json.loads((HERE / "anchors.json").read_text())["us"]  # of an H200
@@ -25,7 +26,7 @@ START = time.perf_counter()
 
 def results() -> pathlib.Path:
     """Returns where rows of the card at hand are stored."""
-    return HERE / f"results/{configs.file_name(jax.devices()[0].device_kind)}.json"
+    return HERE / f"results/{file_name(jax.devices()[0].device_kind)}.json"
 
 
 def deepgemm(us: float | None, peer: str = DEEPGEMM) -> dict:
@@ -35,12 +36,12 @@ def deepgemm(us: float | None, peer: str = DEEPGEMM) -> dict:
     return {"peer": peer, "peer_us": us}
 
 
-def operations(p: configs.Problem, rows: int) -> int:
+def operations(p: Problem, rows: int) -> int:
     """Returns additions and multiplications of the rows that count."""
     return 2 * p.n * (p.m * p.k if VARIANTS[p.variant].groups == "k" else rows * p.k)
 
 
-def traffic(p: configs.Problem, rows: int) -> int:
+def traffic(p: Problem, rows: int) -> int:
     """Returns the bytes of a product when what counts of each operand is read or written once."""
     size = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
     table = VARIANTS[p.variant]
@@ -52,7 +53,7 @@ def traffic(p: configs.Problem, rows: int) -> int:
 
 
 def row(
-    p: configs.Problem,
+    p: Problem,
     op: str,
     times: list[float],
     rows: int | None = None,

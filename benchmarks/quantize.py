@@ -1,4 +1,4 @@
-"""Times quantising kernels, and products with all their casts: device time, cold L2.
+"""Times quantizing kernels, and products with all their casts: device time, cold L2.
 
 python benchmarks/quantize.py
 """
@@ -16,9 +16,10 @@ from pallas_peer import tuned
 from protocol import BANDWIDTH, progress, row, runs, save
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
-from jax_fp8gemm import reference, tuning
-from jax_fp8gemm.qarray import BLOCK, round_up
+from jax_fp8gemm import tuning
+from jax_fp8gemm._core import reference
+from jax_fp8gemm._core.layout import BLOCK, round_up
+from jax_fp8gemm._select.problem import Problem
 
 REPS = 11
 TOKENS, WIDTH, EXPERTS = 16384, 7168, 8
@@ -26,7 +27,7 @@ KERNEL = "fp8_quantize"  # the entry point, csrc/quantize_spec.cpp
 
 
 def group_sizes() -> np.ndarray:
-    return tuning.group_sizes(configs.Problem("ragged", TOKENS, 1, 1, EXPERTS))
+    return tuning.group_sizes(Problem("ragged", TOKENS, 1, 1, EXPERTS))
 
 
 def nbytes(tree) -> int:
@@ -131,7 +132,7 @@ def gradients(product: Callable) -> Callable:
     return both
 
 
-def compare(problem: configs.Problem, op: str, contenders: dict, ours: str) -> list[dict]:
+def compare(problem: Problem, op: str, contenders: dict, ours: str) -> list[dict]:
     """Times whole programs; each contender is (jitted function, operands)."""
     good = {name: c for name, c in contenders.items() if runs(name, *c)}
     started = {name: functools.partial(f, *a) for name, (f, a) in good.items()}
@@ -164,15 +165,15 @@ def matmul() -> list[dict]:
         f"fp8_matmul, residuals {r}": functools.partial(fp8.fp8_matmul, residuals=r)
         for r in ("fp8", "input")
     }
-    problem = configs.Problem("dense", m, n, k)
+    problem = Problem("dense", m, n, k)
     made = {name: (gradients(f), (x, w)) for name, f in contenders.items()}
     return compare(problem, "forward + backward", made, "fp8_matmul")
 
 
 def ragged_dot() -> list[dict]:
-    """The weights are quantised once, outside of what is timed."""
+    """The weights are quantized once, outside of what is timed."""
     m, k, n = 2 * TOKENS, WIDTH, 4096
-    problem = configs.Problem("ragged", m, n, k, EXPERTS)
+    problem = Problem("ragged", m, n, k, EXPERTS)
     x, w = random(m, k), random(EXPERTS, k, n, seed=1)
     sizes = jnp.asarray(tuning.group_sizes(problem))
     prepared = dataclasses.replace(jax.jit(fp8.prepare_weight)(w), w=None)

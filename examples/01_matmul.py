@@ -11,10 +11,10 @@ def main(m: int = 512, n: int = 1024, k: int = 2048) -> float:
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
     w = jax.random.normal(keys[1], (k, n), jnp.bfloat16)
 
-    # Floats in, floats out: quantised inside, differentiable.
+    # Floats in, floats out: quantized inside, differentiable.
     y = jax.jit(fp8.fp8_matmul)(x, w)
 
-    # The same at kernel level: quantise a weight once, use it often. Both operands have k last.
+    # The same at kernel level: quantize a weight once, use it often. Both operands have k last.
     weight = jax.jit(lambda w: fp8.quantize(w.T, (128, 128)))(w)
     again = jax.jit(lambda x, weight: fp8.gemm(fp8.quantize(x), weight))(x, weight)
 

@@ -28,7 +28,7 @@ def step(model: Model, optimizer: nnx.Optimizer, x: jax.Array, target: jax.Array
 
     (_, (error, routing)), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
     optimizer.update(model, gradients)
-    return error, jnp.bincount(routing.experts.reshape(-1), length=routing.scores.shape[1])
+    return error, jnp.bincount(routing.expert_index.reshape(-1), length=routing.scores.shape[1])
 
 
 def main(steps: int = 30, tokens: int = 512, width: int = 128, hidden: int = 128) -> list[float]:

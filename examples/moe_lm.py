@@ -77,17 +77,17 @@ def _fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _fp8_experts(x, routing: fp8.Routing, wi_0, wi_1, wo) -> jax.Array:
-    return fp8.expert_ffn(x, routing.experts, routing.weights, wi_0, wi_1, wo)
+    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, wi_0, wi_1, wo)
 
 
 def plain_experts(ragged_dot: Callable = jax.lax.ragged_dot, dtype=jnp.bfloat16) -> Callable:
     """Returns the expert block in `dtype` around a ragged dot (lhs, rhs, group_sizes)."""
 
     def experts(x, routing: fp8.Routing, wi_0, wi_1, wo) -> jax.Array:
-        top_k = routing.experts.shape[1]
-        rows, permutation = fp8.permute(x.astype(dtype), routing.experts, wi_0.shape[0])
+        top_k = routing.expert_index.shape[1]
+        rows, permutation = fp8.permute(x.astype(dtype), routing.expert_index, wi_0.shape[0])
         sizes = permutation.group_sizes
-        weights = routing.weights.reshape(-1)[permutation.order][:, None]
+        weights = routing.gate_weights.reshape(-1)[permutation.order][:, None]
         wi_0, wi_1, wo = (w.astype(dtype) for w in (wi_0, wi_1, wo))
         gate, up = ragged_dot(rows, wi_0, sizes), ragged_dot(rows, wi_1, sizes)
         hidden = (jax.nn.silu(gate.astype(jnp.float32)) * up * weights).astype(dtype)

@@ -8,27 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm import _native
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.kernel_level import gemm
-from jax_fp8gemm.quantizing import quantize
+from jax_fp8gemm._bind.native import cache_dir, compile, device_facts, nvrtc_facts
+from jax_fp8gemm._core.version import __version__
+from jax_fp8gemm._ops.gemm import gemm
+from jax_fp8gemm._ops.quantize import quantize
+from jax_fp8gemm._select.choice import select
+from jax_fp8gemm._select.problem import Problem, attributes
 
 
 def line(name: str, value: object) -> None:
     print(f"{name:12} {value}")
 
 
-def mend_of(error: str) -> str:
+def fix_of(error: str) -> str:
     """Returns the last part of a four-part message, what to do, after what was found."""
-    got, mend = (error.split(f"\n  {part} ")[1].split("\n")[0].strip() for part in ("got", "mend"))
-    return f"{got}; {mend}"
+    got, fix = (error.split(f"\n  {part} ")[1].split("\n")[0].strip() for part in ("got", "fix"))
+    return f"{got}; {fix}"
 
 
 def devices() -> bool:
     """Prints the GPUs and the driver; returns whether a Hopper GPU is there."""
-    facts = _native.device_facts()
+    facts = device_facts()
     if "error" in facts:
-        line("device", f"no GPU: {mend_of(facts['error'])}")
+        line("device", f"no GPU: {fix_of(facts['error'])}")
         return False
     line("driver", f"CUDA {facts['driver']}")
     for device in facts["devices"]:
@@ -40,19 +42,19 @@ def devices() -> bool:
 
 def toolchain() -> bool:
     """Prints the run-time compiler and the cache; returns whether kernels can be compiled."""
-    facts = _native.nvrtc_facts()
+    facts = nvrtc_facts()
     if "error" in facts:
-        line("compiler", f"missing: {mend_of(facts['error'])}")
+        line("compiler", f"missing: {fix_of(facts['error'])}")
     else:
         line("compiler", f"NVRTC {facts['version']} from {facts['path']}")
-    line("cache", _native.cache_dir())
+    line("cache", cache_dir())
     return "error" not in facts
 
 
 def compile_check() -> None:
     """Compiles, or loads, one kernel."""
-    problem = configs.Problem("dense", 4096, 4096, 7168)
-    made = _native.compile(configs.attributes(problem, configs.select(problem)))
+    problem = Problem("dense", 4096, 4096, 7168)
+    made = compile(attributes(problem, select(problem)))
     line("kernel", f"from {made['origin']} in {1e3 * made['seconds']:.1f} ms")
 
 
@@ -68,13 +70,13 @@ def product_check() -> bool:
     scale = np.repeat(np.asarray(rhs.scale, np.float64), 128, 0)[:136]
     expected = np.einsum("mbk,nbk->mn", exact, other * scale[:, :, None])
     error = np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected)
-    where = out.device.device_kind
+    where = next(iter(out.devices())).device_kind
     line("product", f"on {where}, relative error {error:.1e}")
-    return error < 1e-3
+    return bool(error < 1e-3)
 
 
 def main() -> int:
-    line("jax_fp8gemm", _native.version())
+    line("jax_fp8gemm", __version__)
     line("versions", f"jax {jax.__version__}, Python {platform.python_version()}")
     hopper, compiler = devices(), toolchain()
     if compiler:

@@ -9,16 +9,20 @@ import os
 import pathlib
 import uuid
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.qarray import BLOCKS, FP8, QArray, scale_shape
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.layout import BLOCKS, scale_shape
+from jax_fp8gemm._core.qarray import FP8, QArray
 
 SCALE = "_scale_inv"  # what DeepSeek appends; the "inverse" is what to multiply by
 INDEX = "model.safetensors.index.json"  # Hugging Face's name of the table of several files
+
+
 # safetensors' names of dtypes. Its numpy and flax front ends read no FP8 (version 0.8), so bytes
 # are read here.
 DTYPES = {
@@ -28,12 +32,13 @@ DTYPES = {
     "U64": jnp.uint64, "U32": jnp.uint32, "U16": jnp.uint16, "U8": jnp.uint8,
 }  # fmt: skip
 
+
+__all__ = ["load", "save"]
+
 Path = str | os.PathLike
 
 
-def load_safetensors(
-    path: Path, *, keep: Callable[[str], bool] | None = None
-) -> dict[str, QArray | jax.Array]:
+def load(path: Path, *, keep: Callable[[str], bool] | None = None) -> dict[str, QArray | jax.Array]:
     """Reads tensors, and each FP8 weight with its scales as one QArray; no value is converted.
 
     Args:
@@ -54,25 +59,25 @@ def load_safetensors(
     Source: DeepSeek-V3's repository, README_WEIGHTS.md.
 
     Example:
-      tensors = load_safetensors("DeepSeek-V3", keep=lambda name: ".layers.3." in name)
+      tensors = checkpoint.load("DeepSeek-V3", keep=lambda name: ".layers.3." in name)
       w = prepare_weight(tensors["model.layers.3.self_attn.o_proj.weight"])
     """
-    op, path = "load_safetensors", pathlib.Path(path)
+    op, path = "checkpoint.load", pathlib.Path(path)
     wanted = (lambda name: True) if keep is None else (lambda name: keep(name.removesuffix(SCALE)))
-    raw: dict[str, np.ndarray] = {}
+    raw: dict[str, Any] = {}
     for file, names in _files(op, path, wanted).items():
         found = _read(op, file, wanted)
         for name in names or found:
             if name not in found:
-                got, mend = f"{len(found)} tensors in {file.name}", "fetch the file again"
-                fail(op, f"{name} is missing.", got, f"{name}, as the index says", mend)
+                got, fix = f"{len(found)} tensors in {file.name}", "fetch the file again"
+                fail(op, f"{name} is missing.", got, f"{name}, as the index says", fix)
             raw[name] = found[name]
     for name in _weights(op, raw):
         raw[name] = QArray(raw[name], raw.pop(name + SCALE))
     return jax.tree.map(jnp.asarray, raw)
 
 
-def save_safetensors(path: Path, tensors: Mapping[str, QArray | jax.Array]) -> None:
+def save(path: Path, tensors: Mapping[str, QArray | jax.Array]) -> None:
     """Writes tensors to one file, each QArray as `NAME` and `NAME_scale_inv`, as they are.
 
     The file appears whole or not at all: whoever is killed while writing leaves the old one.
@@ -86,18 +91,18 @@ def save_safetensors(path: Path, tensors: Mapping[str, QArray | jax.Array]) -> N
       array, a dtype that the format lacks. FileNotFoundError: no such folder.
 
     Example:
-      save_safetensors("model.safetensors", {"up.weight": quantize(w.T, (128, 128))})
+      checkpoint.save("model.safetensors", {"up.weight": quantize(w.T, (128, 128))})
     """
-    op, path = "save_safetensors", pathlib.Path(path)
+    op, path = "checkpoint.save", pathlib.Path(path)
     if not path.parent.is_dir():
-        mend = "make it, or choose another"
-        fail(op, "no such folder.", str(path.parent), "a folder", mend, FileNotFoundError)
+        fix = "make it, or choose another"
+        fail(op, "no such folder.", str(path.parent), "a folder", fix, FileNotFoundError)
     flat: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if isinstance(value, QArray):
             if name + SCALE in tensors:
-                got, mend = f"{name} as QArray and {name + SCALE}", "drop one of them"
-                fail(op, f"{name} has scales twice.", got, "the QArray alone", mend)
+                got, fix = f"{name} as QArray and {name + SCALE}", "drop one of them"
+                fail(op, f"{name} has scales twice.", got, "the QArray alone", fix)
             flat[name], flat[name + SCALE] = _host(op, name, value.qvalue), np.asarray(value.scale)
         else:
             flat[name] = _host(op, name, value)
@@ -114,8 +119,8 @@ def _files(op: str, path: pathlib.Path, wanted) -> dict[pathlib.Path, list[str]]
     files: dict[pathlib.Path, list[str]] = {}
     index = json.loads((path / INDEX).read_text())
     if "weight_map" not in index:
-        mend = "take model.safetensors.index.json from where the other files are from"
-        fail(op, f"{path / INDEX} is no index.", f"{sorted(index)}", "weight_map in it", mend)
+        fix = "take model.safetensors.index.json from where the other files are from"
+        fail(op, f"{path / INDEX} is no index.", f"{sorted(index)}", "weight_map in it", fix)
     for name, file in index["weight_map"].items():
         if wanted(name):
             files.setdefault(path / file, []).append(name)
@@ -129,8 +134,8 @@ def _read(op: str, file: pathlib.Path, wanted) -> dict[str, np.ndarray]:
     try:
         tensors = deserialize(content)
     except SafetensorError as error:
-        got, mend = f"{len(content)} bytes: {error}", "fetch it again; git-lfs leaves such pointers"
-        fail(op, f"{file} is damaged.", got, "a whole safetensors file", mend)
+        got, fix = f"{len(content)} bytes: {error}", "fetch it again; git-lfs leaves such pointers"
+        fail(op, f"{file} is damaged.", got, "a whole safetensors file", fix)
     return {name: _array(op, name, tensor) for name, tensor in tensors if wanted(name)}
 
 
@@ -139,9 +144,9 @@ def _array(op: str, name: str, tensor: dict) -> np.ndarray:
     if code not in DTYPES:
         got, expected = f"{code} {shape}", f"one of {', '.join(DTYPES)}"
         fail(op, f"{name} has an unknown dtype.", got, expected, "leave it out by keep", TypeError)
-    if code in ("F64", "I64", "U64") and not jax.config.jax_enable_x64:
-        expected, mend = "at most 32 bits", "set jax_enable_x64, or leave it out by keep"
-        fail(op, f"{name} has 64 bits.", f"{code} {shape}", expected, mend, TypeError)
+    if code in ("F64", "I64", "U64") and not jax.config.read("jax_enable_x64"):
+        expected, fix = "at most 32 bits", "set jax_enable_x64, or leave it out by keep"
+        fail(op, f"{name} has 64 bits.", f"{code} {shape}", expected, fix, TypeError)
     return np.frombuffer(tensor["data"], DTYPES[code]).reshape(shape)
 
 
@@ -159,30 +164,30 @@ def _weights(op: str, raw: Mapping[str, np.ndarray]) -> list[str]:
 
 def _check_weight(op: str, name: str, value: np.ndarray, scale: np.ndarray | None) -> None:
     if value.ndim < 2 or value.dtype != FP8:
-        mend = "drop the scales, or quantize the weight"
-        fail(op, f"{name} is no FP8 weight.", describe(name, value), "e4m3 [out, in]", mend)
+        fix = "drop the scales, or quantize the weight"
+        fail(op, f"{name} is no FP8 weight.", describe(name, value), "e4m3 [out, in]", fix)
     shape = list(scale_shape(value.shape, BLOCKS))
     expected = f"{name + SCALE} f32{shape}"
     if scale is None:
-        mend = "a folder has the scales of all its files; to save, pass a QArray"
-        fail(op, f"{name} has no scales.", describe(name, value), expected, mend)
+        fix = "a folder has the scales of all its files; to save, pass a QArray"
+        fail(op, f"{name} has no scales.", describe(name, value), expected, fix)
     got = f"{describe(name, value)}, {describe('scales', scale)}"
     if list(scale.shape) != shape:
-        mend = "quantize(w, (128, 128)) gives such scales"
-        fail(op, f"{name} has scales of the wrong shape.", got, expected, mend)
+        fix = "quantize(w, (128, 128)) gives such scales"
+        fail(op, f"{name} has scales of the wrong shape.", got, expected, fix)
     if scale.dtype != np.float32:
-        mend = "convert the scales to float32"
-        fail(op, f"{name} has scales of the wrong dtype.", got, expected, mend, TypeError)
+        fix = "convert the scales to float32"
+        fail(op, f"{name} has scales of the wrong dtype.", got, expected, fix, TypeError)
 
 
 def _host(op: str, name: str, value: jax.Array) -> np.ndarray:
     if not isinstance(value, jax.Array | np.ndarray):
-        got, mend = type(value).__name__, "of a PreparedWeight pass .forward, of a tree its leaves"
-        fail(op, f"{name} is no array.", got, "an array or a QArray", mend, TypeError)
+        got, fix = type(value).__name__, "of a PreparedWeight pass .forward, of a tree its leaves"
+        fail(op, f"{name} is no array.", got, "an array or a QArray", fix, TypeError)
     if value.dtype not in [jnp.dtype(dtype) for dtype in DTYPES.values()]:
-        expected, mend = f"one of {', '.join(DTYPES)}", "cast it"
+        expected, fix = f"one of {', '.join(DTYPES)}", "cast it"
         what = f"{name} has a dtype that the format lacks."
-        fail(op, what, describe(name, value), expected, mend, TypeError)
+        fail(op, what, describe(name, value), expected, fix, TypeError)
     return np.ascontiguousarray(value).reshape(value.shape)  # which makes [] to [1]
 
 

@@ -7,9 +7,23 @@ DeepGEMM; scale arrays may have any layout in memory.
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm.kernel_level import check_positive, gemm
-from jax_fp8gemm.qarray import BLOCK, QArray, round_up
-from jax_fp8gemm.qarray import ceil_div as ceil_div
+from jax_fp8gemm._core.checks import check_positive
+from jax_fp8gemm._core.layout import SCALE_BLOCK, ceil_div, round_up
+from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._ops.gemm import gemm
+
+__all__ = [
+    "ceil_div",
+    "gemm_fp8_fp8_bf16_nt",
+    "get_col_major_tma_aligned_tensor",
+    "get_m_alignment_for_contiguous_layout",
+    "get_num_sms",
+    "get_tma_aligned_size",
+    "k_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
+    "set_num_sms",
+]
 
 _num_sms: int | None = None
 
@@ -54,7 +68,7 @@ def gemm_fp8_fp8_bf16_nt(
 
 def get_m_alignment_for_contiguous_layout() -> int:
     """Returns 128: a block of so many rows belongs to one group."""
-    return BLOCK
+    return SCALE_BLOCK
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
@@ -67,7 +81,8 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
       rhs: e4m3 [g, n, k] and its f32 scales [g, ceil(n / 128), ceil(k / 128)].
       m_indices: int32 [m], the same for each 128 rows; -1 for padding, whose rows become zero.
     """
-    return gemm(QArray(*lhs), QArray(*rhs), m_indices, variant="contiguous", num_sms=_num_sms)
+    operands = QArray(*lhs), QArray(*rhs)
+    return gemm(*operands, groups=m_indices, variant="contiguous", num_sms=_num_sms)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_masked(

@@ -4,20 +4,29 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.linen.dtypes as dtypes
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
-from jax_fp8gemm.dot_general import dot_general_like_lhs
-from jax_fp8gemm.expert_parallel import axis_size
-from jax_fp8gemm.moe import OPTIONS, moe
-from jax_fp8gemm.ops import fp8_matmul
-from jax_fp8gemm.prepared import prepare_weight
-from jax_fp8gemm.qarray import BLOCKS, FP8, QArray, scale_shape
-from jax_fp8gemm.quantizing import quantize
-from jax_fp8gemm.routing import Routing
+from jax_fp8gemm._core.layout import BLOCKS, scale_shape
+from jax_fp8gemm._core.qarray import FP8, QArray
+from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._moe.exchange import axis_size
+from jax_fp8gemm._moe.layer import OPTIONS, moe
+from jax_fp8gemm._moe.routing import Routing
+from jax_fp8gemm._moe.weights import ExpertKernels
+from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
+from jax_fp8gemm._ops.matmul import fp8_matmul
+from jax_fp8gemm._ops.quantize import quantize
+from jax_fp8gemm._ops.weights import prepare_weight
+
+__all__ = ["Fp8Dense", "Fp8DenseGeneral", "Fp8MoE", "quantize_kernels"]
+
 
 kernel_init = nn.initializers.lecun_normal()
+
+
 expert_init = nn.initializers.lecun_normal(batch_axis=(0,))  # fan-in of one expert
 
 
@@ -27,8 +36,8 @@ def cast_inputs(inputs, kernel, bias, *, dtype: Dtype | None = None):
     So its gradient leaves the product in the kernel's own dtype, unrounded. Inputs and bias become
     `dtype`, or without one what Flax would infer.
     """
-    dtype = nn.dtypes.canonicalize_dtype(inputs, kernel, bias, dtype=dtype)
-    inputs, bias = nn.dtypes.promote_dtype(inputs, bias, dtype=dtype)
+    dtype = dtypes.canonicalize_dtype(inputs, kernel, bias, dtype=dtype)
+    inputs, bias = dtypes.promote_dtype(inputs, bias, dtype=dtype)
     return inputs, kernel, bias
 
 
@@ -61,7 +70,7 @@ class Fp8Dense(nn.Dense):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[:1], self.param_dtype)
-        inputs, bias = nn.dtypes.promote_dtype(inputs, bias, dtype=self.dtype)
+        inputs, bias = dtypes.promote_dtype(inputs, bias, dtype=self.dtype)
         weight = prepare_weight(QArray(qvalue, scale))
         y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
         return y if bias is None else y + bias
@@ -83,6 +92,8 @@ class Fp8DenseGeneral(nn.DenseGeneral):
 
 # NOTE: linen names unnamed layers by their class, and draws initial values by their names.
 Fp8Dense.__name__ = nn.Dense.__name__
+
+
 Fp8DenseGeneral.__name__ = nn.DenseGeneral.__name__
 
 
@@ -114,20 +125,21 @@ def quantize_kernels(
 
 
 class Fp8MoE(nn.Module):
-    """A mixture of experts by `jax_fp8gemm.moe`, routed, gated by SwiGLU and summed up.
+    """A mixture of experts: `jax_fp8gemm.moe` with its parameters.
 
     Parameters: `gate_kernel` [h, e], `wi_0` and `wi_1` [e, h, f], `wo` [e, f, h], and with
     shared_features `shared_wi_0` and `shared_wi_1` [h, fs], `shared_wo` [fs, h].
 
     Attributes:
       num_experts, hidden_features: e and f.
-      top_k, score, normalize, scale, capacity_factor, exchange, wire: see `moe`.
+      top_k, score_function, normalize, routed_scaling_factor, capacity_factor, exchange, wire,
+        scale_rounding, cast_in_gemm: see `moe`.
       shared_features: fs, the hidden width of an expert that sees every token; 0 for none.
       expert_axis: the mesh axis that splits tokens and experts. Then `apply` belongs inside
         jax.shard_map, with this device's experts; `init` outside, and it makes them all.
       dtype: of the computation; default: the input's. The router is float32.
       param_dtype: of the parameters.
-      gate_init, wi_init, wo_init, shared_wi_init, shared_wo_init: initialisers.
+      gate_init, wi_init, wo_init, shared_wi_init, shared_wo_init: initializers.
 
     Example:
       y, routing = Fp8MoE(num_experts=8, hidden_features=1024, top_k=2)(x)
@@ -137,14 +149,16 @@ class Fp8MoE(nn.Module):
     num_experts: int
     hidden_features: int
     top_k: int
-    score: str = "softmax"
+    score_function: ScoreFunction = "softmax"
     normalize: bool = True
-    scale: float = 1.0
+    routed_scaling_factor: float = 1.0
     capacity_factor: float | None = None
     shared_features: int = 0
     expert_axis: str | None = None
-    exchange: str = "all_gather"
-    wire: str = "fp8"
+    exchange: ExchangeKind = "all_gather"
+    wire: Wire = "fp8"
+    scale_rounding: ScaleRounding = "pow2"
+    cast_in_gemm: bool | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     gate_init: Initializer = kernel_init
@@ -165,10 +179,11 @@ class Fp8MoE(nn.Module):
           y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
         """
         axis = None if self.is_initializing() else self.expert_axis
-        parameters, shared = self._parameters(x.shape[-1], axis)
+        gate_kernel, kernels, shared = self._parameters(x.shape[-1], axis)
         return moe(
             x.astype(self.dtype or x.dtype),
-            **parameters,
+            gate_kernel,
+            kernels,
             shared=shared,
             bias=bias,
             expert_axis=axis,
@@ -182,16 +197,17 @@ class Fp8MoE(nn.Module):
         def param(name, init, *shape):
             return self.param(name, init, shape, self.param_dtype)
 
-        parameters = {
-            "gate_kernel": param("gate_kernel", self.gate_init, h, e),
-            "wi_0": param("wi_0", self.wi_init, own, h, f),
-            "wi_1": param("wi_1", self.wi_init, own, h, f),
-            "wo": param("wo", self.wo_init, own, f, h),
-        }
-        if not fs:
-            return parameters, None
-        return parameters, (
-            param("shared_wi_0", self.shared_wi_init, h, fs),
-            param("shared_wi_1", self.shared_wi_init, h, fs),
-            param("shared_wo", self.shared_wo_init, fs, h),
+        gate_kernel = param("gate_kernel", self.gate_init, h, e)
+        kernels = ExpertKernels(
+            wi_0=param("wi_0", self.wi_init, own, h, f),
+            wi_1=param("wi_1", self.wi_init, own, h, f),
+            wo=param("wo", self.wo_init, own, f, h),
         )
+        if not fs:
+            return gate_kernel, kernels, None
+        shared = ExpertKernels(
+            wi_0=param("shared_wi_0", self.shared_wi_init, h, fs),
+            wi_1=param("shared_wi_1", self.shared_wi_init, h, fs),
+            wo=param("shared_wo", self.shared_wo_init, fs, h),
+        )
+        return gate_kernel, kernels, shared

@@ -10,15 +10,23 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 
-from jax_fp8gemm.dot_general import dot_general_like_lhs
-from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.moe import OPTIONS, moe
-from jax_fp8gemm.ops import fp8_matmul
-from jax_fp8gemm.prepared import prepare_weight
-from jax_fp8gemm.qarray import BLOCKS, QArray
-from jax_fp8gemm.routing import Routing
+from jax_fp8gemm._core.checks import check_quantized
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.layout import BLOCKS
+from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
+from jax_fp8gemm._moe.routing import Routing
+from jax_fp8gemm._moe.weights import ExpertKernels
+from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
+from jax_fp8gemm._ops.matmul import fp8_matmul
+from jax_fp8gemm._ops.weights import prepare_weight
+
+__all__ = ["Fp8Linear", "Fp8MoE", "Quantized", "convert"]
+
 
 kernel_init = nnx.initializers.lecun_normal()
+
+
 expert_init = nnx.initializers.lecun_normal(batch_axis=(0,))  # fan-in of one expert
 
 
@@ -73,7 +81,7 @@ class Fp8Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Multiplies [..., in] to [..., out]."""
-        if self.qvalue is None:
+        if self.qvalue is None or self.scale is None:
             return super().__call__(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
@@ -112,18 +120,22 @@ class Fp8Linear(nnx.Linear):
         Raises:
           ValueError: a rank other than 2, other scales, a bias that does not fit.
         """
-        op, got = "Fp8Linear.from_quantized", describe("q", q.qvalue)
+        op = "Fp8Linear.from_quantized"
+        check_quantized(op, "q", q)
+        got = describe("q", q.qvalue)
         if q.ndim != 2 or not q.has_tile(BLOCKS):
             got += f", {describe('scale', q.scale)}"
-            expected, mend = "q [out, in], scales of 128x128", "quantize(kernel.T, (128, 128))"
-            fail(op, "q is no such matrix.", got, expected, mend)
+            expected, fix = "q [out, in], scales of 128x128", "quantize(kernel.T, (128, 128))"
+            fail(op, "q is not a matrix scaled by 128x128.", got, expected, fix)
         out, k = q.shape
         if bias is not None and bias.shape != (out,):
             got += f", {describe('bias', bias)}"
             fail(op, "bias does not fit q.", got, f"bias [{out}]", "is q transposed?")
-        unused = {"kernel_init": lambda *_: q.qvalue, "rngs": nnx.Rngs(0)}
-        layer = cls(k, out, use_bias=False, dtype=dtype, **unused)
-        layer.kernel = nnx.data(None)
+        unused = nnx.Rngs(0)
+        layer = cls(
+            k, out, use_bias=False, dtype=dtype, kernel_init=lambda *_: q.qvalue, rngs=unused
+        )
+        layer.kernel = nnx.data(None)  # type: ignore[arg-type]
         layer.qvalue, layer.scale = Quantized(q.qvalue), Quantized(q.scale)
         if bias is not None:
             layer.bias, layer.use_bias = nnx.Param(bias), True
@@ -151,7 +163,7 @@ def convert(
 
 
 class Fp8MoE(nnx.Module):
-    """A mixture of experts by `jax_fp8gemm.moe`, routed, gated by SwiGLU and summed up.
+    """A mixture of experts: `jax_fp8gemm.moe` with its parameters.
 
     Attributes:
       gate_kernel: Param [h, e], the router, which computes in float32.
@@ -166,14 +178,23 @@ class Fp8MoE(nnx.Module):
       shared_features: fs; 0 for none.
       dtype: of the computation; default: the input's.
       param_dtype: of the parameters.
-      init: initialisers by the name of the parameter, `nnx.with_partitioning` ones too.
-      options: score, normalize, scale, capacity_factor, expert_axis, exchange, wire of `moe`. With
-        expert_axis call the layer inside jax.shard_map, its experts split over that axis.
+      init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
+      options: score_function, normalize, routed_scaling_factor, capacity_factor, expert_axis,
+        exchange, wire, scale_rounding and cast_in_gemm of `moe`. With expert_axis call the layer
+        inside jax.shard_map, with its experts split over that axis.
 
     Example:
       y, routing = Fp8MoE(256, 1024, 8, top_k=2, rngs=nnx.Rngs(0))(x)
       loss = task_loss(y) + 0.01 * routing.aux_loss
     """
+
+    gate_kernel: nnx.Param[jax.Array]
+    wi_0: nnx.Param[jax.Array]
+    wi_1: nnx.Param[jax.Array]
+    wo: nnx.Param[jax.Array]
+    shared_wi_0: nnx.Param[jax.Array]
+    shared_wi_1: nnx.Param[jax.Array]
+    shared_wo: nnx.Param[jax.Array]
 
     def __init__(
         self,
@@ -213,15 +234,16 @@ class Fp8MoE(nnx.Module):
         Returns:
           y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
         """
+        kernels = ExpertKernels(wi_0=self.wi_0[...], wi_1=self.wi_1[...], wo=self.wo[...])
         shared = None
         if self.shared_wo is not None:
-            shared = (self.shared_wi_0[...], self.shared_wi_1[...], self.shared_wo[...])
+            shared = ExpertKernels(
+                wi_0=self.shared_wi_0[...], wi_1=self.shared_wi_1[...], wo=self.shared_wo[...]
+            )
         return moe(
             x.astype(self.dtype or x.dtype),
             self.gate_kernel[...],
-            self.wi_0[...],
-            self.wi_1[...],
-            self.wo[...],
+            kernels,
             shared=shared,
             bias=bias,
             **dict(self.options),
@@ -232,4 +254,6 @@ def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
         expected = ", ".join(sorted(known))
-        fail("Fp8MoE", f"unknown names in {what}.", f"{unknown}", expected, "rename them")
+        former = [f"{name} is {FORMER_NAMES[name]} now" for name in unknown if name in FORMER_NAMES]
+        fix = "; ".join(former) or "rename them"
+        fail("Fp8MoE", f"unknown names in {what}.", ", ".join(unknown), expected, fix)

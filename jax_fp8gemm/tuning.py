@@ -23,12 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm import config as configs
-from jax_fp8gemm import reference
-from jax_fp8gemm.errors import fail
-from jax_fp8gemm.primitives import Static, product
-from jax_fp8gemm.qarray import BLOCK, FP8, QArray, round_up, scale_shape
-from jax_fp8gemm.variants import VARIANTS
+from jax_fp8gemm._bind.gemm_op import Static, product
+from jax_fp8gemm._core import reference
+from jax_fp8gemm._core.errors import fail
+from jax_fp8gemm._core.layout import BLOCK, Tile, round_up, scale_shape
+from jax_fp8gemm._core.qarray import FP8, QArray
+from jax_fp8gemm._core.variants import VARIANTS
+from jax_fp8gemm._select.candidates import candidates
+from jax_fp8gemm._select.cost import predicted_seconds
+from jax_fp8gemm._select.problem import SPREAD, GemmConfig, Problem
 
 FLUSH_BYTES = 256 << 20  # several times the 50 or 60 MB of L2
 FLUSH_KERNEL = "shift_left"  # the operation that names the kernel of the flush in a trace
@@ -37,7 +40,6 @@ FLUSH_US = 20.0  # that a flush takes at least
 PAUSE = 0.1  # s between bursts, for the clock to recover
 KERNEL = "fp8_gemm"  # the entry point, csrc/gemm_spec.cpp
 OURS = "fp8_"  # how all entry points begin
-
 Contender = Callable[[], jax.Array]
 
 
@@ -139,7 +141,7 @@ def device_microseconds(
     }
 
 
-def random_operand(key: jax.Array, shape: tuple[int, ...], tile: configs.Tile) -> QArray:
+def random_operand(key: jax.Array, shape: tuple[int, ...], tile: Tile) -> QArray:
     """Returns normal numbers in FP8, with scales of about 1/100 that differ from tile to tile."""
     values, scales = jax.random.split(key)
     q = jnp.clip(64 * jax.random.normal(values, shape, jnp.bfloat16), -448, 448).astype(FP8)
@@ -148,10 +150,10 @@ def random_operand(key: jax.Array, shape: tuple[int, ...], tile: configs.Tile) -
 
 
 def group_sizes(
-    problem: configs.Problem,
+    problem: Problem,
     total: int | None = None,
     *,
-    spread: tuple[float, float] = configs.SPREAD,
+    spread: tuple[float, float] = SPREAD,
     seed: int = 0,
 ) -> np.ndarray:
     """Returns sizes in a range of multiples of their mean; together `total` rows, or k."""
@@ -165,7 +167,7 @@ def group_sizes(
     return np.diff(ends, prepend=0).astype(np.int32)
 
 
-def group_operand(problem: configs.Problem, sizes: np.ndarray) -> np.ndarray:
+def group_operand(problem: Problem, sizes: np.ndarray) -> np.ndarray:
     """Returns what gemm takes as group_sizes for groups of these sizes."""
     if VARIANTS[problem.variant].group_operand == "m":  # every group padded to whole blocks
         rows = [np.repeat([i, -1], [n, -n % BLOCK]) for i, n in enumerate(sizes)]
@@ -173,7 +175,7 @@ def group_operand(problem: configs.Problem, sizes: np.ndarray) -> np.ndarray:
     return sizes
 
 
-def sizes_of(problem: configs.Problem, operand: jax.Array) -> np.ndarray:
+def sizes_of(problem: Problem, operand: jax.Array) -> np.ndarray:
     """Returns the sizes that group_operand was given."""
     operand = np.asarray(operand)
     if VARIANTS[problem.variant].group_operand == "m":
@@ -181,9 +183,7 @@ def sizes_of(problem: configs.Problem, operand: jax.Array) -> np.ndarray:
     return operand
 
 
-def random_operands(
-    problem: configs.Problem, sizes: np.ndarray | None = None, *, seed: int = 0
-) -> tuple:
+def random_operands(problem: Problem, sizes: np.ndarray | None = None, *, seed: int = 0) -> tuple:
     """Returns lhs, rhs and, in a grouped variant, the group operand for groups of `sizes`."""
     row, p = VARIANTS[problem.variant], problem
     letters = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
@@ -201,13 +201,13 @@ def random_operands(
     return operands if groups is None else (*operands, jnp.asarray(groups))
 
 
-def compiled(problem: configs.Problem, config: configs.GemmConfig | None, operands) -> Contender:
+def compiled(problem: Problem, config: GemmConfig | None, operands) -> Contender:
     """Returns a function that runs the product with `config`, compiled ahead."""
     executable = executable_of(problem, config, operands)
     return lambda: executable(*operands)
 
 
-def executable_of(problem: configs.Problem, config: configs.GemmConfig | None, operands):
+def executable_of(problem: Problem, config: GemmConfig | None, operands):
     """Compiles the product; operands may be shapes."""
     rows = problem.m if problem.variant == "masked" else 0
     static = Static(problem.variant, problem.scales, problem.out, problem.num_sms, config, rows)
@@ -215,14 +215,14 @@ def executable_of(problem: configs.Problem, config: configs.GemmConfig | None, o
     return function.lower(*operands).compile()
 
 
-def sample_error(problem: configs.Problem, out: jax.Array, operands) -> float:
+def sample_error(problem: Problem, out: jax.Array, operands) -> float:
     """Returns calc_diff, Σ(out − exact)² / Σ(out² + exact²), of 32 rows in each group."""
     rows, groups, columns = sample(problem, operands)
     picked = out[groups, rows] if out.ndim == 3 else out[rows]
     return float(_squared_error(picked, *operands[:2], rows, groups, columns))
 
 
-def sample(problem: configs.Problem, operands) -> tuple:
+def sample(problem: Problem, operands) -> tuple:
     """Returns rows of lhs [g, 32], their groups [g, 32], and each group's range of k [g, 2].
 
     g: groups without rows are left out.
@@ -265,11 +265,9 @@ def _squared_error(picked, lhs, rhs, rows, groups, columns) -> jax.Array:
     return error / total
 
 
-def best_by_model(problem: configs.Problem, count: int) -> list[configs.GemmConfig]:
+def best_by_model(problem: Problem, count: int) -> list[GemmConfig]:
     """Returns the `count` candidates the cost model likes, a quarter or more of each kernel."""
-    ranked = sorted(
-        configs.candidates(problem), key=lambda c: configs.predicted_seconds(problem, c)
-    )
+    ranked = sorted(candidates(problem), key=lambda c: predicted_seconds(problem, c))
     kinds = [[c for c in ranked if c.kernel == kind] for kind in ("persistent", "few_rows")]
     sure = [config for kind in kinds for config in kind[: count // 4]]
     return sure + [config for config in ranked if config not in sure][: count - len(sure)]
@@ -279,8 +277,8 @@ def best_by_model(problem: configs.Problem, count: int) -> list[configs.GemmConf
 class Trial:
     """One config of one product, compiled."""
 
-    problem: configs.Problem
-    config: configs.GemmConfig
+    problem: Problem
+    config: GemmConfig
     run: Contender
     us: float = math.inf
 
@@ -300,7 +298,7 @@ def key_of(row: dict) -> tuple:
     return tuple(row[name] for name in KEYS)
 
 
-def tune(problems: list[configs.Problem], totals: list, count: int, reps: int) -> list[Trial]:
+def tune(problems: list[Problem], totals: list, count: int, reps: int) -> list[Trial]:
     """Returns timings of `count` configs of each product; those that give a wrong one are left out.
 
     Everything is compiled first, then timed in one trace, so that a shape costs seconds.
@@ -357,12 +355,12 @@ def main() -> None:
     parser.add_argument("--reps", type=int, default=9)
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
-        got, mend = f"a {jax.default_backend()}", "run it on a Hopper GPU, with jax[cuda12]"
-        fail("tuning", "nothing to time here.", got, "a GPU", mend, RuntimeError)
+        got, fix = f"a {jax.default_backend()}", "run it on a Hopper GPU, with jax[cuda12]"
+        fail("tuning", "nothing to time here.", got, "a GPU", fix, RuntimeError)
     shapes = json.loads(pathlib.Path(options.shapes).read_text())
     totals = [shape.pop("total", None) for shape in shapes]
     kind = jax.devices()[0].device_kind
-    problems = [configs.Problem(**shape, device=kind) for shape in shapes]
+    problems = [Problem(**shape, device=kind) for shape in shapes]
     trials = sorted(tune(problems, totals, options.count, options.reps), key=lambda t: t.us)
     if options.log:
         lines = (json.dumps(trial.row()) for trial in trials)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm.routing import route
+from jax_fp8gemm._moe.routing import route
 
 # One 1x128 × 128x128 product of normal numbers differs from float32 by a calc_diff of 6 to 7e-4
 # (docs/numerics.md). The forward pass has three such products on its way. A gradient has four or

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from jax_fp8gemm import reference
+from jax_fp8gemm._core import reference
 
 
 def calc_diff(x, y) -> float:
@@ -25,7 +25,7 @@ def dequantized64(q, tile=None) -> np.ndarray:
 
 
 def product64(lhs, rhs, tiles=(None, None)) -> np.ndarray:
-    """Returns the product of the dequantised operands in float64: what kernels are judged by."""
+    """Returns the product of the dequantized operands in float64: what kernels are judged by."""
     left, right = dequantized64(lhs, tiles[0]), dequantized64(rhs, tiles[1])
     return left @ np.swapaxes(right, -1, -2)
 

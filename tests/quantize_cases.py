@@ -1,11 +1,11 @@
-"""What the quantising kernels take and what is right, in numpy: for the emulation and for a GPU."""
+"""What the quantizing kernels take and what is right, in numpy: for the emulation and for a GPU."""
 
 import ml_dtypes
 import numpy as np
 from numerics import clamped
 
-from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS
-from jax_fp8gemm.quantize_primitive import QuantizeStatic
+from jax_fp8gemm._bind.quantize_op import CastSpec
+from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS, ROWS
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -53,7 +53,7 @@ def swiglu_parts(h, named) -> dict[str, np.ndarray]:
 
 
 def sources(static, named) -> dict[str, np.ndarray]:
-    """By name of the copy what is quantised, rows not yet placed by groups."""
+    """By name of the copy what is quantized, rows not yet placed by groups."""
     x = np.concatenate([named[n] for n in ("x", "beside") if n in named], -1).astype(np.float32)
     if "x_scale" in named:
         scale = named["x_scale"].swapaxes(1, 2)[:, : x.shape[1]]
@@ -73,7 +73,7 @@ def parts(static, operands) -> list[tuple[int, int]]:
 
 
 def expected(static, operands) -> dict[str, np.ndarray]:
-    """Values that each copy quantises, as far as a kernel writes it."""
+    """Values that each copy quantizes, as far as a kernel writes it."""
     found, groups = {}, parts(static, operands)
     for name, x in sources(static, static.named(operands)).items():
         multiple = 128 if static.tile == ROW_BLOCKS else 1
@@ -108,7 +108,7 @@ def values(rng, shape, dtype, extremes: bool) -> np.ndarray:
 
 
 def operands(seed, static, shape, dtype, sizes=(), extremes=False) -> list[np.ndarray]:
-    """What a kernel takes to quantise x [b, m, k], poison in rows past the groups."""
+    """What a kernel takes to quantize x [b, m, k], poison in rows past the groups."""
     rng = np.random.default_rng(seed)
     b, m, k = shape
     end = clamped(sizes, m)[-1][1] if static.grouped else m
@@ -226,28 +226,28 @@ def weight_gradient(static, operands) -> np.ndarray:
 # ---- Specifications and their cases --------------------------------------------------------------
 
 
-def floats(tile=ROW_BLOCKS, scale="pow2", copies="both", **rest) -> QuantizeStatic:
+def floats(tile=ROW_BLOCKS, scale_rounding="pow2", copies="both", **rest) -> CastSpec:
     flags = {"rows": copies != "transposed", "transposed": copies != "rows"}
-    return QuantizeStatic("float", tile, scale, **flags, **rest)
+    return CastSpec("float", tile, scale, **flags, **rest)
 
 
-def fp8(**rest) -> QuantizeStatic:
-    return QuantizeStatic("fp8", rows=False, transposed=True, **rest)
+def fp8(**rest) -> CastSpec:
+    return CastSpec("fp8", rows=False, transposed=True, **rest)
 
 
-def swiglu(**rest) -> QuantizeStatic:
-    return QuantizeStatic("swiglu", **rest)
+def swiglu(**rest) -> CastSpec:
+    return CastSpec("swiglu", **rest)
 
 
-def backward(**rest) -> QuantizeStatic:
-    return QuantizeStatic("swiglu_backward", transposed=True, **rest)
+def backward(**rest) -> CastSpec:
+    return CastSpec("swiglu_backward", transposed=True, **rest)
 
 
 DENSE = {
     "rows_bf16": (floats(copies="rows"), BF16),
-    "rows_f32_scale": (floats(scale="float32", copies="rows"), F32),
+    "rows_f32_scale": (floats(scale_rounding="none", copies="rows"), F32),
     "transposed_f16": (floats(copies="transposed"), F16),
-    "both_bf16_f32_scale": (floats(scale="float32"), BF16),
+    "both_bf16_f32_scale": (floats(scale_rounding="none"), BF16),
     "both_f32": (floats(), F32),
     "blocks_bf16": (floats(BLOCKS, copies="rows"), BF16),
     "blocks_both_bf16": (floats(BLOCKS), BF16),
@@ -258,7 +258,7 @@ DENSE = {
     "pair_bf16": (floats(pair=True), BF16),
     "blocks_pair_f32": (floats(BLOCKS, pair=True), F32),
     "fp8": (fp8(), BF16),
-    "fp8_f32_scale": (fp8(scale="float32"), BF16),
+    "fp8_f32_scale": (fp8(scale_rounding="none"), BF16),
 }
 # One row, less than a tile, odd everything, two tiles and a bit, whole tiles, sixteens.
 SHAPES = [(1, 1, 16), (3, 7, 130), (2, 129, 77), (1, 200, 264), (1, 256, 128), (2, 144, 8)]
@@ -289,10 +289,10 @@ def grouped_cases(static, dtype, places):
 
 SWIGLU = {
     "rows_bf16": (swiglu(), BF16),
-    "both_f16_f32_scale": (swiglu(scale="float32", transposed=True), F16),
+    "both_f16_f32_scale": (swiglu(scale_rounding="none", transposed=True), F16),
     "both_grouped_bf16": (swiglu(transposed=True, grouped=True), BF16),
     "backward": (backward(grouped=True), BF16),
-    "backward_f32_scale": (backward(scale="float32"), BF16),
+    "backward_f32_scale": (backward(scale_rounding="none"), BF16),
 }
 
 

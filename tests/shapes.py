@@ -106,7 +106,7 @@ class GroupedShape:
         return f"{self.variant}_{self.g}x{self.rows}_{self.n}x{self.k}"
 
     def problem(self):
-        from jax_fp8gemm.config import Problem
+        from jax_fp8gemm._select.problem import Problem
 
         if self.variant == "ragged_contracting":  # a weight gradient: [n, k] is the weight
             return Problem(self.variant, self.n, self.k, self.total, self.g, "1x128_1x128", "f32")

@@ -161,7 +161,7 @@ def test_tokamax_goes_on_where_fp8_stops(key, monkeypatch):
 
     x, w, sizes = normal(key, 24, 64), normal(key, 3, 64, 48), jnp.array([7, 0, 17])
     q = qwix.quantize(w, jnp.int8, channelwise_axes=(0, 2))
-    with pytest.raises(NotImplementedError, match="quantises floats itself"):
+    with pytest.raises(NotImplementedError, match="quantizes floats itself"):
         tokamax.ragged_dot(x, q, sizes, implementation=[adapter])
     monkeypatch.setattr("sys.argv", ["tokamax"])  # its own implementations parse it
     chosen = tokamax.ragged_dot(x, q, sizes, implementation=[adapter, "xla"])
@@ -262,7 +262,7 @@ def test_maxtext_einsum(key):
 
 
 def gmm_as_maxtext_does(gmm, quant, inputs, kernel, group_sizes):
-    """The keywords of its sparse layer, dtypes asked of the quantisation."""
+    """The keywords of its sparse layer, dtypes asked of the quantization."""
     quantizer = quant.quant_dg.fwd.dg_quantizer
     return gmm(
         lhs=inputs,

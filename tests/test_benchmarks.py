@@ -10,8 +10,8 @@ import types
 import jax
 import pytest
 
-from jax_fp8gemm import config as configs
 from jax_fp8gemm import tuning
+from jax_fp8gemm._select.choice import file_name
 
 SCRIPTS = "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm"
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -60,7 +60,7 @@ def test_a_layer_beside_its_peers(load, tmp_path):
 def test_each_card_has_its_own_results(load, monkeypatch):
     protocol = load("protocol")
     assert protocol.results().name == "cpu.json"
-    assert configs.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert protocol.deepgemm(1.0) == {}  # its times are those of an H200
     card = types.SimpleNamespace(device_kind="NVIDIA H200")
     monkeypatch.setattr(jax, "devices", lambda: [card])

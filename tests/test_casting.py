@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import expert_weights, prepared
-from jax_fp8gemm.kernel_level import gemm_casting
+from jax_fp8gemm._moe import weights as expert_weights
+from jax_fp8gemm._ops import weights as prepared
+from jax_fp8gemm._ops.gemm import gemm_casting
 
 P = PartitionSpec
 G, M = 3, 90
@@ -37,7 +38,7 @@ def equal(got, expected) -> None:
 
 @pytest.mark.parametrize("variant", ["ragged", "masked"])
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_is_the_product_of_quantised_weights(shape, variant):
+def test_is_the_product_of_quantized_weights(shape, variant):
     lhs, weights, whole = case(*shape, variant)
     sizes = jnp.asarray(SIZES)
     casting = functools.partial(gemm_casting, transposed=shape[0], variant=variant)
@@ -122,9 +123,9 @@ def both(x, routing, dy, *kernels, capacity=None):
     """Returns y and all gradients of an expert block."""
 
     def block(x, weights, *kernels):
-        return fp8.expert_ffn(x, routing.experts, weights, *kernels, capacity=capacity)
+        return fp8.expert_ffn(x, routing.expert_index, weights, *kernels, capacity=capacity)
 
-    y, pull = jax.vjp(block, x, routing.weights, *kernels)
+    y, pull = jax.vjp(block, x, routing.gate_weights, *kernels)
     return y, pull(dy)
 
 
@@ -159,12 +160,12 @@ def test_when_weights_are_cast_in_products(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     x, routing, _, *kernels = operands()
 
-    def chosen(*kernels, scale="pow2"):
+    def chosen(*kernels, scale_rounding="pow2"):
         run = functools.partial(fp8.expert_ffn, scale=scale)
-        return casts(run, x, routing.experts, routing.weights, *kernels)
+        return casts(run, x, routing.expert_index, routing.gate_weights, *kernels)
 
     assert chosen(*kernels)
-    assert not chosen(*kernels, scale="float32")
+    assert not chosen(*kernels, scale_rounding="none")
     assert not chosen(*(w.astype(jnp.float32) for w in kernels))
     assert not chosen(kernels[0][..., :192], kernels[1][..., :192], kernels[2][:, :192])
     assert not chosen(fp8.prepare_experts(*kernels))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from emulation import emulate
 
-from jax_fp8gemm import _native, reference
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.qarray import BLOCKS
+from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._core import reference
+from jax_fp8gemm._core.layout import BLOCKS
+from jax_fp8gemm._select.problem import GemmConfig, Problem, attributes
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -29,9 +30,9 @@ def build(rhs: str, folder) -> ctypes.CDLL:
     """Compiles the specification that NVRTC would get, and the casting warps behind it."""
     own = folder / rhs
     if not own.exists():
-        problem = configs.Problem("ragged", 300, 256, 256, 4, rhs=rhs)
-        config = configs.GemmConfig("persistent", 128, 128, 2)
-        wanted = configs.attributes(problem, config)
+        problem = Problem("ragged", 300, 256, 256, 4, rhs=rhs)
+        config = GemmConfig("persistent", 128, 128, 2)
+        wanted = attributes(problem, config)
         wanted = {k: v if isinstance(v, str) else int(v) for k, v in wanted.items()}
         text = _native.compile(wanted)["source"]
         head = text[text.index("namespace") : text.index("}  // namespace")]
@@ -80,7 +81,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_tiles_are_those_of_quantising(case, reverse, folder):
+def test_tiles_are_those_of_quantizing(case, reverse, folder):
     rhs, arrays, n, k = case
     sizes, m = np.array([130, 0, 7], np.int32), 300  # and rows past the groups
     rng = np.random.default_rng(0)

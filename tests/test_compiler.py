@@ -15,30 +15,32 @@ import time
 import pytest
 from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
-from jax_fp8gemm import _native
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.variants import SCALES, VARIANTS
+from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._core.variants import SCALES, VARIANTS
+from jax_fp8gemm._select import problem as problem_module
+from jax_fp8gemm._select.choice import select
+from jax_fp8gemm._select.problem import GemmConfig, Problem
 
 pytestmark = pytest.mark.skipif(
     "error" in _native.nvrtc_facts(),
     reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12",
 )
 
-SMALL = configs.Problem("dense", 64, 64, 256)
-CONFIG = configs.GemmConfig("few_rows", 64, 8, 4)
+SMALL = Problem("dense", 64, 64, 256)
+CONFIG = GemmConfig("few_rows", 64, 8, 4)
 
 
 def attributes(problem=SMALL, config=CONFIG) -> dict:
     return {
         k: v if isinstance(v, str) else int(v)
-        for k, v in configs.attributes(problem, config).items()
+        for k, v in problem_module.attributes(problem, config).items()
     }
 
 
 def compile_elsewhere(cache: pathlib.Path, **environment) -> dict:
     """Compiles the small kernel in a fresh process and returns its facts."""
     code = (
-        "import json, sys; from jax_fp8gemm import _native\n"
+        "import json, sys; from jax_fp8gemm._bind import native as _native\n"
         f"made = _native.compile({attributes()!r})\n"
         "print(json.dumps({'origin': made['origin'], 'seconds': made['seconds']}))"
     )
@@ -80,7 +82,8 @@ def test_a_killed_writer_does_no_harm(tmp_path):
 
 def test_a_process_killed_while_compiling_does_no_harm(tmp_path):
     code = (
-        f"from jax_fp8gemm import _native; print(1, flush=True); _native.compile({attributes()!r})"
+        "from jax_fp8gemm._bind import native; print(1, flush=True); "
+        f"native.compile({attributes()!r})"
     )
     environment = {**os.environ, "JAX_FP8GEMM_CACHE_DIR": str(tmp_path)}
     victim = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
@@ -111,7 +114,7 @@ def test_unwritable_cache_warns_once_and_works(tmp_path):
 
 def test_missing_compiler_is_a_clear_error(tmp_path):
     error = compile_elsewhere(tmp_path, JAX_FP8GEMM_NVRTC=str(tmp_path / "libnvrtc.so"))["error"]
-    for part in ("the run-time compiler does not load", "got", "expected", "mend", "pip install"):
+    for part in ("the run-time compiler does not load", "got", "expected", "fix", "pip install"):
         assert part in error
 
 
@@ -130,7 +133,7 @@ def test_verbose_and_dump(tmp_path):
 
 def test_threads_share_one_compilation():
     before = _native.cache_facts()["programs"]
-    wanted = attributes(config=configs.GemmConfig("few_rows", 64, 24, 4))
+    wanted = attributes(config=GemmConfig("few_rows", 64, 24, 4))
     threads = [threading.Thread(target=_native.compile, args=(wanted,)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -175,24 +178,24 @@ def reachable() -> dict[str, dict]:
     for shape in GROUPED:
         found |= chosen_for(shape.problem())
     for variant, rhs, rows in itertools.product(CASTING, ("bf16", "bf16_transposed"), (100, 900)):
-        found |= chosen_for(configs.Problem(variant, rows, 4096, 7168, 3, rhs=rhs))
+        found |= chosen_for(Problem(variant, rows, 4096, 7168, 3, rhs=rhs))
     for variant, row in VARIANTS.items():
         for scales, out in itertools.product(SCALES, ("bf16", "f32") if row.groups else ()):
             if (row.groups, scales) != ("k", "1x128_128x128"):
-                problem = configs.Problem(variant, 900, 72, 1088, 6, scales, out, out == "f32")
+                problem = Problem(variant, 900, 72, 1088, 6, scales, out, out == "f32")
                 found |= chosen_for(problem)
     return found
 
 
 def chosen(shape, scales, out, accumulate=False, variant="dense") -> dict[str, dict]:
     sizes = shape.m, shape.n, shape.k
-    return chosen_for(configs.Problem(variant, *sizes, 1, scales, out, accumulate))
+    return chosen_for(Problem(variant, *sizes, 1, scales, out, accumulate))
 
 
-def chosen_for(problem: configs.Problem) -> dict[str, dict]:
+def chosen_for(problem: Problem) -> dict[str, dict]:
     found = {}
     for device in CARDS:
-        config = configs.select(dataclasses.replace(problem, device=device))
+        config = select(dataclasses.replace(problem, device=device))
         wanted = attributes(problem, config)
         wanted["num_sms"] = 0
         found[json.dumps(wanted, sort_keys=True)] = wanted

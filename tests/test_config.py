@@ -8,11 +8,14 @@ import pathlib
 import pytest
 from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.config import GemmConfig, Problem
-from jax_fp8gemm.variants import VARIANTS
+from jax_fp8gemm._core.variants import VARIANTS
+from jax_fp8gemm._select import choice
+from jax_fp8gemm._select.candidates import candidates
+from jax_fp8gemm._select.choice import file_name, select
+from jax_fp8gemm._select.cost import predicted_seconds
+from jax_fp8gemm._select.problem import GemmConfig, Problem, blocks, legal
 
-TUNED = pathlib.Path(configs.__file__).parent / "tuned"
+TUNED = pathlib.Path(choice.__file__).parent / "tuned"
 
 
 def problems() -> list[Problem]:
@@ -25,36 +28,36 @@ def problems() -> list[Problem]:
 
 def test_every_choice_and_every_candidate_is_legal():
     for problem in problems():
-        assert configs.legal(problem, configs.select(problem)) is None, problem
-        for candidate in configs.candidates(problem):
-            assert configs.legal(problem, candidate) is None, (problem, candidate)
+        assert legal(problem, select(problem)) is None, problem
+        for candidate in candidates(problem):
+            assert legal(problem, candidate) is None, (problem, candidate)
 
 
 @pytest.mark.parametrize("device", CARDS)
 def test_tuned_rows_are_legal_and_used(device):
-    rows = json.loads((TUNED / f"{configs.file_name(device)}.json").read_text())
+    rows = json.loads((TUNED / f"{file_name(device)}.json").read_text())
     assert len(rows) > 50
     fields = {field.name for field in dataclasses.fields(GemmConfig)}
     for row in rows:
         keys = {k: row[k] for k in ("variant", "m", "n", "k", "g", "scales", "out")}
         problem = Problem(**keys, device=device)
         config = GemmConfig(**{name: row[name] for name in fields})
-        assert configs.legal(problem, config) is None, row
-        assert configs.select(problem) == config, row
+        assert legal(problem, config) is None, row
+        assert select(problem) == config, row
 
 
 def test_a_tuned_row_serves_its_neighbours_and_no_more():
     row = Problem("dense", 4096, 4096, 7168)
     near = dataclasses.replace(row, m=5000)
-    assert configs.select(near) == configs.select(row)
+    assert select(near) == select(row)
     far = dataclasses.replace(row, m=2400)
-    best = min(configs.candidates(far), key=lambda c: configs.predicted_seconds(far, c))
-    assert configs.select(far) == best
+    best = min(candidates(far), key=lambda c: predicted_seconds(far, c))
+    assert select(far) == best
 
 
 def test_an_unknown_hopper_gpu_gets_the_nearest_table():
     problem = Problem("dense", 4096, 4096, 7168)
-    assert configs.select(problem) == configs.select(dataclasses.replace(problem, device="x"))
+    assert select(problem) == select(dataclasses.replace(problem, device="x"))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_an_unknown_hopper_gpu_gets_the_nearest_table():
     ],
 )
 def test_illegal_configs_are_named(config, reason):
-    assert reason in configs.legal(Problem("dense", 64, 256, 1024), config)
+    assert reason in legal(Problem("dense", 64, 256, 1024), config)
 
 
 def test_grouped_variants_refuse_what_their_groups_forbid():
@@ -82,25 +85,25 @@ def test_grouped_variants_refuse_what_their_groups_forbid():
         GemmConfig("persistent", 256, 128, 3),
         GemmConfig("few_rows", 64, 64, 4, split_k=2),
     )
-    assert "128 rows" in configs.legal(Problem("contiguous", 512, 256, 256, 4), wide)
-    assert "number of blocks" in configs.legal(Problem("ragged", 512, 256, 256, 4), split)
+    assert "128 rows" in legal(Problem("contiguous", 512, 256, 256, 4), wide)
+    assert "number of blocks" in legal(Problem("ragged", 512, 256, 256, 4), split)
 
 
 def test_casting_kernels_have_blocks_as_wide_as_those_of_scales():
     few = Problem("ragged", 8192, 4096, 7168, 32, rhs="bf16_transposed")
-    assert configs.select(few).block_m == 256  # which reads and casts the weights least often
-    assert "blocks as wide" in configs.legal(few, GemmConfig("persistent", 128, 192, 2))
+    assert select(few).block_m == 256  # which reads and casts the weights least often
+    assert "blocks as wide" in legal(few, GemmConfig("persistent", 128, 192, 2))
     dense = dataclasses.replace(few, variant="dense", g=1)
-    assert "not for dense" in configs.legal(dense, GemmConfig("persistent", 128, 128, 2))
+    assert "not for dense" in legal(dense, GemmConfig("persistent", 128, 128, 2))
 
 
 def test_blocks_of_groups_are_those_to_expect_of_uneven_sizes():
     even = Problem("batched", 128, 128, 256, 8)
     config = GemmConfig("persistent", 128, 128, 4)
-    assert configs.blocks(even, config) == 8
+    assert blocks(even, config) == 8
     uneven = dataclasses.replace(even, variant="masked")  # half of the groups need a second block
-    assert 10 <= configs.blocks(uneven, config) <= 14
-    assert configs.blocks(dataclasses.replace(uneven, m=20), config) == 8
+    assert 10 <= blocks(uneven, config) <= 14
+    assert blocks(dataclasses.replace(uneven, m=20), config) == 8
 
 
 def test_predictions_are_positive_and_grow_with_the_work():
@@ -108,13 +111,13 @@ def test_predictions_are_positive_and_grow_with_the_work():
         scales = "1x128_1x128" if variant == "ragged_contracting" else "1x128_128x128"
         small = Problem(variant, 512, 1024, 1024, 4, scales)
         large = dataclasses.replace(small, n=64 * 1024)
-        for config in configs.candidates(large):
-            times = [configs.predicted_seconds(p, config) for p in (small, large)]
+        for config in candidates(large):
+            times = [predicted_seconds(p, config) for p in (small, large)]
             assert 0 < times[0] < times[1] < math.inf
 
 
 def test_the_choice_can_be_printed(monkeypatch, capsys):
     monkeypatch.setenv("JAX_FP8GEMM_PRINT_CONFIGS", "1")
-    configs.select(Problem("dense", 64, 2112, 7168))
+    select(Problem("dense", 64, 2112, 7168))
     printed = capsys.readouterr().err
     assert "jax_fp8gemm: Problem(variant='dense'" in printed and "(tuned)" in printed

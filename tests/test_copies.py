@@ -1,4 +1,4 @@
-"""Quantising both ways, by groups, gathered, from FP8, and through SwiGLU: what the copies mean."""
+"""Quantizing both ways, by groups, gathered, from FP8, and through SwiGLU: what the copies mean."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from numerics import calc_diff, clamped, dequantized64
 from shapes import GROUPS
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS
-from jax_fp8gemm.reference import grouped_tokens
+from jax_fp8gemm._core.groups import grouped_tokens
+from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS
 
 
 def assert_same(a: fp8.QArray, b: fp8.QArray) -> None:
@@ -18,16 +18,16 @@ def assert_same(a: fp8.QArray, b: fp8.QArray) -> None:
     np.testing.assert_array_equal(*bits)
 
 
-@pytest.mark.parametrize("scale", ["pow2", "float32"])
+@pytest.mark.parametrize("scale_rounding", ["pow2", "none"])
 @pytest.mark.parametrize("shape", [(1, 16), (130, 300), (256, 128), (2, 5, 200)], ids=str)
-def test_both_copies_are_those_of_two_passes(key, shape, scale):
+def test_both_copies_are_those_of_two_passes(key, shape, scale_rounding):
     x = jax.random.normal(key, shape, jnp.bfloat16)
-    rows, columns = fp8.quantize_both(x, scale=scale)
-    assert_same(rows, fp8.quantize(x, scale=scale))
+    rows, columns = fp8.quantize_both(x, scale_rounding=scale_rounding)
+    assert_same(rows, fp8.quantize(x, scale_rounding=scale_rounding))
     lead = [(0, 0)] * (x.ndim - 2)
     padded = jnp.pad(x, [*lead, (0, -shape[-2] % 128), (0, 0)])
-    assert_same(columns, fp8.quantize(jnp.swapaxes(padded, -1, -2), scale=scale))
-    assert_same(columns, fp8.quantize_transposed(x, scale=scale))
+    assert_same(columns, fp8.quantize(jnp.swapaxes(padded, -1, -2), scale_rounding=scale_rounding))
+    assert_same(columns, fp8.quantize_transposed(x, scale_rounding=scale_rounding))
 
 
 def test_blocks_are_exact_transposes(key):
@@ -154,7 +154,7 @@ def test_vmap_is_the_loop(key, axis):
 
 def test_lowering_for_cuda_is_one_call_with_the_specification():
     x = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
-    traced = jax.jit(lambda x: fp8.quantize_both(x, scale="float32")).trace(x)
+    traced = jax.jit(lambda x: fp8.quantize_both(x, scale_rounding="none")).trace(x)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @jax_fp8gemm_quantize_v1") == 1
     for attribute in (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
+from jax_fp8gemm._select.problem import GemmConfig
 
 F32 = jnp.float32
 
@@ -29,7 +29,7 @@ def test_k_differs_in_fp8_matmul():
         "fp8_matmul: dim k differs between x and w.\n"
         "  got       x bf16[256, 512], w bf16[384, 512]\n"
         "  expected  w [512, n]\n"
-        "  mend      if w is stored [n, k], pass w.T"
+        "  fix      if w is stored [n, k], pass w.T"
     )
 
 
@@ -38,7 +38,7 @@ def test_k_differs_in_gemm():
         "gemm: dim k differs between lhs and rhs.\n"
         "  got       lhs e4m3[4, 256], rhs e4m3[8, 128]\n"
         "  expected  rhs [..., n, 256]\n"
-        "  mend      both operands have k last; if rhs is stored [k, n], quantise its transpose"
+        "  fix      both operands have k last; if rhs is stored [k, n], quantize its transpose"
     )
 
 
@@ -47,7 +47,7 @@ def test_k_no_multiple_of_16():
         "gemm: dim k is not a multiple of 16.\n"
         "  got       lhs e4m3[4, 100], rhs e4m3[8, 100]\n"
         "  expected  k % 16 == 0\n"
-        "  mend      pad k to 112 with zeros, as fp8_matmul does"
+        "  fix      pad k to 112 with zeros, as fp8_matmul does"
     )
 
 
@@ -56,7 +56,7 @@ def test_wrong_rank():
         "gemm: rhs has the wrong rank.\n"
         "  got       rhs e4m3[2, 8, 128], scale f32[2, 8, 1]\n"
         "  expected  rhs [n, k]\n"
-        "  mend      reshape rhs to rhs [n, k]"
+        "  fix      reshape rhs to rhs [n, k]"
     )
 
 
@@ -67,7 +67,7 @@ def test_scale_of_the_wrong_shape():
         "  got       lhs [4, 256] with scale [3, 2], rhs [8, 256] with scale [1, 2]\n"
         "  expected  [4, 2] and [1, 2] or [4, 2] and [8, 2] or [4, 1] and [8, 1] or "
         "[1, 1] and [1, 1]\n"
-        "  mend      quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
+        "  fix      quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
     )
     assert "fits no tile" in raised(ValueError, lambda: lhs.tile)
 
@@ -75,7 +75,7 @@ def test_scale_of_the_wrong_shape():
 @pytest.mark.parametrize(
     "error, call, first_line",
     [
-        (TypeError, lambda: fp8.gemm(jnp.ones((4, 128)), q(8, 128)), "lhs is not quantised."),
+        (TypeError, lambda: fp8.gemm(jnp.ones((4, 128)), q(8, 128)), "lhs is not quantized."),
         (
             TypeError,
             lambda: fp8.gemm(fp8.QArray(jnp.ones((4, 128)), jnp.ones((4, 1))), q(8, 128)),
@@ -117,11 +117,11 @@ def test_scale_of_the_wrong_shape():
             "h has the wrong dtype.",
         ),
         (TypeError, lambda: fp8.swiglu_quantize(q(4, 256), jnp.ones(4)), "h is no array of floats"),
-        (TypeError, lambda: fp8.requantize(jnp.ones((4, 256))), "q is not quantised."),
+        (TypeError, lambda: fp8.requantize(jnp.ones((4, 256))), "q is not quantized."),
         (
             TypeError,
             lambda: fp8.swiglu_backward(jnp.ones((4, 256)), jnp.ones((4, 128)), jnp.ones(4)),
-            "h is not quantised.",
+            "h is not quantized.",
         ),
         (
             ValueError,
@@ -159,7 +159,7 @@ def test_every_error_has_four_parts(error, call, first_line):
     text = raised(error, call)
     lines = text.split("\n")
     assert first_line in lines[0]
-    for line, part in zip(lines[1:], ("got", "expected", "mend"), strict=True):
+    for line, part in zip(lines[1:], ("got", "expected", "fix"), strict=True):
         assert line.startswith(f"  {part:10}")
 
 
@@ -236,7 +236,7 @@ def ragged(sizes, variant="ragged"):
 def test_bad_groups_are_named(error, call, words):
     text = raised(error, call)
     assert words in text.split("\n")[0]
-    assert [line[2:10].strip() for line in text.split("\n")[1:]] == ["got", "expected", "mend"]
+    assert [line[2:10].strip() for line in text.split("\n")[1:]] == ["got", "expected", "fix"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_block_scales_are_no_scales_of_a_product_cut_along_k():
 
 
 def test_illegal_config_is_an_error_when_lowering():
-    config = configs.GemmConfig("persistent", 256, 256, 9)
+    config = GemmConfig("persistent", 256, 256, 9)
     run = jax.jit(lambda a, b: fp8.gemm(a, b, config=config))
     traced = run.trace(q(4, 128), q(8, 128))
     text = raised(ValueError, traced.lower, lowering_platforms=("cuda",))
@@ -275,7 +275,7 @@ def test_what_is_no_array_is_named():
         "fp8_matmul: w is no array of floats.\n"
         "  got       QArray\n"
         "  expected  a bf16, f16 or f32 array\n"
-        "  mend      convert it by jnp.asarray, or an FP8 weight by prepare_weight"
+        "  fix      convert it by jnp.asarray, or an FP8 weight by prepare_weight"
     )
     assert "got       list" in raised(TypeError, fp8.quantize, [[1.0] * 128])
 

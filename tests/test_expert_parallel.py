@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from numerics import calc_diff
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.expert_parallel import make_slots
+from jax_fp8gemm._moe.exchange import make_slots
 
 P = PartitionSpec
 T, H, F, E, TOP_K = 32, 128, 128, 8, 3
@@ -146,7 +146,7 @@ def test_capacity_with_all_to_all_drops_tokens_of_a_full_device(parameters):
     capacity = 5
     split, _ = jax.jit(spread(4, exchange="all_to_all", capacity_factor=0.7))(named, None)
     routing = fp8.moe(**named, top_k=TOP_K)[1]
-    kept = np.asarray(routing.experts).copy()
+    kept = np.asarray(routing.expert_index).copy()
     for source in range(4):
         own = slice(source * T // 4, (source + 1) * T // 4)
         for device in range(4):
@@ -154,7 +154,7 @@ def test_capacity_with_all_to_all_drops_tokens_of_a_full_device(parameters):
             late = np.cumsum(here.any(1)) > capacity
             kept[own][here & late[:, None]] = E
     assert (kept == E).any()
-    expected = dense_ffn(named["x"], kept, routing.weights, *(named[n] for n in list(SPLIT)[2:]))
+    expected = dense_ffn(named["x"], kept, routing.gate_weights, *(named[n] for n in list(SPLIT)[2:]))
     assert calc_diff(split, expected) < FORWARD
 
 
@@ -193,7 +193,7 @@ def test_experts_that_do_not_split(parameters):
         "moe: 6 experts do not split over 4 devices.\n"
         "  got       6 experts, mesh axis 'x' of 4 devices\n"
         "  expected  num_experts % 4 == 0\n"
-        "  mend      use a multiple of 4 experts, or fewer devices for them"
+        "  fix      use a multiple of 4 experts, or fewer devices for them"
     )
 
 
@@ -208,4 +208,4 @@ def test_experts_that_do_not_split(parameters):
 def test_errors(parameters, options, text):
     with pytest.raises(ValueError, match=text) as info:
         fp8.moe(**parameters[0], top_k=TOP_K, **options)
-    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  mend "))
+    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  fix "))

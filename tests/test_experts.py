@@ -10,7 +10,7 @@ from dense_moe import FORWARD, GRADIENT, dense_ffn, make_weights
 from numerics import calc_diff
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import reference
+from jax_fp8gemm._core import reference
 
 T, H, F, E = 40, 128, 128, 5
 NAMES = ("y", "x", "weights", "wi_0", "wi_1", "wo")
@@ -177,7 +177,7 @@ def test_nan_in_a_token_reaches_its_own_results_alone(key):
 
 @pytest.mark.parametrize("capacity", [None, 12])
 def test_what_kernels_leave_unwritten_reaches_nothing(key, monkeypatch, capacity):
-    """As on a GPU: NaN in what `masked` does not compute, and in quantised rows past the groups."""
+    """As on a GPU: NaN in what `masked` does not compute, and in quantized rows past the groups."""
     t = 26  # as in no other test: their programs are not to be taken from a cache
     plain, copies = reference.PRODUCTS["masked"], reference.copies
 

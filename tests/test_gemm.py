@@ -1,4 +1,4 @@
-"""gemm against the float64 product of its dequantised operands."""
+"""gemm against the float64 product of its dequantized operands."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from numerics import calc_diff, product64
 from shapes import ODD
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.config import Problem
+from jax_fp8gemm._core.variants import SCALES
+from jax_fp8gemm._select.problem import Problem
 from jax_fp8gemm.tuning import random_operands
-from jax_fp8gemm.variants import SCALES
 
 
 @pytest.mark.parametrize("scales", SCALES)

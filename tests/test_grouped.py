@@ -10,9 +10,9 @@ from numerics import calc_diff, clamped, exact
 from shapes import GROUPS
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import reference
+from jax_fp8gemm._core import reference
+from jax_fp8gemm._core.variants import SCALES, VARIANTS
 from jax_fp8gemm.tuning import random_operand
-from jax_fp8gemm.variants import SCALES, VARIANTS
 
 N, K = 72, 272
 GROUPED = [name for name, row in VARIANTS.items() if row.group_operand]
@@ -150,7 +150,7 @@ def test_ragged_dot_without_groups_is_zero():
 
 @pytest.mark.parametrize("groups", GROUPS[:-2], ids=lambda g: g.name)
 def test_ragged_dot_and_its_gradients(groups, key):
-    """Against float32 ragged_dot, up to what quantising costs."""
+    """Against float32 ragged_dot, up to what quantizing costs."""
     m, g, k, n = groups.m, len(groups.sizes), 96, 40
     keys = jax.random.split(key, 3)
     lhs, rhs = jax.random.normal(keys[0], (m, k)), jax.random.normal(keys[1], (g, k, n))

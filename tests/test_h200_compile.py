@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jax_fp8gemm import _native
+from jax_fp8gemm._bind import native as _native
 
 PLUGIN = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(
     "jax_plugins.xla_cuda12"
@@ -66,7 +66,7 @@ params = {"up": shape((1024, 2048), "data", "model"), "down": shape((2048, 1024)
 tokens = shape((3072, 1024), "data")
 text = load("06_sharded").step.lower(params, tokens, tokens).compile().as_text()
 print("gemms", text.count('custom_call_target="jax_fp8gemm_gemm_v1"'))
-print("quantisers", text.count('custom_call_target="jax_fp8gemm_quantize_v1"'))
+print("quantizers", text.count('custom_call_target="jax_fp8gemm_quantize_v1"'))
 print("kinds", *sorted(count(text)))
 print("gathered", *sorted({f"{dtype}:{np.prod(dims)}" for dtype, dims in gathered(text)}))
 """
@@ -102,7 +102,7 @@ def test_a_training_step_compiles_for_an_h200(tmp_path):
 def test_a_sharded_step_compiles_for_eight_h200s(tmp_path):
     printed, log = compiled(SHARDED, tmp_path)
     # Two forward, two for gradients to weights, one to h.
-    assert (printed["gemms"], printed["quantisers"]) == (["5"], ["6"])
+    assert (printed["gemms"], printed["quantizers"]) == (["5"], ["6"])
     assert printed["kinds"] == ["all-gather", "all-reduce", "reduce-scatter"]
     # FP8 copies of weights, 1024x1024 for each of two columns of devices, and their 8x8 scales.
     assert printed["gathered"] == ["f32:64", "f8e4m3fn:1048576"]

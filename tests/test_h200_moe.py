@@ -47,7 +47,7 @@ print("back", any(dtype == "bf16" for dtype, _ in travels))
 """
 
 
-# Tokens, and quantising kernels: x, gate and up, down, SwiGLU's input and its result; dy, and dy
+# Tokens, and quantizing kernels: x, gate and up, down, SwiGLU's input and its result; dy, and dy
 # turned; x turned, SwiGLU's gradient. With few rows for each expert the products cast the weights.
 @pytest.mark.parametrize("tokens, casts", [(4096, 9), (1024, 7)])
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])

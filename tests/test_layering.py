@@ -1,38 +1,30 @@
 """Who may import whom: left to right only, in Python and in C++."""
 
 import ast
+import importlib
+import inspect
 import pathlib
 import re
 
-from jax_fp8gemm import _native
-from jax_fp8gemm.variants import VARIANTS
+from jax_fp8gemm._bind import native
+from jax_fp8gemm._core.variants import VARIANTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-PYTHON = [
-    "errors",
-    "qarray",
-    "variants",
-    "reference",
-    "config",
-    "_native",
-    "sharding",
-    "meshes",
-    "primitives",
-    "quantize_primitive",
-    "kernel_level",
-    "quantizing",
-    "prepared",
-    "ops",
-    "dot_general",
-    "routing",
-    "expert_parallel",
-    "expert_weights",
-    "experts",
-    "moe",
-    "linen",
-    "nnx",
-]
-LEAVES = ["deep_gemm", "checkpoint", "tuning", "__init__", "__main__"]  # nothing imports them
+PACKAGE = ROOT / "jax_fp8gemm"
+
+# The wings in order, and in each wing its files in order: a file imports files of earlier wings and
+# earlier files of its own. docs/architecture.md shows this table.
+WINGS = {
+    "_core": "version errors extension types layout qarray bits checks groups variants reference",
+    "_select": "problem candidates cost choice",
+    "_bind": "native partition meshes op gemm_op quantize_op",
+    "_ops": "quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
+    "_moe": "routing exchange weights experts layer",
+    "_tools": "shapes timing operands tune",
+}
+WINGS = {wing: files.split() for wing, files in WINGS.items()}
+DOORS = ["__init__", "linen", "nnx", "checkpoint", "deep_gemm", "tuning", "__main__"]
+
 HOST = [
     ["params.cuh", "status.h", "files.h", "kernel_sources.h"],
     ["attributes.h", "driver.h", "disk_cache.h"],
@@ -54,33 +46,65 @@ DEVICE = [
 ]
 
 
-def test_python_imports_go_one_way():
-    for path in (ROOT / "jax_fp8gemm").glob("*.py"):
-        if path.stem in LEAVES:
-            continue
-        assert path.stem in PYTHON, f"{path.name} has no place in the order"
-        for imported in imports(path):
-            assert PYTHON.index(imported) < PYTHON.index(path.stem), f"{path.stem} -> {imported}"
+def place(path: pathlib.Path) -> tuple[str, str]:
+    """Returns the wing and the file of a module; a door has no wing."""
+    parent = path.parent.name
+    return ("" if parent == PACKAGE.name else parent), path.stem
 
 
-def imports(path: pathlib.Path) -> set[str]:
+def imports(path: pathlib.Path) -> set[tuple[str, str]]:
+    """Returns (wing, file) of every module of the package that `path` imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "jax_fp8gemm":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax_fp8gemm."):
-            found.add(node.module.split(".")[1])
-    return found - {"_ext"}
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(PACKAGE.name):
+            continue
+        wing, *file = node.module.split(".")[1:] or [""]
+        names = file or [alias.name for alias in node.names]
+        found |= {(wing, name) for name in names}
+    return found
 
 
-def test_only_native_imports_the_extension():
-    for path in (ROOT / "jax_fp8gemm").glob("*.py"):
-        assert "_ext" not in path.read_text() or path.stem == "_native", path.name
+def test_every_file_has_a_place():
+    for path in PACKAGE.rglob("*.py"):
+        wing, file = place(path)
+        assert file in (WINGS[wing] + ["__init__"] if wing else DOORS), path
+
+
+def test_python_imports_go_one_way():
+    order = list(WINGS)
+    for path in PACKAGE.rglob("*.py"):
+        wing, file = place(path)
+        if not wing or file == "__init__":
+            continue
+        for other, name in imports(path) - {("", "_ext")}:
+            assert other in order, f"{wing}/{file} imports a door: {other}/{name}"
+            if other == wing:
+                assert WINGS[wing].index(name) < WINGS[wing].index(file), f"{file} -> {name}"
+            else:
+                assert order.index(other) < order.index(wing), f"{wing}/{file} -> {other}/{name}"
+
+
+def test_doors_do_not_import_doors():
+    for path in PACKAGE.glob("*.py"):
+        assert not {name for wing, name in imports(path) if not wing} & set(DOORS), path
+
+
+def test_one_file_imports_the_extension():
+    found = [path.stem for path in PACKAGE.rglob("*.py") if re.search(r"import.*\b_ext\b", path.read_text())]
+    assert found == ["extension"]
 
 
 def test_only_public_jax_is_used():
-    for path in (ROOT / "jax_fp8gemm").glob("*.py"):
-        assert "jax._src" not in path.read_text(), path.name
+    for path in PACKAGE.rglob("*.py"):
+        assert "jax._src" not in path.read_text(), path
+
+
+def test_no_module_is_hidden_by_a_name_of_its_package():
+    for wing in ("", *WINGS):
+        package = importlib.import_module(".".join(filter(None, (PACKAGE.name, wing))))
+        for path in (PACKAGE / wing).glob("*.py"):
+            named = getattr(package, path.stem, None)
+            assert path.stem == "__init__" or named is None or inspect.ismodule(named), path
 
 
 def includes(path: pathlib.Path) -> list[str]:
@@ -113,11 +137,10 @@ def test_the_table_of_variants_is_one():
         r"enum class Variant : int \{ (.+) \};", (ROOT / "csrc/kernels/params.cuh").read_text()
     )
     names = [re.sub(r"(?<!^)([A-Z])", r"_\1", name[1:]).lower() for name in enum[1].split(", ")]
-    assert names == list(VARIANTS) == list(_native.variant_names())
+    assert names == list(VARIANTS) == list(native.variant_names())
 
 
 def test_flax_is_needed_by_its_layers_alone():
     importing = r"(?m)^\s*(from|import) flax"
-    files = (ROOT / "jax_fp8gemm").glob("*.py")
-    found = {path.stem for path in files if re.search(importing, path.read_text())}
+    found = {path.stem for path in PACKAGE.rglob("*.py") if re.search(importing, path.read_text())}
     assert found == {"linen", "nnx"}

@@ -33,7 +33,7 @@ def test_whole_layer_against_float32(key):
 
     (_, (y, routing)), gradients = run(fp8.moe)
     (_, (expected_y, expected)), expected_gradients = run(dense_moe)
-    np.testing.assert_array_equal(routing.experts, expected.experts)
+    np.testing.assert_array_equal(routing.expert_index, expected.experts)
     np.testing.assert_allclose(routing.aux_loss, expected.aux_loss, rtol=1e-5)
     assert calc_diff(y, expected_y) < FORWARD
     pairs = jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)
@@ -49,7 +49,7 @@ def test_leading_dims_and_types_are_kept(key):
     y, routing = jitted_moe(x.reshape(2, T // 2, H), *parameters[:4], top_k=2)
     flat, _ = jitted_moe(x, *parameters[:4], top_k=2)
     assert y.shape == (2, T // 2, H) and y.dtype == jnp.bfloat16
-    assert routing.experts.shape == (T, 2)
+    assert routing.expert_index.shape == (T, 2)
     np.testing.assert_array_equal(y.reshape(T, H), flat)
 
 
@@ -66,7 +66,7 @@ def test_capacity_factor_is_a_share_of_the_rows(key):
     x, _, (gate_kernel, *kernels, _) = layer(key)
     y, routing = jitted_moe(x, gate_kernel, *kernels, top_k=2, capacity_factor=0.5)
     # 40 tokens · 2 / 4 experts · 0.5
-    chosen = routing.experts, routing.weights
+    chosen = routing.expert_index, routing.gate_weights
     ffn = jax.jit(fp8.expert_ffn, static_argnames="capacity")
     np.testing.assert_array_equal(y, ffn(x, *chosen, *kernels, capacity=10))
     assert (y != ffn(x, *chosen, *kernels)).any()
@@ -188,4 +188,4 @@ CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
 def test_errors(error, call, text):
     with pytest.raises(error, match=text) as info:
         call()
-    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  mend "))
+    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  fix "))

@@ -54,7 +54,7 @@ def test_a_prepared_group_of_weights_gives_the_same_bits_and_gradients(key):
     equal(both(False), both(True))
 
 
-def test_microbatches_quantise_a_weight_once(key):
+def test_microbatches_quantize_a_weight_once(key):
     x, w, _ = operands(key, m=512)
 
     def loss(w, prepare):

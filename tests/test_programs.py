@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
+from jax_fp8gemm._select.choice import select
+from jax_fp8gemm._select.problem import GemmConfig, Problem, attributes
 
 
 def test_cuda_lowering_has_the_custom_call_with_its_whole_specification():
@@ -18,8 +19,8 @@ def test_cuda_lowering_has_the_custom_call_with_its_whole_specification():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "@jax_fp8gemm_gemm_v1" in line]
     assert any('rhs_scale = "1x128"' in call and 'out = "f32"' in call for call in calls)
-    problem = configs.Problem("dense", 4096, 7168, 4096, 1, "1x128_1x128", "f32")
-    for name in configs.attributes(problem, configs.select(problem)):
+    problem = Problem("dense", 4096, 7168, 4096, 1, "1x128_1x128", "f32")
+    for name in attributes(problem, select(problem)):
         assert all(f"{name} = " in call for call in calls), name
 
 
@@ -37,7 +38,7 @@ def test_cpu_lowering_has_no_custom_call():
 
 
 def test_num_sms_and_config_reach_the_program():
-    config = configs.GemmConfig("persistent", 128, 64, 4)
+    config = GemmConfig("persistent", 128, 64, 4)
     lhs, rhs = fp8.quantize(jnp.ones((8, 128))), fp8.quantize(jnp.ones((8, 128)), (128, 128))
     run = jax.jit(lambda lhs, rhs: fp8.gemm(lhs, rhs, num_sms=20, config=config))
     text = run.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
@@ -87,8 +88,8 @@ def test_without_jit_everything_still_runs(key):
 
 
 def test_config_is_the_same_for_equal_problems():
-    first = configs.Problem("dense", 777, 4096, 7168)
-    assert configs.select(first) == configs.select(configs.Problem("dense", 777, 4096, 7168))
+    first = Problem("dense", 777, 4096, 7168)
+    assert select(first) == select(Problem("dense", 777, 4096, 7168))
 
 
 def test_a_second_process_finds_the_program_in_the_persistent_cache(tmp_path):

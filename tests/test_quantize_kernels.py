@@ -1,4 +1,4 @@
-"""The quantising kernels: run on the CPU by tests/emulation, bit for bit, and compiled."""
+"""The quantizing kernels: run on the CPU by tests/emulation, bit for bit, and compiled."""
 
 import itertools
 import re
@@ -33,9 +33,10 @@ from quantize_cases import (
 )
 from shapes import GROUPS, Groups
 
-from jax_fp8gemm import _native
-from jax_fp8gemm.qarray import BLOCKS, FP8, ROW_BLOCKS
-from jax_fp8gemm.quantize_primitive import QuantizeStatic, _reference
+from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind.quantize_op import CastSpec, _reference
+from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS
+from jax_fp8gemm._core.qarray import FP8
 
 pytestmark = pytest.mark.skipif(
     "error" in _native.nvrtc_facts(),
@@ -92,7 +93,7 @@ def test_gather_without_groups(folder):
 
 
 def test_denormals_are_numbers(folder):
-    static = floats(scale="float32", copies="rows")
+    static = floats(scale_rounding="none", copies="rows")
     x = np.full((1, 3, 16), 1e-40, F32)
     x[:, 1, :2] = 1e-38, -3e-39
     compare(static, [x], emulated(folder, static, [x]))
@@ -109,7 +110,7 @@ def test_swiglu_is_that_of_float64(folder, name):
 @pytest.mark.parametrize("sizes", [(), (30, 0, 70)], ids=["dense", "grouped"])
 @pytest.mark.parametrize("source", ["float", "fp8", "swiglu", "swiglu_backward"])
 def test_numpy_and_the_reference_agree(source, sizes):
-    static = QuantizeStatic(source, rows=source != "fp8", transposed=True, grouped=bool(sizes))
+    static = CastSpec(source, rows=source != "fp8", transposed=True, grouped=bool(sizes))
     given = operands(1, static, (1, 100, 256), BF16, sizes)
     results = _reference(*map(jnp.asarray, given), static=static)
     right_copies = expected(static, given).values()
@@ -134,14 +135,14 @@ def test_the_emulation_sees_harm(folder):
 TOKENS = [dict(grouped=g, gather=i) for g, i in itertools.product((False, True), repeat=2)]
 COMPILED = [
     *[(floats(copies=c, **t), BF16) for c in ("rows", "both") for t in TOKENS],
-    *[(floats(copies=c, scale="float32"), d) for c in ("rows", "both") for d in (F16, F32)],
+    *[(floats(copies=c, scale_rounding="none"), d) for c in ("rows", "both") for d in (F16, F32)],
     *[(floats(copies="transposed", grouped=g), BF16) for g in (False, True)],
     *[(floats(BLOCKS, copies=c), d) for c in ("rows", "both") for d in (BF16, F32)],
     *[(floats(tile, pair=True), BF16) for tile in (ROW_BLOCKS, BLOCKS)],
     *[(fp8(**t), FP8) for t in TOKENS],
     *[(swiglu(transposed=t, grouped=True), d) for t in (False, True) for d in (BF16, F16)],
-    *[(swiglu(transposed=t, scale="float32"), BF16) for t in (False, True)],
-    *[(fp8(scale="float32", **t), FP8) for t in TOKENS],
+    *[(swiglu(transposed=t, scale_rounding="none"), BF16) for t in (False, True)],
+    *[(fp8(scale_rounding="none", **t), FP8) for t in TOKENS],
     *[(backward(scale=s, grouped=True), FP8) for s in ("pow2", "float32")],
 ]
 SIZES = [(spec, 512) for spec in COMPILED] + [(spec, 509) for spec in COMPILED[::3]]

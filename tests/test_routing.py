@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_fp8gemm.routing import permute, route, unpermute
+from jax_fp8gemm._moe.routing import permute, route, unpermute
 
 P = PartitionSpec
 
@@ -33,21 +33,21 @@ def test_scores_choice_and_weights(key, score, scores64, normalize):
     scores = scores64(logits)
     np.testing.assert_allclose(routing.scores, scores, rtol=1e-5)
     best = np.argsort(-scores, axis=1, kind="stable")[:, :3]
-    np.testing.assert_array_equal(routing.experts, best)
+    np.testing.assert_array_equal(routing.expert_index, best)
     chosen = np.take_along_axis(scores, best, 1)
     weights = 2.5 * (chosen / chosen.sum(1, keepdims=True) if normalize else chosen)
-    np.testing.assert_allclose(routing.weights, weights, rtol=1e-5)
-    assert routing.experts.dtype == jnp.int32 and routing.weights.dtype == jnp.float32
+    np.testing.assert_allclose(routing.gate_weights, weights, rtol=1e-5)
+    assert routing.expert_index.dtype == jnp.int32 and routing.gate_weights.dtype == jnp.float32
 
 
 def test_bias_steers_the_choice_and_nothing_else(key):
     logits = make_logits(key)
     bias = jnp.zeros(8).at[5].set(10.0).at[2].set(-10.0)
-    steered = route(logits, 2, score="sigmoid", bias=bias)
+    steered = route(logits, 2, score_function="sigmoid", bias=bias)
     assert (steered.experts[:, 0] == 5).all() and not (steered.experts == 2).any()
     chosen = np.take_along_axis(sigmoid64(logits), np.asarray(steered.experts), 1)
     np.testing.assert_allclose(steered.weights, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
-    np.testing.assert_array_equal(steered.scores, route(logits, 2, score="sigmoid").scores)
+    np.testing.assert_array_equal(steered.scores, route(logits, 2, score_function="sigmoid").scores)
     grad = jax.grad(lambda bias: route(logits, 2, bias=bias).weights[:, 0].sum())(bias)
     assert not np.asarray(grad).any()
 
@@ -71,7 +71,7 @@ def test_losses_follow_their_formulas(key, score, scores64):
     routing = route(logits, 3, score=score)
     shares = scores64(logits)
     shares = shares / shares.sum(1, keepdims=True)
-    chosen = np.bincount(np.asarray(routing.experts).ravel(), minlength=8) / (37 * 3)
+    chosen = np.bincount(np.asarray(routing.expert_index).ravel(), minlength=8) / (37 * 3)
     np.testing.assert_allclose(routing.aux_loss, 8 * (chosen * shares.mean(0)).sum(), rtol=1e-5)
     lse = np.log(np.exp(np.asarray(logits, np.float64)).sum(1))
     np.testing.assert_allclose(routing.z_loss, (lse**2).mean(), rtol=1e-5)
@@ -109,7 +109,7 @@ def test_losses_over_an_axis_are_those_of_all_tokens(key):
 
 def test_no_tokens():
     routing = route(jnp.zeros((0, 4)), 2)
-    assert routing.experts.shape == (0, 2)
+    assert routing.expert_index.shape == (0, 2)
     assert routing.aux_loss == 0 and routing.z_loss == 0
 
 
@@ -200,7 +200,7 @@ def test_sums_are_made_in_float32():
 def test_errors(call, text):
     with pytest.raises(ValueError, match=text) as info:
         call()
-    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  mend "))
+    assert all(part in str(info.value) for part in ("\n  got ", "\n  expected ", "\n  fix "))
 
 
 def test_golden_text_of_top_k():
@@ -210,5 +210,5 @@ def test_golden_text_of_top_k():
         "route: top_k is 5, with 4 experts.\n"
         "  got       top_k 5, logits f32[16, 4]\n"
         "  expected  top_k in 1..4\n"
-        "  mend      choose fewer experts per token"
+        "  fix      choose fewer experts per token"
     )

@@ -13,11 +13,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import sharding
-from jax_fp8gemm.config import Problem
-from jax_fp8gemm.primitives import sharding_rule
+from jax_fp8gemm._bind import partition as sharding
+from jax_fp8gemm._bind.gemm_op import sharding_rule
+from jax_fp8gemm._core.variants import SCALES, VARIANTS
+from jax_fp8gemm._select.problem import Problem
 from jax_fp8gemm.tuning import random_operands
-from jax_fp8gemm.variants import SCALES, VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +168,10 @@ def test_vmap_over_a_sharded_axis_moves_nothing(mesh):
         assert near(jax.jit(run)(*placed), run(lhs, other))
 
 
-# ---- Quantising ---------------------------------------------------------------------------------
+# ---- Quantizing ---------------------------------------------------------------------------------
 
 
-def test_quantising_moves_nothing(mesh, key):
+def test_quantizing_moves_nothing(mesh, key):
     x = jax.random.normal(key, (4, 256, 512))
     w, sizes = x[0], jnp.array([100, 150])
     calls = {

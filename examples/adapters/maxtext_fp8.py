@@ -32,7 +32,7 @@ class Fp8DotGeneral(nn.Module):
         return dot_general(*args, **kw)
 
 
-# moe.py asks a quantisation for the dtypes that its own kernels should quantise to: None here.
+# moe.py asks a quantization for the dtypes that its own kernels should quantize to: None here.
 SIDE = Space(numerics=Space(get_dtype=lambda: None))
 
 

@@ -2,7 +2,7 @@
 
     model = qwix.quantize_model(model, Fp8Provider([qwix.QuantizationRule(module_path="mlp.*")]))
 
-Rules choose modules and ops (`module_path`, `op_names`); their quantised types and tile sizes are
+Rules choose modules and ops (`module_path`, `op_names`); their quantized types and tile sizes are
 not looked at: the recipe is always 1x128 and 128x128. What FP8 does not take stays as it is.
 """
 

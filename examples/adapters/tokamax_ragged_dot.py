@@ -33,7 +33,7 @@ def fp8_implementation(
     if numbers not in (ROWS, ROWS_TRANSPOSED) or (ragged, group) != ((0,), (0,)):
         raise NotImplementedError(f"fp8_ragged_dot has groups of rows alone, not {dims}")
     if not all(isinstance(x, jax.Array) for x in (lhs, rhs)):
-        raise NotImplementedError("fp8_ragged_dot quantises floats itself: pass them")
+        raise NotImplementedError("fp8_ragged_dot quantizes floats itself: pass them")
     if numbers == ROWS_TRANSPOSED:
         rhs = rhs.swapaxes(1, 2)
     sizes = jnp.asarray(getattr(group_sizes, "value", group_sizes))  # tokamax.GroupSizes has one

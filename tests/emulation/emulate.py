@@ -1,4 +1,4 @@
-"""Runs quantising kernels, and the cast in products, on the CPU: what they compute and touch.
+"""Runs quantizing kernels, and the cast in products, on the CPU: what they compute and touch.
 
 The text that NVRTC gets is compiled by g++ instead, with ptx.cuh of this folder in the place of the
 kernels' own: every instruction of a GPU is there, as plain C++. fibers.h runs the threads of a
@@ -17,8 +17,8 @@ import subprocess
 
 import numpy as np
 
-from jax_fp8gemm import _native
-from jax_fp8gemm.quantize_primitive import QuantizeStatic, attributes
+from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind.quantize_op import CastSpec, attributes
 
 HERE = pathlib.Path(__file__).parent
 KERNELS = HERE.parent.parent / "csrc" / "kernels"
@@ -46,13 +46,13 @@ def params_type() -> type[ctypes.Structure]:
 Params = params_type()
 
 
-def specification(static: QuantizeStatic, dtype, m: int, k: int) -> dict[str, int | str]:
+def specification(static: CastSpec, dtype, m: int, k: int) -> dict[str, int | str]:
     """Returns the attributes as `_native.compile` takes them."""
     found = attributes(static, dtype, m, k)
     return {k: v if isinstance(v, str) else int(v) for k, v in found.items()}
 
 
-def build(static: QuantizeStatic, operands, folder: pathlib.Path) -> ctypes.CDLL:
+def build(static: CastSpec, operands, folder: pathlib.Path) -> ctypes.CDLL:
     """Compiles the kernel for these operands for the CPU, or finds it in `folder`."""
     _, m, k, _ = static.sizes(operands)
     wanted = specification(static, operands[0].dtype, m, k)
@@ -101,7 +101,7 @@ class Buffer:
         return all(np.all(part == self.guard) for part in around)
 
 
-def result_names(static: QuantizeStatic) -> list[str]:
+def result_names(static: CastSpec) -> list[str]:
     """Returns the fields of QuantizeParams that take the results, in order."""
     copies = [name for name in ("rows", "transposed") if getattr(static, name)]
     last = []
@@ -113,7 +113,7 @@ def result_names(static: QuantizeStatic) -> list[str]:
 
 def run(
     library: ctypes.CDLL,
-    static: QuantizeStatic,
+    static: CastSpec,
     operands: list[np.ndarray],
     *,
     reverse: bool,

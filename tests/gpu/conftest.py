@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from jax_fp8gemm import _native
+from jax_fp8gemm._bind import native as _native
 
 
 def hopper() -> str | None:

@@ -12,8 +12,8 @@ from test_casting import case as small_case
 from test_gemm_gpu import bits, poison
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.config import GemmConfig
-from jax_fp8gemm.kernel_level import gemm_casting
+from jax_fp8gemm._ops.gemm import gemm_casting
+from jax_fp8gemm._select.problem import GemmConfig
 
 # As the casting kernels: both of these add up along k in one order.
 CONFIG = GemmConfig("persistent", 128, 128, 4)
@@ -100,7 +100,7 @@ def test_group_sizes_change_between_runs_of_one_program():
 CODE = """
 import jax, jax.numpy as jnp
 import jax_fp8gemm as fp8
-from jax_fp8gemm.kernel_level import gemm_casting
+from jax_fp8gemm._ops.gemm import gemm_casting
 
 @jax.jit
 def run(key):

@@ -12,7 +12,7 @@ from numerics import calc_diff
 from processes import losses_of_two
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.config import Problem
+from jax_fp8gemm._select.problem import Problem
 from jax_fp8gemm.tuning import random_operands
 
 P = PartitionSpec

@@ -1,4 +1,4 @@
-"""The kernels against the float64 product of the dequantised operands."""
+"""The kernels against the float64 product of the dequantized operands."""
 
 import concurrent.futures
 
@@ -10,10 +10,9 @@ from numerics import calc_diff, product64
 from shapes import DENSE, ODD, WEIGHT_GRADIENT
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.config import GemmConfig, Problem
+from jax_fp8gemm._core.variants import SCALES
+from jax_fp8gemm._select.problem import GemmConfig, Problem, legal
 from jax_fp8gemm.tuning import compiled, random_operands, sample_error
-from jax_fp8gemm.variants import SCALES
 
 BOUND = {"bf16": 1e-5, "f32": 1e-6}  # calc_diff
 
@@ -64,7 +63,7 @@ def check(problem: Problem, config: GemmConfig | None = None, seed: int = 0) -> 
 @pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
 def test_every_kind_of_config_on_odd_shapes(shape, config):
     problem = Problem("dense", shape.m, shape.n, shape.k)
-    if configs.legal(problem, config) is None:
+    if legal(problem, config) is None:
         check(problem, config)
 
 
@@ -79,7 +78,7 @@ def test_every_scale_mode_with_the_chosen_config(shape, scales, out):
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=str)
 def test_other_scale_modes_on_every_kernel(scales, config):
     problem = Problem("dense", 200, 312, 400, 1, scales, "f32")
-    if configs.legal(problem, config) is None:
+    if legal(problem, config) is None:
         check(problem, config)
 
 
@@ -88,7 +87,7 @@ def test_other_scale_modes_on_every_kernel(scales, config):
 def test_batched(scales, config):
     for m, n, k in ((130, 136, 272), (3, 200, 112), (257, 65, 128)):
         problem = Problem("batched", m, n, k, 3, scales, "bf16")
-        if configs.legal(problem, config) is None:
+        if legal(problem, config) is None:
             check(problem, config)
 
 

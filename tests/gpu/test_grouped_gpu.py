@@ -12,8 +12,7 @@ from test_gemm_gpu import BOUND, bits, poison
 from test_grouped import operands
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import config as configs
-from jax_fp8gemm.config import GemmConfig, Problem
+from jax_fp8gemm._select.problem import GemmConfig, Problem, legal
 from jax_fp8gemm.tuning import compiled, random_operands, sample_error
 
 CONFIGS = {
@@ -181,4 +180,4 @@ def test_configs_are_legal():
         problem = Problem(variant, 300, 72, 272, 6, out="bf16")
         if variant == "ragged_contracting":
             problem = dataclasses.replace(problem, scales="1x128_1x128", out="f32")
-        assert config is None or configs.legal(problem, config) is None, config
+        assert config is None or legal(problem, config) is None, config

@@ -26,9 +26,9 @@ def layer(dtype=jnp.bfloat16, t=T, h=H, f=F, e=E):
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def both(dy, x, routing, kernels, capacity=None):
     def block(x, weights, *kernels):
-        return fp8.expert_ffn(x, routing.experts, weights, *kernels, capacity=capacity)
+        return fp8.expert_ffn(x, routing.expert_index, weights, *kernels, capacity=capacity)
 
-    y, pull = jax.vjp(block, x, routing.weights, *kernels)
+    y, pull = jax.vjp(block, x, routing.gate_weights, *kernels)
     return y, *pull(dy)
 
 
@@ -57,7 +57,7 @@ def test_other_choices_between_two_runs_of_one_program():
     dy, x, routing, kernels = layer()
     first = both(dy, x, routing, kernels)[0]
     turned = fp8.Routing(
-        (routing.experts + 1) % E, routing.weights, routing.scores, routing.aux_loss, routing.z_loss
+        (routing.expert_index + 1) % E, routing.gate_weights, routing.scores, routing.aux_loss, routing.z_loss
     )
     other = both(dy, x, turned, [jnp.roll(w, 1, axis=0) for w in kernels])[0]
     np.testing.assert_array_equal(*(np.asarray(y, np.float32) for y in (first, other)))

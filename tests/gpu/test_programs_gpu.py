@@ -12,7 +12,7 @@ from numerics import calc_diff
 from sanitizer import sanitize
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import _native
+from jax_fp8gemm._bind import native as _native
 
 
 def operands(m=512, k=384, n=640, dtype=jnp.bfloat16):
@@ -24,13 +24,13 @@ def operands(m=512, k=384, n=640, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize("m, k, n", [(512, 384, 640), (100, 300, 77), (1, 16, 1), (3, 7, 130)])
-@pytest.mark.parametrize("scale", ["pow2", "float32"])
-def test_gradients_are_those_of_the_reference(m, k, n, scale):
+@pytest.mark.parametrize("scale_rounding", ["pow2", "none"])
+def test_gradients_are_those_of_the_reference(m, k, n, scale_rounding):
     x, w, dy = operands(m, k, n, jnp.float32)
 
     @jax.jit
     def both(x, w, dy):
-        y, pull = jax.vjp(lambda x, w: fp8.fp8_matmul(x, w, scale=scale), x, w)
+        y, pull = jax.vjp(lambda x, w: fp8.fp8_matmul(x, w, scale_rounding=scale_rounding), x, w)
         return (y, *pull(dy))
 
     cpu = jax.devices("cpu")[0]
@@ -107,7 +107,7 @@ np.save(sys.argv[1], np.asarray(jnp.stack(outs).astype(jnp.float32)))
 
 SANITIZED = {"dense": """
 import jax, jax.numpy as jnp, jax_fp8gemm as fp8
-from jax_fp8gemm.config import GemmConfig, Problem
+from jax_fp8gemm._select.problem import GemmConfig, Problem
 from jax_fp8gemm.tuning import compiled, random_operands
 for shape in ((130, 136, 272), (5, 7, 384)):
     for config in (GemmConfig("persistent", 256, 128, 3, "lhs"),
@@ -123,7 +123,7 @@ compiled(problem, GemmConfig("persistent", 128, 128, 3), operands)().block_until
 print("finished")
 """, "grouped": """
 import jax, jax.numpy as jnp, jax_fp8gemm as fp8
-from jax_fp8gemm.config import GemmConfig, Problem
+from jax_fp8gemm._select.problem import GemmConfig, Problem
 from jax_fp8gemm.tuning import compiled, random_operands
 wide = GemmConfig("persistent", 256, 128, 3, "lhs")
 for variant, configs in {
@@ -174,7 +174,7 @@ print(sum(name.endswith("cache_hits") for name in hits))
 def test_second_process_compiles_no_kernel(tmp_path):
     code = """
 import jax.numpy as jnp, jax_fp8gemm as fp8
-from jax_fp8gemm import _native
+from jax_fp8gemm._bind import native as _native
 fp8.fp8_matmul(jnp.ones((256, 256)), jnp.ones((256, 256))).block_until_ready()
 print(_native.cache_facts()["compiled"], _native.cache_facts()["from_disk"])
 """

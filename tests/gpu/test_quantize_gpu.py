@@ -1,4 +1,4 @@
-"""Quantising kernels on the GPU: right to the bit, on poisoned memory, twice the same."""
+"""Quantizing kernels on the GPU: right to the bit, on poisoned memory, twice the same."""
 
 import functools
 import re
@@ -25,8 +25,8 @@ from shapes import GROUPS
 from test_gemm_gpu import poison
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.qarray import BLOCKS
-from jax_fp8gemm.quantize_primitive import quantize_p
+from jax_fp8gemm._bind.quantize_op import quantize_p
+from jax_fp8gemm._core.layout import BLOCKS
 
 
 @functools.partial(jax.jit, static_argnames="static")
@@ -69,7 +69,7 @@ def test_swiglu(name):
 @pytest.mark.parametrize("tile", [(1, 128), BLOCKS], ids=str)
 def test_large_arrays_have_the_bits_of_the_reference(tile):
     """[4096, 7168] on the GPU by the kernel and by XLA."""
-    from jax_fp8gemm import reference
+    from jax_fp8gemm._core import reference
 
     x = jax.random.normal(jax.random.key(0), (4096, 7168), jnp.bfloat16)
     rows, columns = jax.jit(lambda x: fp8.quantize_both(x, tile))(x)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_fp8gemm.sharding import Axes, Rule, assign, spec_of
+from jax_fp8gemm._bind.partition import Axes, Rule, assign, spec_of
 
 
 def is_manual() -> bool:
@@ -56,24 +56,28 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     return sharding if _explicit_axes(sharding.mesh) else None
 
 
-def explicit(rule: Rule, function: Callable, operands, out_sharding=None) -> Callable:
-    """Returns `function` made callable on a mesh with Explicit axes; itself on any other.
+def enter(rule: Rule, function: Callable, operands, out_sharding=None):
+    """Calls `function`, with Explicit axes made Auto inside, and varying types made alike.
 
-    Its results are sharded as the operands say, unless out_sharding is given; rows of a product win
-    over its columns.
+    On a mesh with Explicit axes its results are sharded as the operands say, unless out_sharding is
+    given. Rows of a GEMM win over its columns.
     """
     mesh = _mesh_of(*operands)
     axes = _explicit_axes(mesh)
-    if not axes:
-        return function
-    if out_sharding is None:
-        specs = [jax.typeof(x).sharding.spec for x in operands]
-        offered = [(rule.operands[i], specs[i]) for i in rule.deciding]
-        plan = assign(rule, offered, rule.sizes([x.shape for x in operands]), mesh)
-        kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
-        out = [spec_of(dims, kept) for dims in rule.results]
-        out_sharding = out if len(out) > 1 else out[0]
-    return _automatic(function, mesh, axes, out_sharding)
+    if axes:
+        if out_sharding is None:
+            out_sharding = _out_sharding(rule, operands, mesh)
+        function = _automatic(function, mesh, axes, out_sharding)
+    return function(*vary_alike(*operands))
+
+
+def _out_sharding(rule: Rule, operands, mesh):
+    specs = [jax.typeof(x).sharding.spec for x in operands]
+    offered = [(rule.operands[i], specs[i], votes) for i, votes in rule.voters]
+    plan = assign(rule, offered, rule.sizes([x.shape for x in operands]), mesh)
+    kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
+    out = [spec_of(dims, kept) for dims in rule.results]
+    return out if len(out) > 1 else out[0]
 
 
 def automatic(function: Callable, *likes: jax.Array | None) -> Callable:
@@ -85,8 +89,8 @@ def automatic(function: Callable, *likes: jax.Array | None) -> Callable:
     axes = _explicit_axes(mesh)
     if not axes:
         return function
-    out = tuple(PartitionSpec() if x is None else jax.typeof(x).sharding for x in likes)
-    return _automatic(function, mesh, axes, out if len(out) > 1 else out[0])
+    out = [PartitionSpec() if x is None else jax.typeof(x).sharding for x in likes]
+    return _automatic(function, mesh, axes, tuple(out) if len(out) > 1 else out[0])
 
 
 def _automatic(function: Callable, mesh, axes: Axes, out_sharding) -> Callable:

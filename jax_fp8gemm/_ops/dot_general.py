@@ -1,15 +1,16 @@
 """fp8_dot_general: jax.lax.dot_general in FP8, for the hooks of Flax and the like."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.ops import fp8_matmul, result_dtype
-from jax_fp8gemm.quantizing import check_float
+from jax_fp8gemm._core.checks import check_float
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._ops.matmul import fp8_matmul
+from jax_fp8gemm._ops.recipe import result_dtype
 
 Dims = Sequence[int]
 OP = "fp8_dot_general"
@@ -33,8 +34,8 @@ def fp8_dot_general(
       lhs, rhs: bf16, f16 or f32, of any rank.
       dimension_numbers: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)). Several
         contracting dims are one k in the order given.
-      precision: not looked at, because products of FP8 numbers have one precision. Layers pass
-        theirs always.
+      precision: not looked at, because FP8 GEMMs have one precision. Layers always pass
+        theirs.
       preferred_element_type: bf16, f16 or f32, of the result; default: the promoted dtype.
       out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
         a NamedSharding. On meshes without Explicit axes a constraint.
@@ -72,7 +73,7 @@ def fp8_dot_general(
         shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
         if 0 in shape:
             return jnp.zeros(shape, dtype)
-        return _product(x, w, len(batch), len(contract), dtype).reshape(shape)
+        return _multiply(x, w, len(batch), len(contract), dtype).reshape(shape)
 
     return _sharded(run, lhs, rhs, numbers, out_sharding)
 
@@ -86,14 +87,14 @@ def dot_general_like_lhs(
     return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, out_sharding=out_sharding)
 
 
-def _product(x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.dtype) -> jax.Array:
+def _multiply(x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.dtype) -> jax.Array:
     """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n].
 
     Rows stay apart, since a mesh may cut each of their dims. One batch is none: then k and n keep
     their scale blocks whole.
     """
-    sizes, rows, k = x.shape[:batch], x.shape[batch : x.ndim - contract], x.shape[-contract:]
-    k, n = math.prod(k), math.prod(w.shape[batch + contract :])
+    sizes, rows = x.shape[:batch], x.shape[batch : x.ndim - contract]
+    k, n = math.prod(x.shape[-contract:]), math.prod(w.shape[batch + contract :])
 
     def multiply(x, w):
         return fp8_matmul(x, w, preferred_element_type=dtype)
@@ -113,16 +114,14 @@ def _sharded(run, lhs, rhs, numbers, out_sharding) -> jax.Array:
         if out_sharding is None:
             like = jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, numbers), lhs, rhs)
             out_sharding = like.sharding.spec
-        return jax.sharding.auto_axes(run, out_sharding=out_sharding)(lhs, rhs)
+        inside: Callable = jax.sharding.auto_axes(run, out_sharding=out_sharding)
+        return inside(lhs, rhs)
     y = run(lhs, rhs)
     if out_sharding is None:
         return y
     if AxisType.Explicit in getattr(out_sharding, "mesh", mesh).axis_types:
         return jax.sharding.reshard(y, out_sharding)
     return jax.lax.with_sharding_constraint(y, out_sharding)
-
-
-# ---- dims ---------------------------------------------------------------------------------------
 
 
 def _normal(dims: Dims, ndim: int) -> tuple[int, ...]:
@@ -142,9 +141,6 @@ def _ordered(x: jax.Array, *dims: tuple[int, ...]) -> jax.Array:
     return x.transpose(*(d for group in dims for d in group))
 
 
-# ---- checks -------------------------------------------------------------------------------------
-
-
 def _check(lhs, rhs, contract, batch) -> None:
     got = f"{describe('lhs', lhs)}, {describe('rhs', rhs)}, dimension_numbers {(contract, batch)}"
     for index, (name, x) in enumerate((("lhs", lhs), ("rhs", rhs))):
@@ -157,5 +153,5 @@ def _check(lhs, rhs, contract, batch) -> None:
             what = f"sizes of {kind} dims differ: {_sizes(lhs, left)} and {_sizes(rhs, right)}."
             fail(OP, what, got, "the same sizes in the same order", "name other dims")
     if 0 in _sizes(lhs, contract[0]) or not contract[0]:
-        mend = "multiply outer products with jnp.multiply; FP8 has nothing to sum"
-        fail(OP, "nothing to contract over.", got, "contracting dims of 1 or more", mend)
+        fix = "multiply outer products with jnp.multiply; FP8 has nothing to sum"
+        fail(OP, "nothing to contract over.", got, "contracting dims of 1 or more", fix)

@@ -3,12 +3,24 @@
 It is also what runs on other platforms than CUDA.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm.qarray import BLOCK, FP8, FP8_MAX, ROW_BLOCKS, ROWS, Tile, scale_shape
-from jax_fp8gemm.variants import VARIANTS
+from jax_fp8gemm._core.groups import group_ends, group_of_row, group_of_step, place_by_groups
+from jax_fp8gemm._core.layout import (
+    ROW_BLOCKS,
+    SCALE_BLOCK,
+    Tile,
+    scale_from_kernel,
+    scale_shape,
+    scale_to_kernel,
+)
+from jax_fp8gemm._core.qarray import FP8, FP8_MAX
+from jax_fp8gemm._core.types import ScaleRounding, VariantName
+from jax_fp8gemm._core.variants import VARIANTS
 
 EXPONENT_MASK = 0x7F800000  # of a float32
 MAGNITUDE_MASK = 0x7FFFFFFF  # likewise, without the sign
@@ -31,17 +43,17 @@ def _untiled(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape(*lead, a * rows, b * columns)[..., : shape[-2], : shape[-1]]
 
 
-def scale_of(amax: jax.Array, mode: str) -> jax.Array:
+def scale_of(amax: jax.Array, rounding: ScaleRounding) -> jax.Array:
     """Returns the scale that brings values up to `amax` within ±448.
 
-    "float32": amax · (1/448), a product since XLA makes one of a division by a constant. "pow2":
+    "none": amax · (1/448), a product since XLA makes one of a division by a constant. "pow2":
     the smallest power of two that is not below amax / 448, found by bits, never by log2. An
     all-zero tile has scale 1; a tile with NaN or Inf has scale NaN.
 
     Args:
       amax: f32, the largest magnitude of a tile, ≥ 0, NaN or Inf.
     """
-    if mode == "pow2":
+    if rounding == "pow2":
         # 448 = 1.75 · 2^8: one binade up where the mantissa is above 1.75.
         bits = jax.lax.bitcast_convert_type(amax, jnp.int32) + 0x1FFFFF
         power = (bits & EXPONENT_MASK) - (8 << 23)
@@ -51,7 +63,7 @@ def scale_of(amax: jax.Array, mode: str) -> jax.Array:
     return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
 
 
-def quantize(x: jax.Array, tile: Tile, mode: str) -> tuple[jax.Array, jax.Array]:
+def quantize(x: jax.Array, tile: Tile, rounding: ScaleRounding) -> tuple[jax.Array, jax.Array]:
     """Returns (qvalue, scale): qvalue = e4m3(clip(x · (1/scale), ±448)), in float32.
 
     A product, since XLA may make one of the division anyway; with powers of two both are exact.
@@ -60,7 +72,7 @@ def quantize(x: jax.Array, tile: Tile, mode: str) -> tuple[jax.Array, jax.Array]
     # NOTE: a maximum of floats loses NaN on CPUs. Among bit patterns NaN is above every number.
     bits = jax.lax.bitcast_convert_type(tiles, jnp.int32) & MAGNITUDE_MASK
     amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1)), jnp.float32)
-    scale = scale_of(amax, mode)
+    scale = scale_of(amax, rounding)
     # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
     values = jnp.clip(tiles * (1 / scale)[..., :, None, :, None], -FP8_MAX, FP8_MAX)
     return _untiled(values.astype(FP8), shape), scale
@@ -72,78 +84,14 @@ def dequantize(qvalue: jax.Array, scale: jax.Array, tile: Tile) -> jax.Array:
     return _untiled(tiles * scale[..., :, None, :, None], shape)
 
 
-def scale_to_kernel(scale: jax.Array, tile: Tile) -> jax.Array:
-    """Lays scales out as the kernel's copies want them, padded with zeros.
-
-    (1, 128), (1, None): [..., rows, steps] -> [..., steps, rows↑4]; (128, 128): the last dim ↑4;
-    whole: [..., 1, 4].
-    """
-    if tile in (ROW_BLOCKS, ROWS):
-        scale = jnp.swapaxes(scale, -1, -2)
-    pad = -scale.shape[-1] % 4  # a copy's rows begin at multiples of 16 bytes
-    return jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, pad)])
-
-
-def scale_from_kernel(scale: jax.Array, shape: tuple[int, ...], tile: Tile) -> jax.Array:
-    """Undoes scale_to_kernel for an operand of `shape`."""
-    rows, columns = scale_shape(shape, tile)[-2:]
-    if tile in (ROW_BLOCKS, ROWS):
-        return jnp.swapaxes(scale[..., :columns, :rows], -1, -2)
-    return scale[..., :rows, :columns]
-
-
 def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return jnp.einsum("...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST)
-
-
-def group_ends(group_sizes: jax.Array, limit: int) -> jax.Array:
-    """Returns where groups that lie end to end in `limit` places end, int32 [g].
-
-    Negative sizes count as zero; what does not fit any more is cut off.
-    """
-    sizes = jnp.clip(group_sizes, 0, limit).astype(jnp.uint32)
-    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, limit), sizes)
-    return ends.astype(jnp.int32)
-
-
-def group_of_row(group_sizes: jax.Array, m: int) -> jax.Array:
-    """Returns the group of each of m rows, int32 [m]; g for rows past the groups."""
-    return jnp.searchsorted(group_ends(group_sizes, m), jnp.arange(m), side="right").astype("int32")
-
-
-def group_of_step(group_sizes: jax.Array, steps: int) -> jax.Array:
-    """Returns the group of each step of 128 of k, int32 [steps]; every group begins a new step."""
-    own = jnp.clip(group_sizes, 0, steps * BLOCK)
-    return group_of_row((own + BLOCK - 1) // BLOCK, steps)
-
-
-def grouped_tokens(m: int, g: int) -> int:
-    """Returns the tokens of a transposed copy by groups: any sizes of g groups fit."""
-    return (m + min(g, m) * (BLOCK - 1)) // BLOCK * BLOCK
-
-
-def place_by_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Moves rows so that every group begins at a multiple of 128, zeros between: [tokens, k].
-
-    Rows past the groups are not looked at.
-    """
-    m, g = x.shape[0], group_sizes.shape[0]
-    tokens = jnp.arange(grouped_tokens(m, g))
-    ends = group_ends(group_sizes, m)
-    sizes = jnp.diff(ends, prepend=0)
-    places = jnp.cumsum(-(-sizes // BLOCK)) * BLOCK  # where the next group begins
-    group = jnp.searchsorted(places, tokens, side="right")
-    last = jnp.minimum(group, g - 1)
-    offset = tokens - jnp.where(group > 0, places[group - 1], 0)
-    inside = (group < g) & (offset < sizes[last])
-    source = jnp.where(inside, ends[last] - sizes[last] + offset, 0)
-    return jnp.where(inside[:, None], x[source], 0)
 
 
 def copies(
     x: jax.Array,
     tile: Tile,
-    mode: str,
+    rounding: ScaleRounding,
     *,
     rows: bool,
     transposed: bool,
@@ -161,9 +109,9 @@ def copies(
         x = jnp.where(inside[:, None], x, 0)
         lines = place_by_groups(x[0], group_sizes)[None]
     elif tile == ROW_BLOCKS:
-        lines = jnp.pad(x, [(0, 0), (0, -x.shape[1] % BLOCK), (0, 0)])
+        lines = jnp.pad(x, [(0, 0), (0, -x.shape[1] % SCALE_BLOCK), (0, 0)])
     found = [x] * rows + [jnp.swapaxes(lines, 1, 2)] * transposed
-    pairs = [quantize(values, tile, mode) for values in found]
+    pairs = [quantize(values, tile, rounding) for values in found]
     return [part for q, scale in pairs for part in (q, scale_to_kernel(scale, tile))]
 
 
@@ -191,7 +139,7 @@ def swiglu_gradients(
     weighted = weight * gradient
     d_up = weighted * gate * sigmoid
     d_gate = weighted * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
-    parts = (gradient * product).reshape(h.shape[0], -1, BLOCK).sum(-1).T
+    parts = (gradient * product).reshape(h.shape[0], -1, SCALE_BLOCK).sum(-1).T
     return jnp.concatenate([d_gate, d_up], -1), weight * product, parts
 
 
@@ -208,7 +156,7 @@ def _ragged(lhs, rhs, rows):
 
 
 def _ragged_contracting(lhs, rhs, group_sizes):
-    columns = jnp.repeat(group_of_step(group_sizes, -(-lhs.shape[1] // BLOCK)), BLOCK)
+    columns = jnp.repeat(group_of_step(group_sizes, -(-lhs.shape[1] // SCALE_BLOCK)), SCALE_BLOCK)
     columns = columns[: lhs.shape[1]]
 
     def one_group(index):
@@ -223,7 +171,7 @@ def _masked(lhs, rhs, group_sizes):
     return jnp.where(rows, _product(lhs, rhs), 0)
 
 
-PRODUCTS = {
+PRODUCTS: dict[VariantName, Callable[..., jax.Array]] = {
     "dense": _product,
     "batched": _product,
     "ragged": lambda lhs, rhs, sizes: _ragged(lhs, rhs, group_of_row(sizes, lhs.shape[0])),
@@ -239,7 +187,7 @@ def gemm(
     lhs_scale: jax.Array,
     rhs_scale: jax.Array,
     *rest: jax.Array,
-    variant: str,
+    variant: VariantName,
     tiles: tuple[Tile, Tile],
     dtype: jnp.dtype,
 ) -> jax.Array:

@@ -6,7 +6,8 @@ The C++ enum `Variant` (csrc/kernels/params.cuh) has the same names in the same 
 import dataclasses
 import string
 
-from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile
+from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile
+from jax_fp8gemm._core.types import ScalesName, VariantName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Variant:
         group of each row, None without one.
     """
 
-    name: str
+    name: VariantName
     lhs: str
     rhs: str
     out: str
     groups: str | None
     group_operand: str | None
-    vmap: str | None
+    vmap: VariantName | None
 
     def with_ranks(self, lhs: int, rhs: int) -> "Variant":
         """Returns the row for operands of these ranks; only `dense` has others than its own.
@@ -37,8 +38,9 @@ class Variant:
         names = iter(string.ascii_uppercase)
         lead = "".join(next(names) for _ in range(lhs - rhs)) + "m"
         contracted = "".join(next(names) for _ in range(rhs - 2)) + "k"
-        letters = {"lhs": lead + contracted, "rhs": "n" + contracted, "out": lead + "n"}
-        return dataclasses.replace(self, **letters)
+        return dataclasses.replace(
+            self, lhs=lead + contracted, rhs="n" + contracted, out=lead + "n"
+        )
 
     def sizes(self, lhs: tuple[int, ...], rhs: tuple[int, ...], group_count: int | None) -> dict:
         """Returns the size of every letter; group_count: the length of the group operand."""
@@ -64,8 +66,9 @@ VARIANTS = {
     )
 }
 
+
 # Which tiles of scales the two operands have. Names as in the benchmarks: lhs_rhs.
-SCALES: dict[str, tuple[Tile, Tile]] = {
+SCALES: dict[ScalesName, tuple[Tile, Tile]] = {
     "1x128_128x128": (ROW_BLOCKS, BLOCKS),
     "1x128_1x128": (ROW_BLOCKS, ROW_BLOCKS),
     "row_row": (ROWS, ROWS),

@@ -2,103 +2,111 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm.errors import describe, fail
-from jax_fp8gemm.meshes import automatic
-from jax_fp8gemm.qarray import exportable
-from jax_fp8gemm.reference import group_of_row
+from jax_fp8gemm._bind.meshes import automatic
+from jax_fp8gemm._core.checks import check_integers, check_option, is_integer, renamed
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.groups import group_of_row
+from jax_fp8gemm._core.qarray import exportable
+from jax_fp8gemm._core.types import ScoreFunction
 
 SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
 
 
-@exportable
+@exportable()
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What a router decided for t tokens.
 
     Attributes:
-      experts: int32 [t, top_k], the chosen experts of each token, best first.
-      weights: f32 [t, top_k], what their results are multiplied by.
+      expert_index: int32 [t, top_k], the chosen experts of each token, best first.
+      gate_weights: f32 [t, top_k], the factors of their results.
       scores: f32 [t, e], of all experts, before the choice.
       aux_loss: f32 [], the load-balance loss; 1 for a perfect balance, more for a worse one.
       z_loss: f32 [], the mean square of the logsumexp of the logits.
     """
 
-    experts: jax.Array
-    weights: jax.Array
+    expert_index: jax.Array
+    gate_weights: jax.Array
     scores: jax.Array
     aux_loss: jax.Array
     z_loss: jax.Array
 
 
+@renamed(score="score_function", scale="routed_scaling_factor")
 def route(
     logits: jax.Array,
     top_k: int,
     *,
-    score: str = "softmax",
+    score_function: ScoreFunction = "softmax",
     bias: jax.Array | None = None,
     normalize: bool = True,
-    scale: float = 1.0,
+    routed_scaling_factor: float = 1.0,
     axis: str | None = None,
 ) -> Routing:
     """Chooses top_k experts for each token: the largest score + bias, weighted by the score alone.
 
-    weights[t, j] = scale · s[t, j] / Σ_j s[t, j] with s[t, j] = scores[t, experts[t, j]]
-    aux_loss = e · Σ_i f_i · P_i, f_i the share of the t · top_k choices that fell on expert i, P_i
-    the mean over tokens of its score, scores of a token normalised to the sum 1.
+    gate_weights[t, j] = routed_scaling_factor · s[t, j] / Σ_j s[t, j], with
+    s[t, j] = scores[t, expert_index[t, j]]
+    aux_loss = e · Σ_i f_i · P_i, with f_i the share of the t · top_k choices that fell on expert i,
+    and P_i the mean over tokens of its score, scores of a token normalized to the sum 1.
 
     Args:
-      logits: float [t, e]; computed in float32.
+      logits: bf16, f16 or f32 [t, e]; computed in float32.
       top_k: experts per token, 1 to e.
-      score: "softmax" over the experts, or "sigmoid" of each.
+      score_function: "softmax" over the experts, or "sigmoid" of each.
       bias: f32 [e], steers the choice only: it has no gradient and is in no weight.
-      normalize: whether the weights of a token sum to `scale`.
-      scale: factor of the weights.
-      axis: inside shard_map, the mesh axis over which tokens are split evenly: aux_loss and z_loss
-        are then those of all tokens.
+      normalize: whether the weights of a token sum to routed_scaling_factor.
+      routed_scaling_factor: factor of the weights.
+      axis: inside shard_map, the mesh axis over which tokens are split evenly. Then aux_loss and
+        z_loss are those of all tokens.
 
     Returns:
       Routing.
 
     Raises:
-      ValueError: ranks or the length of bias do not fit, top_k is not in 1..e, unknown score.
+      ValueError: ranks or the length of bias do not fit, top_k is not in 1..e, or score_function is
+        unknown.
 
     Source: Shazeer et al. (arXiv 1701.06538) for the choice; bias and sigmoid: DeepSeek-V3 (arXiv
     2412.19437), section 2.1.2; aux_loss: Switch Transformer (arXiv 2101.03961), equation 4, over
     top_k as in DeepSeek-V3, equations 17 to 20; z_loss: ST-MoE (arXiv 2202.08906), equation 5.
 
     Example:
-      routing = route(x @ gate_kernel, top_k=8, score="sigmoid", bias=bias, scale=2.5)
+      routing = route(x @ gate_kernel, top_k=8, score_function="sigmoid", bias=bias)
     """
-    _check_route(logits, top_k, score, bias)
+    check_option("route", "score_function", score_function, ScoreFunction)
+    _check_route(logits, top_k, bias)
     logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
+    softmax = score_function == "softmax"
+    scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
     steered = scores if bias is None else scores + bias.astype(jnp.float32)
-    experts = jax.lax.top_k(jax.lax.stop_gradient(steered), top_k)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=1)
+    expert_index = jax.lax.top_k(jax.lax.stop_gradient(steered), top_k)[1]
+    weights = jnp.take_along_axis(scores, expert_index, axis=1)
     if normalize:
         weights = weights / (weights.sum(1, keepdims=True) + SMALLEST_SUM)
-    aux_loss = _aux_loss(scores, experts, score, axis)
+    aux_loss = _aux_loss(scores, expert_index, softmax, axis)
     z_loss = _mean(jax.nn.logsumexp(logits, axis=1) ** 2, axis)
-    return Routing(experts, scale * weights, scores, aux_loss, z_loss)
+    return Routing(expert_index, routed_scaling_factor * weights, scores, aux_loss, z_loss)
 
 
-def _check_route(logits, top_k: int, score: str, bias) -> None:
+def _check_route(logits: Any, top_k: Any, bias: Any) -> None:
+    got = describe("logits", logits)
     if logits.ndim != 2:
-        got = describe("logits", logits)
         fail("route", "logits have the wrong rank.", got, "logits [t, e]", "reshape them")
     e = logits.shape[1]
-    if not 1 <= top_k <= e:
-        mend = "choose fewer experts per token" if top_k > e else "choose at least one"
-        got = f"top_k {top_k}, {describe('logits', logits)}"
-        fail("route", f"top_k is {top_k}, with {e} experts.", got, f"top_k in 1..{e}", mend)
-    if score not in ("softmax", "sigmoid"):
-        fail("route", "unknown score.", f"score {score!r}", '"softmax" or "sigmoid"', "choose one")
+    if not is_integer(top_k) or not 1 <= top_k <= e:
+        fix = (
+            "choose fewer experts per token" if is_integer(top_k) and top_k > e else "choose 1 to e"
+        )
+        got, expected = f"top_k={top_k!r}, {got}", f"an integer in 1..{e}"
+        fail("route", f"top_k is {top_k!r}, with {e} experts.", got, expected, fix)
     if bias is not None and bias.shape != (e,):
-        got = f"{describe('bias', bias)}, {describe('logits', logits)}"
+        got = f"{describe('bias', bias)}, {got}"
         fail("route", "bias does not fit the logits.", got, f"bias [{e}]", "pass one per expert")
 
 
@@ -108,18 +116,20 @@ def _mean(x: jax.Array, axis: str | None) -> jax.Array:
     return mean if axis is None else jax.lax.pmean(mean, axis)
 
 
-def _aux_loss(scores, experts, score: str, axis: str | None) -> jax.Array:
-    e, top_k = scores.shape[1], experts.shape[1]
-    chosen = (experts[:, :, None] == jnp.arange(e)).sum(1, dtype=jnp.float32) / top_k
+def _aux_loss(
+    scores: jax.Array, expert_index: jax.Array, softmax: bool, axis: str | None
+) -> jax.Array:
+    e, top_k = scores.shape[1], expert_index.shape[1]
+    chosen = (expert_index[:, :, None] == jnp.arange(e)).sum(1, dtype=jnp.float32) / top_k
     sums = scores.sum(1, keepdims=True) + SMALLEST_SUM
-    shares = scores if score == "softmax" else scores / sums
+    shares = scores if softmax else scores / sums
     return e * jnp.sum(_mean(chosen, axis) * _mean(shares, axis))
 
 
 # ---- the order of the rows ----------------------------------------------------------------------
 
 
-@exportable
+@exportable()
 @dataclasses.dataclass(frozen=True)
 class Permutation:
     """Rows by expert: each of t · top_k (token, choice) pairs is one row.
@@ -142,12 +152,12 @@ class Permutation:
         return nowhere.at[jnp.where(inside, self.order, rows)].set(row, mode="drop")
 
 
-def permutation_of(experts: jax.Array, num_experts: int) -> Permutation:
+def permutation_of(expert_index: jax.Array, num_experts: int) -> Permutation:
     """Returns the stable order by expert of int [t, top_k] choices.
 
     A choice outside 0..num_experts-1 goes to no expert: its row lies past the groups.
     """
-    flat = experts.reshape(-1).astype(jnp.int32)
+    flat = expert_index.reshape(-1).astype(jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     sizes = jnp.bincount(flat, length=num_experts)
     return Permutation(jnp.argsort(flat, stable=True).astype(jnp.int32), sizes.astype(jnp.int32))
@@ -163,14 +173,17 @@ def cut(permutation: Permutation, capacity: int) -> Permutation:
     return Permutation(permutation.order[jnp.minimum(source, rows - 1)], new)
 
 
-def permute(x: jax.Array, experts: jax.Array, num_experts: int) -> tuple[jax.Array, Permutation]:
+@renamed(experts="expert_index")
+def permute(
+    x: jax.Array, expert_index: jax.Array, num_experts: int
+) -> tuple[jax.Array, Permutation]:
     """Copies each token's row once for each of its experts, sorted by expert.
 
     rows[i] = x[order[i] // top_k]; rows of one expert keep the order of their tokens.
 
     Args:
       x: [t, h].
-      experts: int [t, top_k]; one expert twice in a token is legal, and a number outside
+      expert_index: int [t, top_k]; one expert twice in a token is legal, and a number outside
         0..num_experts-1 is no expert: such rows come last and are zero.
       num_experts: how many there are.
 
@@ -179,19 +192,21 @@ def permute(x: jax.Array, experts: jax.Array, num_experts: int) -> tuple[jax.Arr
       takes. The gradient of x is the sum over its rows, in float32, without atomics.
 
     Raises:
-      ValueError: ranks or the number of tokens do not fit. TypeError: experts are no integers.
+      ValueError: ranks or the number of tokens do not fit.
+      TypeError: expert_index is not an integer array.
 
     Example:
-      rows, permutation = permute(x, routing.experts, 64)
+      rows, permutation = permute(x, routing.expert_index, 64)
       y = unpermute(fp8_ragged_dot(rows, w, permutation.group_sizes), permutation, top_k)
     """
-    _check_permute("permute", x, experts)
+    expert_index = jnp.asarray(expert_index)
+    _check_permute("permute", x, expert_index)
 
-    def run(x, experts):
-        permutation = permutation_of(experts, num_experts)
-        return _spread(x, permutation, experts.shape[1]), permutation
+    def run(x, expert_index):
+        permutation = permutation_of(expert_index, num_experts)
+        return _spread(x, permutation, expert_index.shape[1]), permutation
 
-    return automatic(run, x, None)(x, experts)
+    return automatic(run, x, None)(x, expert_index)
 
 
 def unpermute(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Array:
@@ -211,18 +226,18 @@ def unpermute(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Arra
     count = permutation.order.shape[0]
     if rows.ndim != 2 or rows.shape[0] != count or top_k < 1 or count % top_k:
         got = f"{describe('rows', rows)}, a permutation of {count} rows, top_k {top_k}"
-        expected, mend = "rows [t * top_k, h]", "pass what permute returned for these tokens"
-        fail("unpermute", "rows do not fit the permutation.", got, expected, mend)
+        expected, fix = "rows [t * top_k, h]", "pass what permute returned for these tokens"
+        fail("unpermute", "rows do not fit the permutation.", got, expected, fix)
     return automatic(lambda *operands: _collect(*operands, top_k), rows)(rows, permutation)
 
 
-def _check_permute(op: str, x, experts) -> None:
-    got = f"{describe('x', x)}, {describe('experts', experts)}"
-    if x.ndim != 2 or experts.ndim != 2 or x.shape[0] != experts.shape[0]:
-        expected = "x [t, h], experts [t, top_k]"
-        fail(op, "x and experts do not fit.", got, expected, "reshape them to one row per token")
-    if not jnp.issubdtype(experts.dtype, jnp.integer):
-        fail(op, "experts are no integers.", got, "int [t, top_k]", "cast them", TypeError)
+def _check_permute(op: str, x: Any, expert_index: jax.Array) -> None:
+    got = f"{describe('x', x)}, {describe('expert_index', expert_index)}"
+    if x.ndim != 2 or expert_index.ndim != 2 or x.shape[0] != expert_index.shape[0]:
+        expected = "x [t, h], expert_index [t, top_k]"
+        fix = "reshape them to one row per token"
+        fail(op, "x and expert_index do not fit.", got, expected, fix)
+    check_integers(op, "expert_index", expert_index)
 
 
 def rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -254,6 +269,8 @@ _spread.defvjp(
     lambda x, permutation, top_k: (_spread(x, permutation, top_k), permutation),
     lambda top_k, permutation, rows: (_collect(rows, permutation, top_k), None),
 )
+
+
 _collect.defvjp(
     lambda rows, permutation, top_k: (_collect(rows, permutation, top_k), permutation),
     lambda top_k, permutation, x: (_spread(x, permutation, top_k), None),

@@ -20,9 +20,9 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_fp8gemm import _native
-from jax_fp8gemm.errors import message
-from jax_fp8gemm.qarray import BLOCK, Tile
+from jax_fp8gemm._core.errors import message
+from jax_fp8gemm._core.layout import SCALE_BLOCK, Tile
+from jax_fp8gemm._core.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Dim:
 
     Attributes:
       letter: what it counts.
-      per: how many of them one entry stands for: 1, BLOCK (a dim of scales), None for all (size 1).
+      per: how many of them one entry stands for: 1, SCALE_BLOCK (a dim of scales), or None for all
+        (size 1).
     """
 
     letter: str
@@ -43,13 +44,13 @@ Dims = tuple[Dim, ...]
 
 def scale_dims(letters: str, tile: Tile) -> Dims:
     """Returns the dims of the scales of an array with these dims, tiled in its last two."""
-    *lead, rows, columns = letters
+    *lead, rows, columns = tuple(letters)
     return (*map(Dim, lead), Dim(rows, tile[0]), Dim(columns, tile[1]))
 
 
 def blocked_letters(*arrays: Dims) -> frozenset[str]:
     """Returns the letters that some array has a dim of scales for, one for 128."""
-    return frozenset(dim.letter for dims in arrays for dim in dims if dim.per == BLOCK)
+    return frozenset(dim.letter for dims in arrays for dim in dims if dim.per == SCALE_BLOCK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Rule:
     Attributes:
       op: its name, for warnings.
       operands, results: the dims of each.
-      deciding: indices of the operands whose shardings decide, a vote each; the others follow.
+      voters: (operand, votes): whose shardings decide. The other operands follow. A result has one
+        vote.
       summed: letters that are contracted; where one is cut, results are summed over its axes.
       whole: letters that are never cut.
       blocked: letters that are cut into whole blocks of 128 only.
@@ -69,7 +71,7 @@ class Rule:
     op: str
     operands: tuple[Dims, ...]
     results: tuple[Dims, ...]
-    deciding: tuple[int, ...]
+    voters: tuple[tuple[int, int], ...]
     summed: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     blocked: frozenset[str] = frozenset()
@@ -97,7 +99,7 @@ def shardy_rule(rule: Rule, shapes) -> tuple[str, dict]:
     compound = {
         letter
         for letter in rule.blocked - rule.whole
-        if sizes[letter] % BLOCK == 0 and sizes[letter] > BLOCK
+        if sizes[letter] % SCALE_BLOCK == 0 and sizes[letter] > SCALE_BLOCK
     }
     factors: dict[str, int | None] = {}  # in order of appearance, with the size of inner ones
 
@@ -109,11 +111,11 @@ def shardy_rule(rule: Rule, shapes) -> tuple[str, dict]:
         if letter not in compound:
             factors[letter] = None
             return letter
-        if dim.per == BLOCK:
+        if dim.per == SCALE_BLOCK:
             factors[f"{letter}b"] = None
             return f"{letter}b"
-        factors.setdefault(f"{letter}b", sizes[letter] // BLOCK)
-        factors[f"{letter}i"] = BLOCK
+        factors.setdefault(f"{letter}b", sizes[letter] // SCALE_BLOCK)
+        factors[f"{letter}i"] = SCALE_BLOCK
         return f"({letter}b {letter}i)"
 
     def text(arrays) -> str:
@@ -135,19 +137,20 @@ def _axes(entry) -> Axes:
 def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
     """Returns the mesh axes over which each letter is cut: each axis cuts one letter.
 
-    Arrays vote with their shardings; of letters with as many votes the first to appear wins, so
+    Arrays vote with their shardings. Of letters with as many votes the first to appear wins, so
     rows of the activations stay where they are and weights are gathered.
 
     Args:
-      offered: pairs (dims, PartitionSpec) of the arrays that vote.
+      offered: (dims, PartitionSpec, votes) of the arrays that vote.
       mesh: with `shape`, the size of each axis.
     """
     votes: dict[str, dict[str, int]] = {}
-    for dims, spec in offered:
+    for dims, spec, weight in offered:
         for dim, entry in zip(dims, spec):  # noqa: B905 (a spec may be shorter)
             for axis in _axes(entry):
                 count = votes.setdefault(axis, {})
-                count[dim.letter] = count.get(dim.letter, 0) + (dim.letter not in rule.whole)
+                own = weight * (dim.letter not in rule.whole)
+                count[dim.letter] = count.get(dim.letter, 0) + own
     order = rule.letters()
     plan: dict[str, Axes] = {}
     for axis, count in votes.items():
@@ -159,7 +162,7 @@ def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
 
 def _fitting(rule: Rule, letter: str, axes: Axes, size: int, mesh) -> Axes:
     """Returns as many of the axes as cut the letter into equal shards of whole blocks."""
-    step = BLOCK if letter in rule.blocked else 1
+    step = SCALE_BLOCK if letter in rule.blocked else 1
     fitting = axes
     while fitting and size % (step * math.prod(mesh.shape[axis] for axis in fitting)):
         fitting = fitting[:-1]
@@ -175,8 +178,8 @@ def _warn_once(op: str, letter: str, size: int, axes: str, count: int) -> None:
         op,
         "a mesh axis splits a block of scales; the dim is replicated along it.",
         got=f"{letter}={size} over {axes} of {count} devices: shards of {size / count:g}",
-        expected=f"shards that are multiples of {BLOCK}",
-        mend=f"make {letter} a multiple of {BLOCK * count}, or shard another dim over {axes}",
+        expected=f"shards that are multiples of {SCALE_BLOCK}",
+        fix=f"make {letter} a multiple of {SCALE_BLOCK * count}, or shard another dim over {axes}",
     )
     warnings.warn(text, stacklevel=2)
 
@@ -266,7 +269,7 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
     def run(*operands):
         return call(*operands)
 
-    identity = f"{static} {_native.version()}"
+    identity = f"{static} {__version__}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     run.__name__ = run.__qualname__ = f"{rule.op.replace(' ', '_')}_{digest}"
     return jax.jit(run)
@@ -288,9 +291,10 @@ def _plan(rule: Rule, mesh, operands, results) -> tuple[Mesh, dict[str, Axes], l
     if mesh.empty:  # nothing in the program is on a mesh: there is nothing to cut
         mesh = Mesh(np.array(list(operands[0].sharding.device_set)), ("devices",))
         return mesh, {}, [PartitionSpec()] * len(results)
-    voters = [(rule.operands[i], _offered(operands[i], mesh)) for i in rule.deciding]
+    voters = [(rule.operands[i], _offered(operands[i], mesh), votes) for i, votes in rule.voters]
     wanted = [_offered(x, mesh) for x in results]
-    voters += zip(rule.results, wanted)  # noqa: B905 (results may not be known yet)
+    # Results may not be known yet.
+    voters += [(dims, spec, 1) for dims, spec in zip(rule.results, wanted)]  # noqa: B905
     return mesh, assign(rule, voters, rule.sizes([x.shape for x in operands]), mesh), wanted
 
 
@@ -300,10 +304,9 @@ def _offered(x, mesh: Mesh) -> PartitionSpec:
         places = x.sharding.devices_indices_map(x.shape)
     except ValueError:  # shards of unequal size
         return PartitionSpec()
-    corner = (0,) * mesh.devices.ndim
+    corner = (0,) * (mesh.devices.ndim - 1)
     lines = {
-        axis: mesh.devices[(*corner[:i], slice(None), *corner[i + 1 :])]
-        for i, axis in enumerate(mesh.axis_names)
+        axis: np.moveaxis(mesh.devices, i, -1)[corner] for i, axis in enumerate(mesh.axis_names)
     }
     entries = []
     for dim in range(len(x.shape)):

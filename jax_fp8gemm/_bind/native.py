@@ -1,7 +1,7 @@
-"""Finds the run-time compiler, loads the C++ extension, registers its handlers with XLA.
+"""Finds the run-time compiler and registers the extension's handlers with XLA.
 
-The only importer of the extension. Nothing here needs a GPU, a driver or a compiler: what is
-missing is reported when a program for a GPU is compiled.
+Nothing here needs a GPU, a driver or a compiler. What is missing is reported when a program for a
+GPU is compiled.
 """
 
 import importlib.metadata
@@ -12,23 +12,24 @@ import shutil
 
 import jax
 
-from jax_fp8gemm import _ext
+from jax_fp8gemm._core.extension import extension
+from jax_fp8gemm._core.version import __version__
 
 TARGET = "jax_fp8gemm_gemm_v1"
 QUANTIZE_TARGET = "jax_fp8gemm_quantize_v1"
 PLATFORM = "CUDA"
 
-compile = _ext.compile
-cache_facts = _ext.cache_facts
-nvrtc_facts = _ext.nvrtc_facts
-device_facts = _ext.device_facts
-variant_names = _ext.variant_names
+compile = extension.compile
+cache_facts = extension.cache_facts
+nvrtc_facts = extension.nvrtc_facts
+device_facts = extension.device_facts
+variant_names = extension.variant_names
 
 
 def _pip_nvrtc() -> list[pathlib.Path]:
     """Returns the NVRTC libraries of pip packages, the one of JAX's own CUDA version first."""
     spec = importlib.util.find_spec("nvidia")
-    roots = [pathlib.Path(root) for root in spec.submodule_search_locations] if spec else []
+    roots = [pathlib.Path(root) for root in (spec and spec.submodule_search_locations) or []]
     found = {
         12: [root / "cuda_nvrtc/lib/libnvrtc.so.12" for root in roots],
         13: [root / "cu13/lib/libnvrtc.so.13" for root in roots],
@@ -72,28 +73,21 @@ def cache_dir() -> str:
     return os.environ.get("JAX_FP8GEMM_CACHE_DIR") or os.path.join(home, "jax_fp8gemm")
 
 
-def version() -> str:
-    try:
-        return importlib.metadata.version("jax_fp8gemm")
-    except importlib.metadata.PackageNotFoundError:  # run from a folder on PYTHONPATH
-        return "0"
-
-
 def configure() -> None:
     """Reads the environment again; kernels already compiled stay."""
-    _ext.configure(
+    extension.configure(
         nvrtc=find_nvrtc(),
         cache_dir=cache_dir(),
         verbose=os.environ.get("JAX_FP8GEMM_VERBOSE") == "1",
         dump_dir=os.environ.get("JAX_FP8GEMM_DUMP", ""),
-        version=version(),
+        version=__version__,
     )
 
 
 def register() -> None:
     """Makes the handlers known to XLA for CUDA; without a CUDA plugin this waits in a queue."""
     configure()
-    for name, info in _ext.state_types().items():
+    for name, info in extension.state_types().items():
         jax.ffi.register_ffi_type(name, info, platform=PLATFORM)
-    for name, stages in _ext.targets().items():
+    for name, stages in extension.targets().items():
         jax.ffi.register_ffi_target(name, stages, platform=PLATFORM, api_version=1)

@@ -1,58 +1,43 @@
 """QArray: FP8 numbers and the scales that give them their size."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
-from jax_fp8gemm.errors import message
+from jax_fp8gemm._core.errors import message
+from jax_fp8gemm._core.layout import TILES, Tile, scale_shape
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
-BLOCK = 128  # rows or columns that share a scale; also how deep the tensor core may sum
 
-Tile = tuple[int | None, int | None]
-
-# rows × columns of a matrix that share one scale; None is "all of them".
-ROW_BLOCKS: Tile = (1, BLOCK)
-BLOCKS: Tile = (BLOCK, BLOCK)
-ROWS: Tile = (1, None)
-TENSOR: Tile = (None, None)
-TILES = (ROW_BLOCKS, BLOCKS, ROWS, TENSOR)
+Container = TypeVar("Container")
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+def exportable(name: str | None = None) -> Callable[[type[Container]], type[Container]]:
+    """Makes a dataclass of arrays a pytree that exported programs can take and return.
+
+    Args:
+      name: under which exported programs know it; default: the class's own. It stays for ever.
+    """
+
+    def register(cls: type[Container]) -> type[Container]:
+        jax.tree_util.register_dataclass(cls)
+        jax.export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"jax_fp8gemm.{name or cls.__name__}",
+            serialize_auxdata=lambda nothing: b"",
+            deserialize_auxdata=lambda nothing: (),
+        )
+        return cls
+
+    return register
 
 
-def round_up(a: int, b: int) -> int:
-    return ceil_div(a, b) * b
-
-
-def scale_shape(shape: tuple[int, ...], tile: Tile) -> tuple[int, ...]:
-    """Returns the shape of the scales of an array of `shape`, tiled in its last two dims."""
-
-    def count(size: int, step: int | None) -> int:
-        return 1 if step is None else ceil_div(size, step)
-
-    *lead, rows, columns = shape
-    return (*lead, count(rows, tile[0]), count(columns, tile[1]))
-
-
-def exportable(cls: type) -> type:
-    """Registers a dataclass of arrays as a pytree, which exported programs may take and return."""
-    cls = jax.tree_util.register_dataclass(cls)
-    jax.export.register_pytree_node_serialization(
-        cls,
-        serialized_name=f"jax_fp8gemm.{cls.__name__}",
-        serialize_auxdata=lambda nothing: b"",
-        deserialize_auxdata=lambda nothing: (),
-    )
-    return cls
-
-
-@exportable
+@exportable()
 @dataclasses.dataclass(frozen=True)
 class QArray:
     """An array in FP8 with scales: real[i, j] = qvalue[i, j] · scale[i // rows, j // columns].
@@ -93,6 +78,6 @@ class QArray:
                 got=f"qvalue {list(self.shape)}, scale {list(self.scale.shape)}",
                 expected="scale "
                 + " or ".join(str(list(scale_shape(self.shape, t))) for t in TILES),
-                mend="make it with jax_fp8gemm.quantize, or transpose the scales",
+                fix="make it with jax_fp8gemm.quantize, or transpose the scales",
             )
         )

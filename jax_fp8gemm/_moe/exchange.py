@@ -5,22 +5,19 @@ is collect(experts(send(x))), and the backward pass collect(experts'(send(dy))).
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm.errors import fail
-from jax_fp8gemm.prepared import from_bits, to_bits
-from jax_fp8gemm.qarray import QArray, exportable
-
-EXCHANGES = ("all_gather", "all_to_all")
-WIRES = ("fp8", "bf16")
+from jax_fp8gemm._core.bits import map_rows
+from jax_fp8gemm._core.errors import fail
+from jax_fp8gemm._core.qarray import QArray, exportable
+from jax_fp8gemm._core.types import ExchangeKind, Wire
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """What of an exchange is known when it is traced.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenExchange:
+    """Static description of how tokens travel.
 
     Attributes:
       axis: mesh axis over which tokens and experts are split.
@@ -30,11 +27,11 @@ class Exchange:
     """
 
     axis: str
-    kind: str
-    wire: str
+    kind: ExchangeKind
+    wire: Wire
 
 
-@exportable
+@exportable()
 @dataclasses.dataclass(frozen=True)
 class Slots:
     """Where all_to_all puts t tokens: `capacity` slots for each device of the axis.
@@ -49,10 +46,10 @@ class Slots:
     slot: jax.Array
 
 
-def make_slots(experts: jax.Array, per_device: int, devices: int, capacity: int) -> Slots:
+def make_slots(expert_index: jax.Array, per_device: int, devices: int, capacity: int) -> Slots:
     """Returns slots for int [t, top_k] choices; a device's tokens past `capacity` get none."""
-    t, top_k = experts.shape
-    device = jnp.where(experts >= 0, experts // per_device, devices)
+    t, top_k = expert_index.shape
+    device = jnp.where(expert_index >= 0, expert_index // per_device, devices)
     goes = (device[:, :, None] == jnp.arange(devices)).any(1)  # [t, devices]
     position = jnp.cumsum(goes, 0, dtype=jnp.int32) - 1
     place = jnp.take_along_axis(position, jnp.minimum(device, devices - 1), 1)
@@ -66,22 +63,25 @@ def make_slots(experts: jax.Array, per_device: int, devices: int, capacity: int)
     return Slots(token, slot)
 
 
-def send(x: jax.Array, exchange: Exchange | None, slots: Slots | None, empty: int = 0) -> jax.Array:
+def send(
+    x: jax.Array, exchange: TokenExchange | None, slots: Slots | None, empty: int = 0
+) -> jax.Array:
     """Returns what this device receives: [rows, ...] of [t, ...]; empty slots hold `empty`."""
     if exchange is None:
         return x
     if exchange.kind == "all_gather":
         return jax.lax.all_gather(x, exchange.axis, tiled=True)
+    assert slots is not None
     x = x.at[slots.token].get(mode="fill", fill_value=empty)
     return jax.lax.all_to_all(x, exchange.axis, 0, 0, tiled=True)
 
 
-def send_quantized(q: QArray, exchange: Exchange | None, slots: Slots | None) -> QArray:
+def send_quantized(q: QArray, exchange: TokenExchange | None, slots: Slots | None) -> QArray:
     """As `send`: one byte for each element, and the scales of its rows."""
     return map_rows(lambda x: send(x, exchange, slots), q)
 
 
-def collect(y: jax.Array, exchange: Exchange | None, slots: Slots | None) -> jax.Array:
+def collect(y: jax.Array, exchange: TokenExchange | None, slots: Slots | None) -> jax.Array:
     """Returns for each own token the sum of what devices computed for it: [t, h] of [rows, h].
 
     all_gather sums in y's dtype on the way, all_to_all in float32 after it; either returns y's.
@@ -90,15 +90,10 @@ def collect(y: jax.Array, exchange: Exchange | None, slots: Slots | None) -> jax
         return y
     if exchange.kind == "all_gather":
         return jax.lax.psum_scatter(y, exchange.axis, tiled=True)
+    assert slots is not None
     back = jax.lax.all_to_all(y, exchange.axis, 0, 0, tiled=True)
     parts = back.at[slots.slot].get(mode="fill", fill_value=0)
     return parts.astype(jnp.float32).sum(1).astype(y.dtype)
-
-
-def map_rows(function: Callable[[jax.Array], jax.Array], q: QArray) -> QArray:
-    """Applies what moves rows to FP8 numbers, as bytes, and to scales."""
-    bits, scale = to_bits(q)
-    return from_bits((function(bits), function(scale)))
 
 
 def axis_size(op: str, axis: str, num_experts: int) -> int:
@@ -110,18 +105,11 @@ def axis_size(op: str, axis: str, num_experts: int) -> int:
     try:
         size = jax.lax.axis_size(axis)
     except NameError:
-        got, mend = f"expert_axis {axis!r}", f"call {op} inside jax.shard_map over that axis"
-        fail(op, f"no mesh axis {axis!r} here.", got, "a manual axis of the mesh", mend)
+        got, fix = f"expert_axis {axis!r}", f"call {op} inside jax.shard_map over that axis"
+        fail(op, f"there is no mesh axis {axis!r} here.", got, "a manual axis of the mesh", fix)
     if num_experts % size:
         what = f"{num_experts} experts do not split over {size} devices."
         got = f"{num_experts} experts, mesh axis {axis!r} of {size} devices"
-        mend = f"use a multiple of {size} experts, or fewer devices for them"
-        fail(op, what, got, f"num_experts % {size} == 0", mend)
+        fix = f"use a multiple of {size} experts, or fewer devices for them"
+        fail(op, what, got, f"num_experts % {size} == 0", fix)
     return size
-
-
-def check_exchange(op: str, exchange: str, wire: str) -> None:
-    for name, value, legal in (("exchange", exchange, EXCHANGES), ("wire", wire, WIRES)):
-        if value not in legal:
-            expected = " or ".join(repr(one) for one in legal)
-            fail(op, f"unknown {name}.", f"{name} {value!r}", expected, "choose one")

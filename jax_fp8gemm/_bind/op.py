@@ -1,0 +1,181 @@
+"""The one stack of every custom call, from arrays under any transformation to the primitive.
+
+bind            nothing to compute? Explicit mesh axes made Auto; inside shard_map, types alike
+  custom_vmap   a batch becomes more rows, more groups, or a loop: Op.vmap
+    custom_jvp  an error: FP8 numbers have no derivative
+      custom_partitioning   every device gets its shards: Op.rule, partition.py
+        Op.local            one device: layouts of the kernel, then
+          primitive         lowered to the kernel on CUDA, to the reference elsewhere
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_fp8gemm._bind import meshes
+from jax_fp8gemm._bind.partition import Rule, Total, partitioned
+from jax_fp8gemm._core.errors import message
+
+Arrays = Sequence[jax.Array]
+Shape = tuple[int, ...]
+Results = list[tuple[Shape, Any]]  # shape and dtype of each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+    """One custom call. Each function gets the call's spec: frozen, hashable, all that is static.
+
+    Attributes:
+      name: in errors, and of the primitive.
+      target: of the XLA custom call.
+      results: (spec, operands) -> shape and dtype of the kernel's results. Here and in
+        `reference` and `attributes` operands are the kernel's: scales in its layout.
+      reference: (spec, operands) -> results, in plain jnp.
+      attributes: (spec, operands' types) -> attributes of the custom call: all of the kernel's
+        specification.
+      aliases: spec -> {operand: result} that share memory.
+      empty: (spec, operands) -> results where there is nothing to compute, else None. Here and
+        below operands have any leading dims, and scales have their logical layout.
+      rule: (spec, operands) -> how the call is cut up over a mesh.
+      local: (spec, operands, total) -> results on one device; `total` sums a cut contraction.
+      vmap: (spec, axis size, which operands are batched, operands) -> results, batch first.
+    """
+
+    name: str
+    target: str
+    results: Callable[[Any, Arrays], Results]
+    reference: Callable[[Any, Arrays], Arrays]
+    attributes: Callable[[Any, Arrays], Mapping[str, Any]]
+    aliases: Callable[[Any], dict[int, int]]
+    empty: Callable[[Any, Arrays], Arrays | None]
+    rule: Callable[[Any, Arrays], Rule]
+    local: Callable[[Any, Arrays, Total | None], Arrays]
+    vmap: Callable[[Any, int, Sequence[bool], Arrays], Arrays]
+
+
+def bind(
+    op: Op, spec: Hashable, operands: Arrays, out_sharding: NamedSharding | None = None
+) -> Arrays:
+    """Returns the results of a call, under every transformation. Arguments have been checked.
+
+    Args:
+      out_sharding: of the only result, where mesh axes are Explicit.
+    """
+    nothing = op.empty(spec, operands)
+    if nothing is not None:
+        return nothing
+    rule = op.rule(spec, operands)
+    call = _vmappable(op, spec, rule, meshes.is_manual())
+    return meshes.enter(rule, call, operands, out_sharding)
+
+
+def rebind(op: Op, spec: Hashable, operands: Arrays) -> Arrays:
+    """As bind, from within a rule for vmap: what the batch became may be batched again."""
+    return _vmappable(op, spec, op.rule(spec, operands), meshes.is_manual())(*operands)
+
+
+def bind_primitive(op: Op, spec: Hashable, operands: Arrays) -> list[jax.Array]:
+    """Calls the kernel, or off CUDA the reference; for Op.local."""
+    return primitive(op).bind(*operands, spec=spec)
+
+
+@functools.cache
+def _vmappable(op: Op, spec: Hashable, rule: Rule, manual: bool) -> Callable[..., Arrays]:
+    """Returns the call with its rules for vmap, derivatives and meshes.
+
+    manual: inside a shard_map operands are shards already.
+    """
+    local = functools.partial(_local, op, spec)
+    on_devices = jax.custom_jvp(local if manual else partitioned(local, rule, spec))
+    on_devices.defjvp(functools.partial(_no_derivative, op.name))
+
+    @custom_vmap
+    def call(*operands):
+        return on_devices(*operands)
+
+    @call.def_vmap
+    def batch(size, batched, *operands):
+        if size == 0:
+            out = _empty_batch(call, batched, operands)
+        else:
+            out = op.vmap(spec, size, batched, operands)
+        return out, [True] * len(out)
+
+    return call
+
+
+def _local(op: Op, spec: Hashable, *operands: jax.Array, total: Total | None = None) -> Arrays:
+    return op.local(spec, operands, total)
+
+
+def _no_derivative(op: str, primals, tangents):
+    raise NotImplementedError(
+        message(
+            op,
+            "FP8 numbers have no derivative.",
+            got=f"jax.grad (or a second derivative) through {op}",
+            expected="first derivatives, through fp8_matmul or fp8_ragged_dot",
+            fix="differentiate these once; for a second derivative use jnp.dot, for a metric "
+            "jax.lax.stop_gradient",
+        )
+    )
+
+
+def _empty_batch(call, batched, operands) -> list[jax.Array]:
+    """Returns what a vmap of size 0 gives, of as many dims as any other."""
+    one = [
+        jax.ShapeDtypeStruct(x.shape[own:], x.dtype)
+        for x, own in zip(operands, batched, strict=True)
+    ]
+    return [jnp.zeros((0, *y.shape), y.dtype) for y in jax.eval_shape(call, *one)]
+
+
+def spread(size: int, batched: Sequence[bool], operands: Arrays) -> list[jax.Array]:
+    """Returns the operands of a vmap, each with the batch as its first dim."""
+    pairs = zip(operands, batched, strict=True)
+    return [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in pairs]
+
+
+@functools.cache
+def primitive(op: Op) -> Primitive:
+    """Makes the primitive. It runs under jax.disable_jit() too: it brings its own jit."""
+    made = Primitive(f"jax_fp8gemm_{op.name}")
+    made.multiple_results = True
+    jitted = jax.jit(made.bind, static_argnames="spec")
+
+    @made.def_impl
+    def run(*operands, spec):
+        with jax.disable_jit(False):
+            return jitted(*operands, spec=spec)
+
+    @made.def_abstract_eval
+    def types(*operands, spec):
+        like = operands[0]
+
+        def like_it(shape, dtype):
+            # The update carries the manual axes of a shard_map along; the mesh too, unsharded.
+            at = NamedSharding(like.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+            dtype = jnp.dtype(dtype)
+            return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=at)
+
+        return [like_it(*result) for result in op.results(spec, operands)]
+
+    def meaning(*operands, spec):
+        return op.reference(spec, operands)
+
+    def lower_cuda(ctx, *operands, spec):
+        aliases = op.aliases(spec) or None
+        rule = jax.ffi.ffi_lowering(op.target, operand_output_aliases=aliases)
+        return rule(ctx, *operands, **op.attributes(spec, ctx.avals_in))
+
+    mlir.register_lowering(made, mlir.lower_fun(meaning, multiple_results=True))
+    mlir.register_lowering(made, lower_cuda, platform="cuda")
+    return made

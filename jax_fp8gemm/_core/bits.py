@@ -1,0 +1,48 @@
+"""FP8 arrays as bytes: how they are saved for the backward pass, padded and moved."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_fp8gemm._core.layout import K_MULTIPLE
+from jax_fp8gemm._core.qarray import FP8, QArray
+
+# NOTE: jax.checkpoint saves floats through reduce_precision, which turns e4m3 numbers above 240
+# into NaN, and autodiff would give FP8 arrays FP8 cotangents; as uint8 they are left alone.
+Bits = tuple[jax.Array, jax.Array]  # (uint8 qvalue, f32 scale)
+
+
+def to_bits(q: QArray) -> Bits:
+    return jax.lax.bitcast_convert_type(q.qvalue, jnp.uint8), q.scale
+
+
+def save(q: QArray, name: str) -> Bits:
+    """Returns the bytes and scales, named for jax.checkpoint policies."""
+    bits, scale = to_bits(q)
+    return checkpoint_name(bits, name), checkpoint_name(scale, name)
+
+
+def from_bits(bits: Bits) -> QArray:
+    return QArray(jax.lax.bitcast_convert_type(bits[0], FP8), bits[1])
+
+
+def transpose(q: QArray) -> QArray:
+    """Returns the transposed matrix; exact where a tile has as many rows as columns."""
+    return QArray(jnp.swapaxes(q.qvalue, -1, -2), jnp.swapaxes(q.scale, -1, -2))
+
+
+def pad_k(q: QArray) -> QArray:
+    """Fills the last dim with zeros to a multiple of 16. The scales already cover it."""
+    pad = -q.shape[-1] % K_MULTIPLE
+    if not pad:
+        return q
+    bits, scale = to_bits(q)
+    return from_bits((jnp.pad(bits, [(0, 0)] * (q.ndim - 1) + [(0, pad)]), scale))
+
+
+def map_rows(function: Callable[[jax.Array], jax.Array], q: QArray) -> QArray:
+    """Applies a function that moves rows to the FP8 numbers, as bytes, and to the scales."""
+    bits, scale = to_bits(q)
+    return from_bits((function(bits), function(scale)))

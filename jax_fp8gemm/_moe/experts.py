@@ -1,0 +1,330 @@
+"""The expert block: gate, up, SwiGLU and down for tokens sorted by expert, all in FP8.
+
+One custom_vjp with float arguments and results. What it saves, and the order of its GEMMs:
+docs/moe.md.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_fp8gemm._bind.meshes import automatic, vary_alike
+from jax_fp8gemm._core.bits import from_bits, map_rows, save
+from jax_fp8gemm._core.checks import (
+    check_float,
+    check_integers,
+    check_option,
+    check_positive,
+    renamed,
+)
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.groups import group_of_row
+from jax_fp8gemm._core.layout import K_MULTIPLE
+from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._core.types import ScaleRounding
+from jax_fp8gemm._moe.exchange import Slots, TokenExchange, collect, send, send_quantized
+from jax_fp8gemm._moe.routing import (
+    Permutation,
+    cut,
+    permutation_of,
+    rows_or_zero,
+    sum_rows,
+)
+from jax_fp8gemm._moe.weights import (
+    ExpertKernels,
+    check_kernels,
+    multiply_by,
+    operand,
+    ready,
+)
+from jax_fp8gemm._ops.casts import (
+    cast_both,
+    cast_rows,
+    cast_swiglu,
+    cast_swiglu_backward,
+    recast,
+)
+from jax_fp8gemm._ops.gemm import multiply
+
+
+@renamed(
+    experts="expert_index",
+    weights="gate_weights",
+    wi_0="kernels=ExpertKernels(wi_0=, wi_1=, wo=)",
+    scale="scale_rounding",
+)
+def expert_ffn(
+    x: jax.Array,
+    expert_index: ArrayLike,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
+    *,
+    capacity: int | None = None,
+    scale_rounding: ScaleRounding = "pow2",
+    cast_in_gemm: bool | None = None,
+) -> jax.Array:
+    """Sends each token through its experts, in FP8 forward and backward.
+
+    y[t] = Σ_j gate_weights[t, j] · (silu(x[t] · wi_0[i]) * (x[t] · wi_1[i])) · wo[i],
+    i = expert_index[t, j]
+
+    Args:
+      x: bf16, f16 or f32 [t, h].
+      expert_index: int [t, top_k], on the device. One expert twice in a token is legal. A number
+        outside 0..e-1 is no expert and adds nothing.
+      gate_weights: f32 [t, top_k].
+      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not.
+      capacity: rows that an expert takes at most, 1 or more. Later tokens' rows beyond it add
+        nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`.
+      scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
+      cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+
+    Returns:
+      [t, h], of x's dtype. GEMMs have results in bf16, sums over top_k are float32. Gradients have
+      the dtypes of x, gate_weights and kernels. Those of an expert without tokens are zero.
+
+    Raises:
+      ValueError: shapes do not fit, or an option is unknown or not possible. TypeError: dtypes.
+      NotImplementedError: a second derivative, or jax.vmap.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
+
+    Example:
+      y = expert_ffn(x, routing.expert_index, routing.gate_weights, kernels)
+    """
+    op = "expert_ffn"
+    check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
+    check_kernels(op, "kernels", kernels)
+    expert_index = jnp.asarray(expert_index)
+    check_tokens(op, x, expert_index, gate_weights, kernels)
+    check_positive(op, "capacity", capacity)
+    if capacity is not None:
+        capacity = min(int(capacity), expert_index.size)
+    kernels = ready(
+        op,
+        kernels,
+        rounding=scale_rounding,
+        rows=expert_index.size,
+        others=(x,),
+        wanted=cast_in_gemm,
+    )
+    spec = ExpertSpec(scale_rounding=scale_rounding, capacity=capacity)
+    return run_experts(x, expert_index, gate_weights, kernels, spec)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """Static description of one expert block; as the arguments of expert_ffn."""
+
+    scale_rounding: ScaleRounding
+    capacity: int | None = None
+    exchange: TokenExchange | None = None
+
+
+def run_experts(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
+    spec: ExpertSpec,
+    slots: Slots | None = None,
+) -> jax.Array:
+    """As expert_ffn, checked. With an exchange x and the result are this device's tokens [t, h].
+
+    Then expert_index and gate_weights are those of all rows that the device receives, and experts
+    are numbered from its first.
+    """
+    if 0 in x.shape or 0 in expert_index.shape:
+        return jnp.zeros_like(x)
+    gate_weights = gate_weights.astype(jnp.float32)
+    run = automatic(lambda *operands: _experts(*operands, spec), x)
+    return run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
+
+
+def check_tokens(
+    op: str, x: Any, expert_index: Any, gate_weights: Any, kernels: ExpertKernels
+) -> None:
+    check_float(op, "x", x)
+    check_float(op, "gate_weights", gate_weights)
+    named = {"x": x, "expert_index": expert_index, "gate_weights": gate_weights}
+    got = ", ".join(
+        describe(name, value) for name, value in (named | {"wi_0": kernels.wi_0}).items()
+    )
+    if (x.ndim, expert_index.ndim) != (2, 2) or expert_index.shape[0] != x.shape[0]:
+        expected, fix = "x [t, h], expert_index [t, top_k]", "reshape them to one row per token"
+        fail(op, "x and expert_index do not fit.", got, expected, fix)
+    if gate_weights.shape != expert_index.shape:
+        expected, fix = (
+            f"gate_weights {list(expert_index.shape)}",
+            "pass one weight for each choice",
+        )
+        fail(op, "expert_index and gate_weights differ in shape.", got, expected, fix)
+    if x.shape[1] != kernels.wi_0.shape[1]:
+        expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
+        fail(op, "dim h differs between x and wi_0.", got, expected, fix)
+    check_integers(op, "expert_index", expert_index)
+
+
+# ---- the custom_vjp -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _experts(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
+    return _forward(x, expert_index, gate_weights, kernels, slots, spec)[0]
+
+
+def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
+    """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; kernels, in FP8 if copies
+    were made; who goes where."""
+    top_k, e = expert_index.shape[1], kernels.wi_0.shape[0]
+    xq = _received(_pad_h(x), slots, spec)
+    permutation = permutation_of(expert_index, e)
+    if spec.capacity is not None:
+        permutation = cut(permutation, spec.capacity)
+    token, row_weight = _rows(permutation, gate_weights)
+    gemms = _ragged_gemms if spec.capacity is None else _masked_gemms
+    matrices = operand(kernels, "up"), operand(kernels, "down")
+    y, hq = gemms(xq, token, row_weight, permutation.group_sizes, matrices, spec)
+    y = _collected(y, permutation, top_k, slots, x, spec)
+    saved = save(xq, "moe_x"), save(hq, "moe_h")
+    back = operand(kernels, "down_back"), operand(kernels, "up_back")
+    # Empty arrays that remember dtypes and shapes.
+    like = [a[:0] for a in (x, kernels.wi_0, kernels.wi_1, kernels.wo)]
+    return y, (*saved, back, permutation, gate_weights, slots, like)
+
+
+def _backward(spec: ExpertSpec, residuals, dy):
+    saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
+    sizes, top_k, rounding = permutation.group_sizes, gate_weights.shape[1], spec.scale_rounding
+    token, row_weight = _rows(permutation, gate_weights)
+    by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
+    if spec.exchange is not None and spec.exchange.wire == "fp8":
+        received = _received(_pad_h(dy), slots, spec)
+        dyq, dyt = _take(received, token), recast(received, **by_groups)
+    else:
+        dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups)
+    da = multiply_by(down, dyq, sizes, transposed=False)
+    d = cast_swiglu_backward(
+        from_bits(saved_h), da, row_weight, scale_rounding=rounding, group_sizes=sizes
+    )
+    dx = multiply_by(up, d.h, sizes, transposed=False)
+    dx = _collected(dx, permutation, top_k, slots, like[0], spec)
+    d_down = _contracting(d.activation_transposed, dyt, sizes, like[3].dtype)
+    # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
+    saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
+    xt = recast(from_bits(saved_x), **by_groups)
+    d_kernels = [
+        _contracting(xt, d.gate_transposed, sizes, like[1].dtype),
+        _contracting(xt, d.up_transposed, sizes, like[2].dtype),
+        d_down,
+    ]
+    d_weights = rows_or_zero(d.row_weight, permutation.inverse()).reshape(gate_weights.shape)
+    return dx, None, d_weights, _kernel_gradients(d_kernels, like[1:]), None
+
+
+_experts.defvjp(_forward, _backward)
+
+
+def _rows(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the token of each row, and its weight."""
+    token = permutation.order // gate_weights.shape[1]
+    return token, gate_weights.reshape(-1)[permutation.order]
+
+
+def _kernel_gradients(gradients: list[jax.Array], like: list[jax.Array]) -> ExpertKernels:
+    """Takes the padding off; in the dtypes of the kernels."""
+    wi_0, wi_1, wo = (
+        gradient[:, : a.shape[1], : a.shape[2]].astype(a.dtype)
+        for gradient, a in zip(gradients, like, strict=True)
+    )
+    return ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo)
+
+
+# ---- the GEMMs ----------------------------------------------------------------------------------
+
+
+def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Gradients of kernels; float32 but for kernels that are themselves bfloat16."""
+    out = dtype if dtype == jnp.bfloat16 else jnp.float32
+    return multiply(lhs, rhs, out, sizes, variant="ragged_contracting", scales="1x128_1x128")
+
+
+def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
+    """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
+    up, down = matrices
+    options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
+    h = multiply_by(up, _take(xq, token), sizes, transposed=True)
+    (a,) = cast_swiglu(h, row_weight, **options)
+    y = multiply_by(down, a, sizes, transposed=True)
+    return y, cast_rows(h, **options)
+
+
+def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
+    """The same by way of slots [e, capacity], of which each expert's first ones are computed.
+
+    The others hold anything, NaN too. But no row of the results takes from them, and a row's scales
+    are its own.
+    """
+    up, down = matrices
+    rows, e, rounding = token.shape[0], sizes.shape[0], spec.scale_rounding
+    assert spec.capacity is not None
+    capacity = min(spec.capacity, rows)
+    starts = jnp.cumsum(sizes) - sizes
+    row = (starts[:, None] + jnp.arange(capacity)).reshape(-1)
+    row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
+
+    def masked(lhs, rhs):
+        lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)
+        out = multiply_by(rhs, lhs, sizes, transposed=True, variant="masked")
+        return out.reshape(e * capacity, -1)
+
+    h = masked(_take(xq, token[row]), up)
+    (a,) = cast_swiglu(h, row_weight[row], scale_rounding=rounding)
+    y = masked(a, down)
+    group = jnp.minimum(group_of_row(sizes, rows), e - 1)
+    slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups
+    return y[slot], _take(cast_rows(h, scale_rounding=rounding), slot)
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def _take(q: QArray, index: jax.Array) -> QArray:
+    """Rows of q. Bytes travel in fours: XLA moves 16 bytes a thread then, and only 4 otherwise."""
+
+    def take(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.uint8:
+            return x[index]
+        fours = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, 4), jnp.uint32)
+        return jax.lax.bitcast_convert_type(fours[index], jnp.uint8).reshape(-1, x.shape[1])
+
+    return map_rows(take, q)
+
+
+def _collected(rows, permutation, top_k: int, slots, like: jax.Array, spec: ExpertSpec):
+    """Returns the sum of each own token's rows, as wide as `like` and of its dtype."""
+    dtype = like.dtype if spec.exchange is None else jnp.bfloat16  # what travels is bf16
+    sums = collect(sum_rows(rows, permutation, top_k, dtype), spec.exchange, slots)
+    return sums[:, : like.shape[1]].astype(like.dtype)
+
+
+def _pad_h(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % K_MULTIPLE)])
+
+
+def _sent(x: jax.Array, slots: Slots | None, spec: ExpertSpec) -> jax.Array:
+    if spec.exchange is None:
+        return x
+    return send(x.astype(jnp.bfloat16), spec.exchange, slots)
+
+
+def _received(x: jax.Array, slots: Slots | None, spec: ExpertSpec) -> QArray:
+    """What the experts' device has of everybody's x, scaled by 1x128."""
+    rounding = spec.scale_rounding
+    if spec.exchange is not None and spec.exchange.wire == "fp8":
+        return send_quantized(cast_rows(x, scale_rounding=rounding), spec.exchange, slots)
+    return cast_rows(_sent(x, slots, spec), scale_rounding=rounding)

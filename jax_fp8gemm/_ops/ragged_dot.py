@@ -1,0 +1,160 @@
+"""fp8_ragged_dot: jax.lax.ragged_dot in FP8, forward and backward."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_fp8gemm._bind.meshes import vary_alike
+from jax_fp8gemm._core.bits import from_bits, save
+from jax_fp8gemm._core.checks import as_int32, check_float, check_integers, renamed
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.groups import group_ends
+from jax_fp8gemm._core.types import Residuals, ScaleRounding
+from jax_fp8gemm._ops.casts import cast_both, cast_rows
+from jax_fp8gemm._ops.gemm import multiply, multiply_casting
+from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
+from jax_fp8gemm._ops.weights import (
+    Weight,
+    both_copies,
+    check_weight,
+    describe_weight,
+    forward_copy,
+    split,
+)
+from jax_fp8gemm._ops.weights import (
+    cast_in_gemm as decide_cast,
+)
+
+
+@renamed(scale="scale_rounding")
+def fp8_ragged_dot(
+    lhs: jax.Array,
+    rhs: Weight,
+    group_sizes: ArrayLike,
+    *,
+    preferred_element_type: DTypeLike | None = None,
+    scale_rounding: ScaleRounding = "pow2",
+    residuals: Residuals = "fp8_t",
+    cast_in_gemm: bool | None = None,
+) -> jax.Array:
+    """Multiplies groups of rows by a matrix each, as jax.lax.ragged_dot does, in FP8.
+
+    out[i, n] = Σ_k lhs[i, k] · rhs[group of i, k, n]. Rows past the groups are zero.
+
+    Args:
+      lhs: bf16, f16 or f32 [m, k]. Rows past the groups are not read.
+      rhs: bf16, f16 or f32 [g, k, n]; or what `prepare_weight` made of it.
+      group_sizes: int [g], any sizes. It stays on the device. Negative sizes count as zero, and
+        what does not fit into m is cut off.
+      preferred_element_type: dtype of the result; default: the promoted dtype of lhs and rhs.
+      scale_rounding: "pow2" or "none", see `quantize`.
+      residuals: what is kept of lhs, as in `fp8_matmul`.
+      cast_in_gemm: whether the GEMMs cast bf16 weights themselves, without FP8 copies in memory:
+        faster with few rows in a group, and the same numbers. None: where there are 512 rows or
+        fewer in a group on average, everything is bf16, and the program runs on one device or
+        inside shard_map.
+
+    Returns:
+      [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
+      Residuals are named "fp8_ragged_dot_x" and "fp8_ragged_dot_w". Where the GEMMs cast rhs, it is
+      kept as it is.
+
+    Raises:
+      ValueError: ranks, k or the number of groups do not fit, or an option is unknown or not
+        possible.
+      TypeError: lhs or rhs is not a float array, or group_sizes are not integers.
+      NotImplementedError: a second derivative, or jax.vmap.
+
+    Source: jax.lax.ragged_dot; DeepSeek-V3 (arXiv 2412.19437), section 3.3.
+
+    Example:
+      y = fp8_ragged_dot(x, w, jnp.array([3, 0, 5]))
+    """
+    op = "fp8_ragged_dot"
+    check_float(op, "lhs", lhs)
+    check_weight(op, "rhs", rhs)
+    _check_ragged(op, lhs, rhs, jnp.asarray(group_sizes))
+    sizes = as_int32(op, "group_sizes", group_sizes)
+    spec = spec_of(op, lhs, rhs, preferred_element_type, scale_rounding, residuals)
+    if not rhs.shape[0]:
+        return jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
+    w, copies = split(rhs)
+    spec = dataclasses.replace(spec, cast_in_gemm=_casts(lhs, w, copies, spec, cast_in_gemm))
+    return _ragged_dot(*vary_alike(lhs, w, copies, sizes), spec)
+
+
+def _casts(lhs: jax.Array, w: Any, copies: Any, spec: MatmulSpec, wanted: bool | None) -> bool:
+    """Whether the GEMMs cast the weights; the kernel that does has results in bf16."""
+    everything_is_bf16 = {spec.dtype, lhs.dtype} == {jnp.dtype(jnp.bfloat16)}
+    if copies is not None or not everything_is_bf16:
+        if wanted:
+            got = f"{describe('lhs', lhs)}, a result of {spec.dtype}"
+            got += ", a prepared weight" if copies is not None else ""
+            expected, fix = "bf16 for lhs, rhs and the result", "leave cast_in_gemm out"
+            fail(spec.name, "the GEMM cannot cast this rhs.", got, expected, fix)
+        return False
+    rows, rounding = lhs.shape[0], spec.scale_rounding
+    return decide_cast(
+        spec.name, [(w,)], rows=rows, rounding=rounding, others=(lhs,), wanted=wanted
+    )
+
+
+def _check_ragged(op: str, lhs: jax.Array, rhs: Weight, group_sizes: jax.Array) -> None:
+    got = f"{describe('lhs', lhs)}, {describe_weight('rhs', rhs)}, "
+    got += describe("group_sizes", group_sizes)
+    if (lhs.ndim, rhs.ndim, group_sizes.ndim) != (2, 3, 1):
+        expected = "lhs [m, k], rhs [g, k, n], group_sizes [g]"
+        fail(op, "an operand has the wrong rank.", got, expected, "reshape it")
+    if lhs.shape[1] != rhs.shape[1]:
+        expected, fix = f"rhs [g, {lhs.shape[1]}, n]", "if rhs is [g, n, k], swap its last dims"
+        fail(op, "dim k differs between lhs and rhs.", got, expected, fix)
+    if rhs.shape[0] != group_sizes.shape[0]:
+        expected = f"group_sizes [{rhs.shape[0]}]"
+        fail(op, "the number of groups differs.", got, expected, "pass one size for each matrix")
+    check_integers(op, "group_sizes", group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ragged_dot(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
+    rows = cast_rows(lhs, scale_rounding=spec.scale_rounding, group_sizes=group_sizes)
+    if spec.cast_in_gemm:
+        return multiply_casting(rows, (rhs,), group_sizes, transposed=True)
+    nk = forward_copy(rhs, copies, spec.scale_rounding)
+    return multiply(rows, nk, spec.dtype, group_sizes, variant="ragged")
+
+
+def _forward(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
+    """Residuals: lhs as `spec` says, rhs's FP8 copy or itself, what gradients are to be like."""
+    rows, saved = keep(lhs, spec, group_sizes)
+    like = group_sizes, Like.of(lhs), Like.of(rhs)
+    if spec.cast_in_gemm:
+        y = multiply_casting(rows, (rhs,), group_sizes, transposed=True)
+        return y, (saved, rhs, *like)
+    kn, nk = both_copies(rhs, copies, spec.scale_rounding)
+    y = multiply(rows, nk, spec.dtype, group_sizes, variant="ragged")
+    return y, (saved, save(kn, f"{spec.name}_w"), *like)
+
+
+def _backward(spec: MatmulSpec, residuals, dy):
+    saved, saved_rhs, group_sizes, like_lhs, like_rhs = residuals
+    rows, transposed = cast_both(dy, scale_rounding=spec.scale_rounding, group_sizes=group_sizes)
+    if spec.cast_in_gemm:
+        dlhs = multiply_casting(rows, (saved_rhs,), group_sizes, transposed=False)
+    else:
+        kn = from_bits(saved_rhs)
+        dlhs = multiply(rows, kn, like_lhs.dtype, group_sizes, variant="ragged")
+    if like_rhs is None:
+        return like_lhs.match(dlhs), None, None, None
+    own = jnp.diff(group_ends(group_sizes, dy.shape[0]), prepend=0)  # clamped, as rows were placed
+    x = kept_transposed(saved, spec, group_sizes)
+    drhs = multiply(
+        x, transposed, like_rhs.dtype, own, variant="ragged_contracting", scales="1x128_1x128"
+    )
+    return like_lhs.match(dlhs), like_rhs.match(drhs), None, None
+
+
+_ragged_dot.defvjp(_forward, _backward)

@@ -1,0 +1,57 @@
+"""Which block shape, pipeline and cluster a GEMM gets: a pure function of its problem."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+from jax_fp8gemm._select.candidates import candidates
+from jax_fp8gemm._select.cost import predicted_seconds
+from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
+
+TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away
+
+
+def file_name(device: str) -> str:
+    """Returns what files about a kind of device are called: "nvidia-h200" for "NVIDIA H200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+@functools.cache
+def _tuned(device: str) -> dict:
+    """Returns the measured winners of a device: (variant, n, k, ...) -> {m: config}."""
+    folder = pathlib.Path(__file__).parent / "tuned"
+    path = folder / f"{file_name(device)}.json"
+    if not path.exists():
+        path = folder / "nvidia-h200.json"  # the nearest relative of every Hopper GPU
+    table: dict = {}
+    fields = {field.name for field in dataclasses.fields(GemmConfig)}
+    for row in json.loads(path.read_text()):
+        key = tuple(row[name] for name in ("variant", "n", "k", "g", "scales", "out"))
+        config = GemmConfig(**{name: row[name] for name in fields})
+        table.setdefault(key, {})[row["m"]] = config
+    return table
+
+
+def select(problem: Problem) -> GemmConfig:
+    """Returns the config for `problem`: the tuned row of the nearest m, else the model's best."""
+    p = problem
+    tuned = {} if p.casts else _tuned(p.device)
+    by_m = tuned.get((p.variant, p.n, p.k, p.g, p.scales, p.out), {})
+
+    def distance(m: int) -> float:
+        return abs(math.log(m / p.m))
+
+    near = [m for m in by_m if distance(m) <= math.log(TUNED_RATIO)]
+    near.sort(key=distance)
+    chosen = next((by_m[m] for m in near if why_illegal(p, by_m[m]) is None), None)
+    source = "tuned"
+    if chosen is None:
+        chosen, source = min(candidates(p), key=lambda c: predicted_seconds(p, c)), "model"
+    if os.environ.get("JAX_FP8GEMM_PRINT_CONFIGS") == "1":
+        print(f"jax_fp8gemm: {p} -> {chosen} ({source})", file=sys.stderr)
+    return chosen

@@ -1,0 +1,1 @@
+"""What benchmarks, tests and tuning share."""
