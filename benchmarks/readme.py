@@ -3,8 +3,8 @@
     python benchmarks/readme.py --write    # after new rows were stored
     python benchmarks/readme.py --check    # what tests/test_docs.py does
 
-A page holds a block between `<!-- figures: NAME -->` and `<!-- /figures -->`; BLOCKS names the function
-that makes its text. Families of rows are found by their ops, so a new family needs no change here.
+A page holds a block between `<!-- figures: NAME -->` and `<!-- /figures -->`; BLOCKS names the
+function that makes its text. Families of rows are found by their ops: a new one needs no change.
 """
 
 import argparse
@@ -120,6 +120,8 @@ def speed() -> str:
     """README: beside DeepGEMM, by family."""
     groups = beside_deepgemm(stored(H200))
     rows = [row for some in groups.values() for row in some]
+    if not rows:
+        return compared(groups, "GEMM")
     names = {FAMILIES.get(name, name): some for name, some in groups.items()}
     if any(not row.get("same_run") for row in rows):
         old = {f: any(not row.get("same_run") for row in some) for f, some in names.items()}
@@ -127,8 +129,8 @@ def speed() -> str:
         note = "† DeepGEMM's times were stored on another day, which can flatter either side. "
     else:
         note = "Both ran in one process, launch by launch. "
-    versions = listed(f"DeepGEMM {r['peer_version']}" for r in rows if r.get("peer_version"))
-    note += f"Peer: {versions}. " if versions else ""
+    versions = listed(row["peer_version"] for row in rows if row.get("peer_version"))
+    note += f"DeepGEMM is {versions}. " if versions else ""
     if not any(part(row)[0] == "drawn" for row in rows):
         note += "No row of an untuned shape is stored yet; expect lower ratios there. "
     return compared(names, "GEMM") + "\n" + note + card(rows) + "\n"
@@ -136,9 +138,10 @@ def speed() -> str:
 
 def peer_name(row: Row) -> str:
     """Who else: without the config that a peer was tuned to."""
-    name = part(row)[1] if is_ours(row["peer"]) else row["peer"]
-    name = re.sub(r" \(.*\)$", "", name)
-    return f"{name} {row['peer_version']}" if row.get("peer_version") else name
+    theirs = is_ours(row["peer"])  # the row
+    name = re.sub(r" \(.*\)$", "", part(row)[1] if theirs else row["peer"])
+    version = row.get("version" if theirs else "peer_version")
+    return f"{name} ({version})" if version else name
 
 
 def others() -> str:
@@ -148,9 +151,8 @@ def others() -> str:
         if has_peer(row) and "DeepGEMM" not in row["peer"] and part(row)[0].startswith("beside"):
             if not is_ours(row["peer"]):
                 groups.setdefault(peer_name(row), []).append(row)
-    if not groups:
-        return compared(groups, "beside")
-    return compared(groups, "beside") + "\n" + card(sum(groups.values(), [])) + "\n"
+    rows = [row for some in groups.values() for row in some]
+    return compared(groups, "beside") + ("\n" + card(rows) + "\n" if rows else "")
 
 
 STEPS = ("forward + backward", "ragged forward + backward", "MoE layer", "training step")
@@ -201,6 +203,8 @@ def layers_h100() -> str:
 def slower() -> str:
     """docs/measured.md: every stored shape in which we are slower than DeepGEMM."""
     rows = [row for some in beside_deepgemm(stored(H200)).values() for row in some]
+    if rows and min(map(ratio, rows)) >= 1:
+        return "None.\n"
     rows = sorted((row for row in rows if ratio(row) < 1), key=ratio)
     lines = [(row["op"], size(row), f"{row['us']:.1f}", f"{row['peer_us']:.1f}",
               f"{ratio(row):.3f}") for row in rows]  # fmt: skip
@@ -254,7 +258,9 @@ def training() -> str:
     for arm, runs in arms.items():
         if not runs:
             continue
-        mean = {key: statistics.fmean(run[key] for run in runs) for key in ("held_out", "ms_a_step")}
+        mean = {
+            key: statistics.fmean(run[key] for run in runs) for key in ("held_out", "ms_a_step")
+        }
         loss = statistics.fmean(map(last, runs))
         room = statistics.fmean(run["bytes_temporary"] for run in runs) / 1e9
         lines.append((arm, len(runs), f"{loss:.4f}", f"{mean['held_out']:.4f}",
@@ -271,12 +277,15 @@ def training_runs() -> str:
     for arm, runs in arms.items():
         for run in runs:
             twin = bf16.get(run["seed"])
-            gap = "" if arm == "bf16" or not twin else f"{100 * (last(run) / last(twin) - 1):+.2f} %"
+            gap = (
+                "" if arm == "bf16" or not twin else f"{100 * (last(run) / last(twin) - 1):+.2f} %"
+            )
             cosines = [run["cosine"].get(when, {}).get("all") for when in ("start", "end")]
             lines.append((arm, run["seed"], f"{last(run):.4f}", gap, f"{run['held_out']:.4f}",
                           f"{run['ms_a_step']:.1f}",
                           *("" if c is None else f"{c:.4f}" for c in cosines)))  # fmt: skip
-    head = "arm | seed | loss, last 100 | gap to bf16 | held out | ms a step | cosine at start | at end"
+    head = "arm | seed | loss, last 100 | gap to bf16 | held out | ms a step"
+    head += " | cosine at start | at end"
     return table(head, lines, "lrrrrrrr")
 
 

@@ -5,7 +5,6 @@ They are also plain: sentences are short and few of them need a semicolon.
 
 import functools
 import importlib
-import importlib.util
 import pathlib
 import re
 import statistics
@@ -16,13 +15,11 @@ import tomllib
 import pytest
 import test_layering
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-    + [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
-)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*.md")]
 HISTORY = ("CHANGELOG.md", "notebook.md")  # they name files and functions that are gone
 
 by_name = functools.partial(pytest.mark.parametrize, ids=lambda page: page.name)
@@ -33,20 +30,22 @@ by_name = functools.partial(pytest.mark.parametrize, ids=lambda page: page.name)
 
 def python_blocks() -> list:
     """Returns the Python blocks of all pages. Each runs by itself: a reader copies one."""
-    parsers = [PythonCodeBlockParser(), SkipParser()]
     found = []
     for page in PAGES:
-        for example in Sybil(parsers, path=str(page.parent), pattern=page.name).parse(page):
+        sybil = Sybil([PythonCodeBlockParser()], path=str(page.parent), pattern=page.name)
+        for example in sybil.parse(page):
             found.append(pytest.param(example, id=f"{page.name}:{example.line}"))
     return found
 
 
 @pytest.mark.parametrize("example", python_blocks())
 def test_a_block_runs_by_itself(example, tmp_path, monkeypatch):
+    needed = re.search(r"<!-- needs (\w+) -->\s*$", example.document.text[: example.start])
+    if needed:
+        pytest.importorskip(needed[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples/adapters"))
     example.namespace.clear()
-    example.namespace["installed"] = lambda name: importlib.util.find_spec(name) is not None
     example.evaluate()
 
 
@@ -83,7 +82,9 @@ def test_figures_are_those_of_the_stored_rows(monkeypatch):
     assert not readme.stale(), "run: python benchmarks/readme.py --write"
     marked = [name for page in readme.PAGES for name in figure_blocks(ROOT / page)]
     assert set(marked) == set(readme.BLOCKS)  # each block is on a page, and no page asks for more
-    assert not [p for p in PAGES if figure_blocks(p) and str(p.relative_to(ROOT)) not in readme.PAGES]
+    assert not [
+        p for p in PAGES if figure_blocks(p) and str(p.relative_to(ROOT)) not in readme.PAGES
+    ]
 
 
 def figure_blocks(page: pathlib.Path) -> list[str]:
@@ -94,12 +95,12 @@ def test_any_row_has_a_place_in_the_table_of_speed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     readme = importlib.import_module("readme")
     row = {"variant": "dense", "m": 7, "n": 8, "k": 16, "g": 1, "us": 2.0, "peer_us": 1.0}
-    row |= {"peer": "DeepGEMM", "peer_version": "2.5.0", "same_run": True}
+    row |= {"peer": "DeepGEMM", "peer_version": "wheel 2.5.0", "same_run": True}
     row |= {"commit": "c", "device": "NVIDIA H200, 580"}
     ops = ("dense: a", "drawn: b", "a new family: c")
     monkeypatch.setattr(readme, "stored", lambda name: [row | {"op": op} for op in ops])
     text = readme.speed()
-    assert all(name in text for name in ("not tuned", "a new family", "DeepGEMM 2.5.0"))
+    assert all(name in text for name in ("not tuned", "a new family", "DeepGEMM is wheel 2.5.0"))
     assert text.count("| 0.50 | 0.50 (7×8×16) | 1 of 1 |") == 3
     assert "†" not in text and "one process" in text
 
@@ -204,6 +205,8 @@ def test_the_english_is_plain(page):
 
 
 def test_the_measure_of_english():
-    text = "# No title\n\nOne two `f(x; y)` [four](five.md). Six!\n\n- a list\n- of items\n\n| a; |\n"
+    text = (
+        "# No title\n\nOne two `f(x; y)` [four](five.md). Six!\n\n- a list\n- of items\n\n| a; |\n"
+    )
     assert [words(s) for s in sentences(text)] == [4, 1, 2, 2]
     assert not any(";" in s for s in sentences(text))
