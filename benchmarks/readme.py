@@ -167,7 +167,7 @@ def whole_steps(rows: list[Row]) -> list[Row]:
     """Rows of forward and backward: a peer's, that names ours; or ours, that names a peer."""
     found = [row for row in rows if part(row)[0].startswith(STEPS) and has_peer(row)]
     found = [row for row in found if is_ours(row["peer"]) != is_ours(part(row)[1])]
-    return in_order(found)
+    return sorted(in_order(found), key=lambda row: [not row["op"].startswith(s) for s in STEPS])
 
 
 def steps_of(name: str) -> str:
@@ -266,7 +266,8 @@ def training() -> str:
         lines.append((arm, len(runs), f"{loss:.4f}", f"{mean['held_out']:.4f}",
                       f"{mean['ms_a_step']:.1f}", f"{room:.1f}"))  # fmt: skip
     head = "runs in | seeds | loss, last 100 steps | held out | ms a step | temporaries, GB"
-    return table(head, lines, "lrrrrr")
+    runs = [run for some in arms.values() for run in some]
+    return table(head, lines, "lrrrrr") + ("\n" + card(runs) + "\n" if runs else "")
 
 
 def training_runs() -> str:
