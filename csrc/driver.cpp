@@ -107,12 +107,12 @@ Status check(const Driver& driver, CUresult result, const std::string& what) {
   if (result == 0) return {};
   const char* words = nullptr;
   driver.error_string(result, &words);
-  return Status::error(message("the CUDA driver refused a call",
-                               what + ": " + (words ? words : "unknown CUDA error") + " (" +
-                                   std::to_string(result) + ")",
-                               "success",
-                               "an error of an earlier kernel may show up here: run the program "
-                               "under compute-sanitizer"));
+  return Status::error(message(
+      "the CUDA driver refused a call",
+      what + ": " + (words ? words : "unknown CUDA error") + " (" + std::to_string(result) + ")",
+      "success",
+      "an error of an earlier kernel may show up here: run the program "
+      "under compute-sanitizer"));
 }
 
 Result<const Nvrtc*> nvrtc(const std::string& path) {

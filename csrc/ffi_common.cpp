@@ -8,7 +8,9 @@ ffi::Error to_error(const Status& status) {
 
 std::string shape_text(const ffi::AnyBuffer& buffer) {
   std::string text = "[";
-  for (int64_t dim : buffer.dimensions()) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  for (int64_t dim : buffer.dimensions()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
+  }
   return text + "]";
 }
 

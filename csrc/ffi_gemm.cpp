@@ -18,7 +18,8 @@ const ffi::TypeInfo kGemmStateInfo = ffi::MakeTypeInfo<GemmState>();
 ffi::ErrorOr<std::unique_ptr<GemmState>> instantiate(ffi::Dictionary dictionary) {
   const Attributes attributes = read_attributes(
       dictionary,
-      {"accumulate", "block_m", "block_n", "stages", "split_k", "group_m", "shared_bytes", "num_sms"},
+      {"accumulate", "block_m", "block_n", "stages", "split_k", "group_m", "shared_bytes",
+       "num_sms"},
       {"kernel", "variant", "lhs_scale", "rhs_scale", "rhs", "out", "multicast", "store"});
   auto spec = parse_gemm_spec(attributes);
   if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
@@ -39,11 +40,11 @@ Status read_operand(const ffi::AnyBuffer& buffer, const char* name, ffi::DataTyp
                     Operand& operand) {
   auto dims = buffer.dimensions();
   if (buffer.element_type() != type || static_cast<int>(dims.size()) != rank) {
-    return wrong_operand(std::string("gemm: operand ") + name + " has the wrong type",
-                         "element type " + std::to_string(int(buffer.element_type())) +
-                             ", shape " + shape_text(buffer),
-                         "element type " + std::to_string(int(type)) + ", rank " +
-                             std::to_string(rank));
+    return wrong_operand(
+        std::string("gemm: operand ") + name + " has the wrong type",
+        "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
+            shape_text(buffer),
+        "element type " + std::to_string(int(type)) + ", rank " + std::to_string(rank));
   }
   operand = {name, buffer.untyped_data(), rank == 3 ? dims[0] : 1, dims[rank - 2], dims[rank - 1]};
   if (operand.groups * operand.rows > INT32_MAX || operand.columns > INT32_MAX) {
@@ -78,8 +79,8 @@ Status check_scales(const Operand& scale, ScaleTile tile, int64_t groups, int64_
   return {};
 }
 
-// The matrices [n, k] that a rhs of bf16 stands for: itself, or itself with `right` beside it, as the
-// other operands' shapes want.
+// The matrices [n, k] that a rhs of bf16 stands for: itself, or itself with `right` beside it, as
+// the other operands' shapes want.
 Status whole_rhs(Rhs type, const Operand& rhs, const Operand& right, int64_t n, int64_t k,
                  Operand& whole, int32_t& left_columns) {
   Status status = expect_shape(right, rhs.groups, rhs.rows, rhs.columns);
@@ -99,23 +100,32 @@ Status whole_rhs(Rhs type, const Operand& rhs, const Operand& right, int64_t n, 
 }
 
 TensorMapShape bf16_tile_shape(const Operand& stored) {
-  return {kTensorMapBfloat16, 3,
-          {uint64_t(stored.columns), uint64_t(stored.rows), uint64_t(stored.groups)}, {128, 128, 1},
+  return {kTensorMapBfloat16,
+          3,
+          {uint64_t(stored.columns), uint64_t(stored.rows), uint64_t(stored.groups)},
+          {128, 128, 1},
           false};
 }
 
 TensorMapShape tile_shape(const Operand& operand, int rows) {
-  return {kTensorMapUint8, 2, {uint64_t(operand.columns), uint64_t(operand.groups * operand.rows)},
-          {128, uint32_t(copied_rows(rows, int(operand.rows)))}, true};
+  return {kTensorMapUint8,
+          2,
+          {uint64_t(operand.columns), uint64_t(operand.groups * operand.rows)},
+          {128, uint32_t(copied_rows(rows, int(operand.rows)))},
+          true};
 }
 
 // `rows` of the operand, of which `block_rows` make a tile.
 TensorMapShape row_scale_shape(const Operand& scale, int block_rows, int64_t rows) {
-  return {kTensorMapFloat32, 2, {uint64_t(scale.columns), uint64_t(scale.groups * scale.rows)},
-          {uint32_t(copied_rows(block_rows, int(rows))), 1}, false};
+  return {kTensorMapFloat32,
+          2,
+          {uint64_t(scale.columns), uint64_t(scale.groups * scale.rows)},
+          {uint32_t(copied_rows(block_rows, int(rows))), 1},
+          false};
 }
 
-// Output blocks, a cluster's neighbours counted as one; an upper bound where sizes are on the device.
+// Output blocks, a cluster's neighbours counted as one; an upper bound where sizes are on the
+// device.
 int64_t cluster_blocks(const GemmSpec& spec, const GemmParams& params) {
   const int rows = spec.block_m * (spec.multicast == Multicast::kRhs ? 2 : 1);
   const int columns = spec.block_n * (spec.multicast == Multicast::kLhs ? 2 : 1);
@@ -148,8 +158,8 @@ Status read_group_data(const ffi::AnyBuffer& buffer, Variant variant, int64_t m,
   const int64_t expected = variant == Variant::kContiguous ? m : o.groups;
   if (buffer.element_type() != ffi::S32 || int64_t(buffer.element_count()) != expected) {
     return wrong_operand("gemm: the group operand has the wrong type",
-                         "element type " + std::to_string(int(buffer.element_type())) +
-                             ", shape " + shape_text(buffer),
+                         "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
+                             shape_text(buffer),
                          "int32 [" + std::to_string(expected) + "]");
   }
   o.group_data = static_cast<const int32_t*>(buffer.untyped_data());
@@ -169,7 +179,8 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
   const auto out_type = spec.out == Out::kF32 ? ffi::F32 : ffi::BF16;
   Status status;
   auto then = [&](size_t index, const char* name, ffi::DataType type, int rank, Operand& operand) {
-    if (status.ok()) status = read_operand(*args.get<ffi::AnyBuffer>(index), name, type, rank, operand);
+    if (status.ok())
+      status = read_operand(*args.get<ffi::AnyBuffer>(index), name, type, rank, operand);
   };
   then(0, "lhs", ffi::F8E4M3FN, lhs_rank, o.lhs);
   const bool casts = is_cast(spec.rhs);
@@ -181,11 +192,13 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
   }
   if (!status.ok()) return status;
   o.groups = std::max(o.rhs.groups, o.out.groups);
-  const int64_t lhs_groups = lhs_rank == 3 ? o.groups : 1, rhs_groups = rhs_rank == 3 ? o.groups : 1;
+  const int64_t lhs_groups = lhs_rank == 3 ? o.groups : 1,
+                rhs_groups = rhs_rank == 3 ? o.groups : 1;
   const int64_t m = o.lhs.rows, n = o.out.columns, k = o.lhs.columns;
   status = expect_shape(o.lhs, lhs_groups, m, k);
   Operand rhs = o.rhs;
-  if (status.ok() && casts) status = whole_rhs(spec.rhs, o.rhs, o.rhs_scale, n, k, rhs, o.left_columns);
+  if (status.ok() && casts)
+    status = whole_rhs(spec.rhs, o.rhs, o.rhs_scale, n, k, rhs, o.left_columns);
   if (status.ok()) status = expect_shape(rhs, rhs_groups, n, k);
   if (status.ok()) status = expect_shape(o.out, out_rank == 3 ? o.groups : 1, m, n);
   if (status.ok()) status = check_scales(o.lhs_scale, spec.lhs_scale, lhs_groups, m, k);
@@ -195,7 +208,8 @@ Status read_operands(const GemmSpec& spec, ffi::RemainingArgs args, ffi::Remaini
   }
   if (status.ok() && spec.accumulate) {
     Operand init;
-    status = read_operand(*args.get<ffi::AnyBuffer>(expected - 1), "init", out_type, out_rank, init);
+    status =
+        read_operand(*args.get<ffi::AnyBuffer>(expected - 1), "init", out_type, out_rank, init);
     if (status.ok()) status = expect_shape(init, o.out.groups, m, n);
     if (status.ok() && init.data != o.out.data) {
       return wrong_operand("gemm: init is not aliased to the output", "two buffers", "one");
@@ -221,9 +235,11 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
   }
   if (spec.store == Store::kTma) {
     const TensorMapShape shape = {
-        spec.out == Out::kF32 ? kTensorMapFloat32 : kTensorMapBfloat16, 3,
+        spec.out == Out::kF32 ? kTensorMapFloat32 : kTensorMapBfloat16,
+        3,
         {uint64_t(o.out.columns), uint64_t(o.out.rows), uint64_t(o.out.groups)},
-        {uint32_t(store_columns(spec.block_n, spec.out)), 64, 1}, true};
+        {uint32_t(store_columns(spec.block_n, spec.out)), 64, 1},
+        true};
     then(params.out, shape, o.out);
   }
   return status;
@@ -238,11 +254,19 @@ Status launch(const Driver& driver, const KernelSpec& spec, const LoadedKernel& 
   }
   CUlaunchAttribute cluster = {kLaunchAttributeClusterDimension, {}, {}};
   cluster.value.cluster = {unsigned(cluster_size(spec)), 1, 1};
-  CUlaunchConfig config = {unsigned(grid), 1, 1, unsigned(threads(spec)), 1, 1,
-                           unsigned(spec.gemm.shared_bytes), stream, &cluster,
+  CUlaunchConfig config = {unsigned(grid),
+                           1,
+                           1,
+                           unsigned(threads(spec)),
+                           1,
+                           1,
+                           unsigned(spec.gemm.shared_bytes),
+                           stream,
+                           &cluster,
                            cluster_size(spec) > 1 ? 1u : 0u};
   void* arguments[] = {&params};
-  return check(driver, driver.launch(&config, kernel.function, arguments, nullptr), "cuLaunchKernelEx");
+  return check(driver, driver.launch(&config, kernel.function, arguments, nullptr),
+               "cuLaunchKernelEx");
 }
 
 ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::RemainingArgs args,
@@ -277,8 +301,7 @@ XLA_FFI_DEFINE_HANDLER(instantiate_handler, instantiate, ffi::Ffi::BindInstantia
 XLA_FFI_DEFINE_HANDLER(initialize_handler, initialize<KernelSpec>,
                        bind_call<KernelSpec>(ffi::Ffi::BindInitialize()));
 
-XLA_FFI_DEFINE_HANDLER(execute_handler, execute,
-                       bind_call<KernelSpec>(ffi::Ffi::BindExecute()),
+XLA_FFI_DEFINE_HANDLER(execute_handler, execute, bind_call<KernelSpec>(ffi::Ffi::BindExecute()),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_Error* gemm_instantiate(XLA_FFI_CallFrame* frame) { return instantiate_handler(frame); }

@@ -12,9 +12,9 @@ using QuantizeState = CallState<QuantizeSpec>;
 const ffi::TypeInfo kQuantizeStateInfo = ffi::MakeTypeInfo<QuantizeState>();
 
 ffi::ErrorOr<std::unique_ptr<QuantizeState>> instantiate(ffi::Dictionary dictionary) {
-  auto spec = parse_quantize_spec(
-      read_attributes(dictionary, {"pow2", "rows", "transposed", "grouped", "gather", "pair", "aligned"},
-                      {"source", "type", "tile"}));
+  auto spec = parse_quantize_spec(read_attributes(
+      dictionary, {"pow2", "rows", "transposed", "grouped", "gather", "pair", "aligned"},
+      {"source", "type", "tile"}));
   if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
   auto made = program(program_text(*spec));
   if (!made.ok()) return ffi::Unexpected(to_error(made.status()));
@@ -50,8 +50,10 @@ class Buffers {
       fits = dims[i] <= INT32_MAX && (shape.begin()[i] < 0 || shape.begin()[i] == dims[i]);
     }
     if (fits) return buffer;
-    return fail(name, "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
-                          shape_text(buffer), type, shape);
+    return fail(name,
+                "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
+                    shape_text(buffer),
+                type, shape);
   }
 
   Buffer fail(const char* name, const std::string& got, ffi::DataType type, Shape shape) {
@@ -90,7 +92,9 @@ struct ScaleShape {
   int64_t lines, columns;
 };
 ScaleShape scale_shape(ScaleTile tile, int64_t rows, int64_t columns) {
-  if (tile == ScaleTile::k128x128) return {ceil_div(rows, 128), round_up(ceil_div(columns, 128), 4)};
+  if (tile == ScaleTile::k128x128) {
+    return {ceil_div(rows, 128), round_up(ceil_div(columns, 128), 4)};
+  }
   return {tile == ScaleTile::k1xK ? 1 : ceil_div(columns, 128), round_up(rows, 4)};
 }
 
@@ -186,9 +190,16 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   auto kernel = state->program->load(stream, device);
   if (!kernel.ok()) return to_error(kernel.status());
   const Driver& driver = **fp8gemm::driver();
-  CUlaunchConfig config = {unsigned(call.columns), unsigned(y), unsigned(z),
-                           unsigned(quantize_threads(state->spec)), 1, 1,
-                           unsigned(state->program->source.shared_bytes), stream, nullptr, 0};
+  CUlaunchConfig config = {unsigned(call.columns),
+                           unsigned(y),
+                           unsigned(z),
+                           unsigned(quantize_threads(state->spec)),
+                           1,
+                           1,
+                           unsigned(state->program->source.shared_bytes),
+                           stream,
+                           nullptr,
+                           0};
   if (is_persistent(state->spec)) {
     const int64_t all = call.columns * call.tiles;
     config.grid_x = unsigned(std::min<int64_t>(all, kernel->multiprocessors));
@@ -217,7 +228,9 @@ XLA_FFI_Error* quantize_instantiate(XLA_FFI_CallFrame* frame) {
 XLA_FFI_Error* quantize_initialize(XLA_FFI_CallFrame* frame) {
   return quantize_initialize_handler(frame);
 }
-XLA_FFI_Error* quantize_execute(XLA_FFI_CallFrame* frame) { return quantize_execute_handler(frame); }
+XLA_FFI_Error* quantize_execute(XLA_FFI_CallFrame* frame) {
+  return quantize_execute_handler(frame);
+}
 
 ffi::TypeId* quantize_state_id() { return &QuantizeState::id; }
 const ffi::TypeInfo* quantize_state_info() { return &kQuantizeStateInfo; }

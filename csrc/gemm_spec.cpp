@@ -7,19 +7,16 @@ namespace {
 
 constexpr const char* kEntryPoint = "fp8_gemm";
 
-const Names kVariants = {{"dense", "Variant::kDense"},
-                         {"batched", "Variant::kBatched"},
-                         {"ragged", "Variant::kRagged"},
-                         {"contiguous", "Variant::kContiguous"},
-                         {"masked", "Variant::kMasked"},
-                         {"ragged_contracting", "Variant::kRaggedContracting"}};
+const Names kVariants = {
+    {"dense", "Variant::kDense"},   {"batched", "Variant::kBatched"},
+    {"ragged", "Variant::kRagged"}, {"contiguous", "Variant::kContiguous"},
+    {"masked", "Variant::kMasked"}, {"ragged_contracting", "Variant::kRaggedContracting"}};
 const Names kScaleTiles = {{"1x128", "ScaleTile::k1x128"},
                            {"128x128", "ScaleTile::k128x128"},
                            {"1xk", "ScaleTile::k1xK"},
                            {"tensor", "ScaleTile::kTensor"}};
-const Names kRhs = {{"fp8", "Rhs::kFp8"},
-                    {"bf16", "Rhs::kBf16"},
-                    {"bf16_transposed", "Rhs::kBf16Transposed"}};
+const Names kRhs = {
+    {"fp8", "Rhs::kFp8"}, {"bf16", "Rhs::kBf16"}, {"bf16_transposed", "Rhs::kBf16Transposed"}};
 const Names kOuts = {{"bf16", "Out::kBf16"}, {"f32", "Out::kF32"}};
 const Names kMulticasts = {
     {"none", "Multicast::kNone"}, {"lhs", "Multicast::kLhs"}, {"rhs", "Multicast::kRhs"}};
@@ -33,8 +30,8 @@ std::string spec_text(const GemmSpec& s) {
          field("lhs_scale", code(kScaleTiles, int(s.lhs_scale))) +
          field("rhs_scale", code(kScaleTiles, int(s.rhs_scale))) +
          field("rhs", code(kRhs, int(s.rhs))) + field("out", code(kOuts, int(s.out))) +
-         field("accumulate", s.accumulate) +
-         field("block_m", s.block_m) + field("block_n", s.block_n) + field("stages", s.stages) +
+         field("accumulate", s.accumulate) + field("block_m", s.block_m) +
+         field("block_n", s.block_n) + field("stages", s.stages) +
          field("multicast", code(kMulticasts, int(s.multicast))) + field("split_k", s.split_k) +
          field("group_m", s.group_m) + field("store", code(kStores, int(s.store))) +
          field("shared_bytes", s.shared_bytes) + "};\n";
@@ -54,8 +51,8 @@ std::string wgmma_text(int n) {
   return "__device__ __forceinline__ void wgmma_m64k32(float (&d)[" + std::to_string(r) +
          "], uint64_t lhs, uint64_t rhs, bool accumulate) {\n  asm volatile(\n" +
          "      \"{\\n.reg .pred p;\\nsetp.ne.b32 p, " + operand(2) + ", 0;\\n\"\n" +
-         "      \"wgmma.mma_async.sync.aligned.m64n" + std::to_string(n) +
-         "k32.f32.e4m3.e4m3 {" + numbered("%", r, "") + "}, " + operand(0) + ", " + operand(1) +
+         "      \"wgmma.mma_async.sync.aligned.m64n" + std::to_string(n) + "k32.f32.e4m3.e4m3 {" +
+         numbered("%", r, "") + "}, " + operand(0) + ", " + operand(1) +
          ", p, 1, 1;\\n}\\n\"\n      : " + numbered("\"+f\"(d[", r, "])") +
          "\n      : \"l\"(lhs), \"l\"(rhs), \"r\"(int(accumulate)));\n}\n";
 }
@@ -66,7 +63,8 @@ std::string short_name(const KernelSpec& spec) {
   std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d%d_o%d%d_g%d_t%d",
                 spec.kernel == Kernel::kFewRows ? "few_rows" : "persistent", s.block_m, s.block_n,
                 s.stages, int(s.multicast), s.split_k, int(s.variant), int(s.lhs_scale),
-                int(s.rhs_scale), int(s.rhs), int(s.out), int(s.accumulate), s.group_m, int(s.store));
+                int(s.rhs_scale), int(s.rhs), int(s.out), int(s.accumulate), s.group_m,
+                int(s.store));
   return name;
 }
 
@@ -106,11 +104,11 @@ ProgramText program_text(const KernelSpec& spec) {
   const std::string header = spec.kernel == Kernel::kFewRows ? "gemm_few_rows" : "gemm";
   const std::string text =
       "#include \"params.cuh\"\n\nnamespace fp8gemm {\n\n" + spec_text(spec.gemm) + "\n" +
-         wgmma_text(instruction_columns(spec.gemm)) + "\n}  // namespace fp8gemm\n\n#include \"" + header +
-         ".cuh\"\n\nextern \"C\" __global__ void __launch_bounds__(" +
-         std::to_string(threads(spec)) + ", 1) " + kEntryPoint +
-         "(const __grid_constant__ fp8gemm::GemmParams params) {\n  fp8gemm::" + name +
-         "_kernel<fp8gemm::kSpec>(params);\n}\n";
+      wgmma_text(instruction_columns(spec.gemm)) + "\n}  // namespace fp8gemm\n\n#include \"" +
+      header + ".cuh\"\n\nextern \"C\" __global__ void __launch_bounds__(" +
+      std::to_string(threads(spec)) + ", 1) " + kEntryPoint +
+      "(const __grid_constant__ fp8gemm::GemmParams params) {\n  fp8gemm::" + name +
+      "_kernel<fp8gemm::kSpec>(params);\n}\n";
   return {short_name(spec), text, kEntryPoint, spec.gemm.shared_bytes};
 }
 

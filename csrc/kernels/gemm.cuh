@@ -47,7 +47,8 @@ template <GemmSpec spec>
 struct GemmTraits {
   static constexpr int kSubTiles = spec.block_m / (64 * kMathWarpgroups);  // per warpgroup
   static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
-  static constexpr int kPartRegisters = instruction_columns(spec) / 2;  // that one instruction fills
+  // Of those, what one instruction fills.
+  static constexpr int kPartRegisters = instruction_columns(spec) / 2;
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
   static constexpr bool kCasts = is_cast(spec.rhs);
@@ -55,8 +56,8 @@ struct GemmTraits {
   // Whether a block may end early, where the rows of its group end.
   static constexpr bool kCutShort =
       spec.variant == Variant::kRagged || spec.variant == Variant::kMasked;
-  // Sub-tiles of a warpgroup that shared memory holds on their way out: fp32, and a rhs to cast, leave
-  // room for one.
+  // Sub-tiles of a warpgroup that shared memory holds on their way out: fp32, and a rhs to cast,
+  // leave room for one.
   static constexpr int kOutTiles = spec.out == Out::kF32 || kCasts ? 1 : kSubTiles;
   static constexpr int kOutTileBytes = 64 * spec.block_n * (spec.out == Out::kF32 ? 4 : 2);
   static constexpr int kOutBytes =
@@ -185,7 +186,8 @@ struct Consumer {
       using RhsLayout = typename Traits::RhsLayout;
       start_partial<RhsLayout>(
           partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
-          rhs_low + stage * (Shared::kRhsBytes / 16) + part * (kPartRegisters / 4 * RhsLayout::kStride));
+          rhs_low + stage * (Shared::kRhsBytes / 16) +
+              part * (kPartRegisters / 4 * RhsLayout::kStride));
     };
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     const auto lhs_scales = [&] {

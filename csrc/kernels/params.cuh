@@ -29,7 +29,8 @@ constexpr bool out_has_groups(Variant v) {
 }
 constexpr bool is_grouped(Variant v) { return v != Variant::kDense && v != Variant::kBatched; }
 
-// Which elements of an operand share one scale. Named rows × columns of the operand; k is its columns.
+// Which elements of an operand share one scale. Named rows × columns of the operand; k is its
+// columns.
 enum class ScaleTile : int {
   k1x128,    // scales [k/128, rows↑4], rows contiguous
   k128x128,  // scales [rows/128, (k/128)↑4], k contiguous
@@ -106,14 +107,14 @@ struct alignas(64) TensorMap {
 };
 
 struct GemmParams {
-  TensorMap lhs;        // fp8 [groups * m, k], or [m, k] where lhs has no groups
-  TensorMap rhs;        // likewise fp8 [groups * n, k]; where it is cast, bf16 as it lies
-  TensorMap lhs_scale;  // fp32, where GemmSpec::lhs_scale is per row
-  TensorMap rhs_scale;  // likewise
-  TensorMap out;        // GemmSpec::out [groups, m, n], likewise, where Store::kTma
+  TensorMap lhs;                // fp8 [groups * m, k], or [m, k] where lhs has no groups
+  TensorMap rhs;                // likewise fp8 [groups * n, k]; where it is cast, bf16 as it lies
+  TensorMap lhs_scale;          // fp32, where GemmSpec::lhs_scale is per row
+  TensorMap rhs_scale;          // likewise
+  TensorMap out;                // GemmSpec::out [groups, m, n], likewise, where Store::kTma
   const float* lhs_scale_data;  // layout by GemmSpec::lhs_scale; rows are multiples of 16 bytes
   const float* rhs_scale_data;
-  void* out_data;  // [groups, m, n] of GemmSpec::out, or [m, n]
+  void* out_data;             // [groups, m, n] of GemmSpec::out, or [m, n]
   const int32_t* group_data;  // sizes [groups], or kContiguous: the group of each row [m]
   int32_t m;
   int32_t n;
@@ -142,15 +143,15 @@ enum class Float : int { kBf16, kF16, kF32 };
 
 struct QuantizeSpec {
   Source source;
-  Float type;      // of x, where that is not FP8
-  ScaleTile tile;  // k1x128 along what the copy contracts over; k128x128; or k1xK
-  bool pow2;       // scales are powers of two
-  bool rows;       // write [m, k]
-  bool transposed; // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
-  bool grouped;    // rows lie in groups; in the transposed copy each begins at a multiple of 128
-  bool gather;     // row i is row index[i] of x
-  bool pair;       // kFloat: the right half of the columns lies in a second array
-  bool aligned;    // k is a multiple of 8; and m of 16 where a transposed copy's tiles are k128x128
+  Float type;       // of x, where that is not FP8
+  ScaleTile tile;   // k1x128 along what the copy contracts over; k128x128; or k1xK
+  bool pow2;        // scales are powers of two
+  bool rows;        // write [m, k]
+  bool transposed;  // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
+  bool grouped;     // rows lie in groups; in the transposed copy each begins at a multiple of 128
+  bool gather;      // row i is row index[i] of x
+  bool pair;        // kFloat: the right half of the columns lies in a second array
+  bool aligned;  // k is a multiple of 8; and m of 16 where a transposed copy's tiles are k128x128
 };
 
 // ↑: rounded up to a multiple. Scales as ScaleTile says.
@@ -166,9 +167,9 @@ struct QuantizeParams {
   float* rows_scale;
   uint8_t* transposed;
   float* transposed_scale;
-  uint8_t* up_transposed;      // kSwigluBackward: [k, m], like `transposed`, which is gate's there
+  uint8_t* up_transposed;  // kSwigluBackward: [k, m], like `transposed`, which is gate's there
   float* up_transposed_scale;
-  uint8_t* activation;         // kSwigluBackward: [k, m], likewise
+  uint8_t* activation;  // kSwigluBackward: [k, m], likewise
   float* activation_scale;
   float* row_weight_gradient;  // kSwigluBackward: [k/128, m], in parts to be added up
   int32_t m;
@@ -185,15 +186,16 @@ constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
   return spec.tile == ScaleTile::k1xK ? params.m : (params.k + 127) / 128;
 }
 
-// Rows of a tile. Where nothing needs 128 of them, smaller tiles let more CTAs take turns at memory.
+// Rows of a tile. Where nothing needs 128 of them, smaller tiles let more CTAs take turns at
+// memory.
 constexpr int tile_rows(const QuantizeSpec& spec) {
   const bool plain_rows = spec.source == Source::kFloat && spec.tile == ScaleTile::k1x128 &&
                           !spec.transposed && !spec.grouped;
   return plain_rows ? 32 : 128;
 }
 
-// Tiles of rows of one matrix: every group begins one, so any sizes of groups must fit. Those of all
-// matrices are numbered along y, and on along z, since y ends at 65535.
+// Tiles of rows of one matrix: every group begins one, so any sizes of groups must fit. Those of
+// all matrices are numbered along y, and on along z, since y ends at 65535.
 constexpr int row_tiles(const QuantizeSpec& spec, const QuantizeParams& params) {
   if (spec.tile == ScaleTile::k1xK) return 1;
   const int parts = !spec.grouped ? 1 : params.groups < params.m ? params.groups : params.m;

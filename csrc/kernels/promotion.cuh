@@ -1,5 +1,6 @@
 // One step of k: four tensor-core instructions into a partial sum, then partial times scales into
-// fp32 registers. The tensor core keeps 13 bits of its sums, so nothing deeper than 128 stays there.
+// fp32 registers. The tensor core keeps 13 bits of its sums, so nothing deeper than 128 stays
+// there.
 //
 // Register layout of a 64-row accumulator (PTX ISA, "Register fragments for wgmma.m64nNk32"):
 // thread `lane` of warp w holds, for each 8 columns j, the four values
@@ -49,8 +50,9 @@ FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
 // Scales of a thread's values where rhs has one per 128 columns (or per tensor): lhs scale · rhs
 // scale, for each of two rows and each block of columns.
 //
-// NOTE: make them before start_partial(). After it the assembler puts loads and products where it likes
-// between the tensor core's instructions, and the last of those may wait for them: up to 15 % longer.
+// NOTE: make them before start_partial(). After it the assembler puts loads and products where it
+// likes between the tensor core's instructions, and the last of those may wait for them: up to 15 %
+// longer.
 template <GemmSpec spec>
 struct BlockScales {
   static constexpr int kBlocks =

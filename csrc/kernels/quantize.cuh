@@ -50,8 +50,8 @@ FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, TokenTile& tile) {
 
 template <QuantizeSpec spec>
 struct QuantizeShared {
-  alignas(16) float largest[8][128];  // of a column, in each warp's rows
-  Scale<spec.pow2> column[128];       // of the transposed copy
+  alignas(16) float largest[8][128];   // of a column, in each warp's rows
+  Scale<spec.pow2> column[128];        // of the transposed copy
   alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
 };
 

@@ -104,7 +104,8 @@ struct Caster {
   // NOTE: what casting takes is its waits, one after the other, in a single warp of each scheduler.
   // So the next tile is read while this one is written, if it is there by then. measure() has no
   // condition, which would keep it apart from what it should run beside. A slot is given back once
-  // its largest is known, and so all of it in registers: right after the loads, a copy overtook them.
+  // its largest is known, and so all of it in registers: right after the loads, a copy overtook
+  // them.
   FP8GEMM_DEVICE void run() {
     RingPosition<kCastSlots> from{0, 0};
     RingPosition<spec.stages> to{0, 1};  // parity 1: the stages begin empty
@@ -165,7 +166,7 @@ struct Caster {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const Words4 v = *reinterpret_cast<const Words4*>(from + 128 * i);
-      uint32_t(&two)[4] = blocks[b].two[i];
+      uint32_t (&two)[4] = blocks[b].two[i];
       two[0] = v.x, two[1] = v.y, two[2] = v.z, two[3] = v.w;
     }
   }

@@ -7,7 +7,7 @@
 namespace fp8gemm {
 
 constexpr int kBlockK = 128;  // k per stage: one scale block, and one promotion to fp32
-constexpr int kNotes = 4;  // of blocks; eight stages hold no more, at two steps each
+constexpr int kNotes = 4;     // of blocks; eight stages hold no more, at two steps each
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -50,15 +50,16 @@ struct Bytes<0> {};
 constexpr int extra_scale_rows(Variant variant) { return variant == Variant::kRagged ? 4 : 0; }
 
 // Layouts of a tile with k contiguous, in units of 16 bytes, as the tensor core is told of them.
-// kLeading: to the next 16 bytes of k; kStride: to the next eight rows; kMode: of the swizzle; kStep:
-// from 32 of k to the next.
+// kLeading: to the next 16 bytes of k; kStride: to the next eight rows; kMode: of the swizzle;
+// kStep: from 32 of k to the next.
 struct SwizzledRows {  // rows of 128 bytes, as the copy engine writes them
   static constexpr uint32_t kLeading = 1, kStride = 1024 / 16, kMode = 1, kStep = 2;
 };
 // Eight rows × 16 bytes without a gap. Neighbours along k and along rows are 16 bytes further apart
 // than they need be, so that warps write down either of them without bank conflicts.
 struct CoreMatrices {
-  static constexpr uint32_t kLeading = 9, kStride = 8 * kLeading + 1, kMode = 0, kStep = 2 * kLeading;
+  static constexpr uint32_t kLeading = 9, kStride = 8 * kLeading + 1, kMode = 0,
+                            kStep = 2 * kLeading;
 };
 
 constexpr int kCastWarps = 4;  // that make FP8 of rhs, a quarter of a tile each

@@ -1,5 +1,5 @@
-// SwiGLU's backward pass: gradients to gate and up and the recomputed product, quantised as rows and
-// transposed, in one pass over tiles of 128 rows × 128 columns.
+// SwiGLU's backward pass: gradients to gate and up and the recomputed product, quantised as rows
+// and transposed, in one pass over tiles of 128 rows × 128 columns.
 //
 // One CTA stays on each multiprocessor and takes every gridDim.x-th tile. While it works on a tile,
 // the operands of the next one, and soon of the one after it, are on their way into shared memory.
@@ -116,8 +116,8 @@ struct SwigluBackward {
  private:
   // ---- Barriers, one phase for each tile ----
   //
-  // A warp says that it has come as far, and between that and waiting for the others does what needs
-  // none of them.
+  // A warp says that it has come as far, and between that and waiting for the others does what
+  // needs none of them.
 
   // What lies in shared memory: columns' largest; their scales, with these the tile after the next
   // one; and their copies.
@@ -156,8 +156,8 @@ struct SwigluBackward {
     const int warp_lane = threadIdx.x % 32, first = threadIdx.x / 32 * 8;  // row
     const int64_t k = params.k;
     const int row = warp_lane / 8, byte = warp_lane % 8 * 16;
-    const uint8_t* x = static_cast<const uint8_t*>(params.x) +
-                       (tile.first + first + row) * 2 * k + (tile.columns * 128 + byte);
+    const uint8_t* x = static_cast<const uint8_t*>(params.x) + (tile.first + first + row) * 2 * k +
+                       (tile.columns * 128 + byte);
 #pragma unroll
     for (int i = 0; i < 8; i += 4, x += 4 * 2 * k) {
       const bool exists = first + row + i < tile.count;
@@ -178,8 +178,7 @@ struct SwigluBackward {
   FP8GEMM_DEVICE void copy_row_factor(const BackwardTile& tile, BackwardOperands::Rows& to,
                                       int which, int at) const {
     const int row = threadIdx.x / 32 * 8 + at;
-    const float* from =
-        which < 2 ? params.x_scale + scale_line(tile, which) : params.row_weight;
+    const float* from = which < 2 ? params.x_scale + scale_line(tile, which) : params.row_weight;
     cp_async_4(shared_address(&to.row_factor[which][at]), from + (tile.first + row),
                row < tile.count);
   }
@@ -198,9 +197,9 @@ struct SwigluBackward {
   //   the product       row weight · gate · s · up
   // and for each row dy · gate · s · up, summed over the tile's columns.
   //
-  // NOTE: between the rows the last tile's transposed copies are written. Elsewhere warps would wait
-  // for each other's stores; here they have enough to do. All operands are read before, since no read
-  // moves up past the wait.
+  // NOTE: between the rows the last tile's transposed copies are written. Elsewhere warps would
+  // wait for each other's stores; here they have enough to do. All operands are read before, since
+  // no read moves up past the wait.
   FP8GEMM_DEVICE void compute(unsigned n) {
     const auto& from = operands(n).rows;
     const int64_t line = n > 0 ? first_line(n - 1) : 0;
@@ -331,8 +330,8 @@ struct SwigluBackward {
     for (int which = 0; which < 3; ++which) {
       float reciprocal[8];
       const float* own = shared.reciprocal[which] + 4 * lane;
-      load4(reinterpret_cast<float(&)[4]>(reciprocal[0]), own);
-      load4(reinterpret_cast<float(&)[4]>(reciprocal[4]), own + 64);
+      load4(reinterpret_cast<float (&)[4]>(reciprocal[0]), own);
+      load4(reinterpret_cast<float (&)[4]>(reciprocal[4]), own + 64);
       uint32_t* to = shared.transposed[which][lane * 8] + (slot ^ (2 * lane));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {

@@ -1,5 +1,5 @@
-// Runs what casts weights in a product, as one CTA: the producer of weights, the casting warps, and a
-// warp in the place of the consumers that writes down every tile it is given.
+// Runs what casts weights in a product, as one CTA: the producer of weights, the casting warps, and
+// a warp in the place of the consumers that writes down every tile it is given.
 #pragma once
 
 #include "rhs_cast.cuh"
