@@ -175,7 +175,7 @@ ProgramResult program(const ProgramText& source) {
   promise.set_value(made);
   std::lock_guard<std::mutex> lock(registry().mutex);
   if (!made.ok()) {
-    registry().programs.erase(source.text);  // what failed may be mended before the next try
+    registry().programs.erase(source.text);  // what failed may be fixed before the next try
   } else {
     CacheFacts& facts = registry().facts;
     ++facts.programs;
