@@ -23,6 +23,9 @@ cache_facts = _ext.cache_facts
 nvrtc_facts = _ext.nvrtc_facts
 device_facts = _ext.device_facts
 variant_names = _ext.variant_names
+plan = _ext.plan
+deepest = _ext.deepest
+cast_plan = _ext.cast_plan
 
 
 def _pip_nvrtc() -> list[pathlib.Path]:

@@ -13,8 +13,8 @@ PYTHON = [
     "qarray",
     "variants",
     "reference",
-    "config",
     "_native",
+    "config",
     "sharding",
     "meshes",
     "primitives",
@@ -35,13 +35,15 @@ PYTHON = [
 LEAVES = ["deep_gemm", "checkpoint", "tuning", "__init__", "__main__"]  # nothing imports them
 HOST = [
     ["params.cuh", "status.h", "files.h", "kernel_sources.h"],
+    ["plan.cuh"],
     ["attributes.h", "driver.h", "disk_cache.h"],
     ["tensor_map.h", "jit.h"],
-    ["gemm_spec.h", "quantize_spec.h", "ffi_common.h"],
+    ["gemm_spec.h", "quantize_spec.h", "ffi_common.h", "ffi_buffers.h"],
     ["ffi_gemm.h", "ffi_quantize.h"],
 ]
 DEVICE = [
     ["params.cuh"],
+    ["plan.cuh"],
     ["ptx.cuh"],
     ["ptx_arithmetic.cuh"],
     ["shared_memory.cuh"],

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "shared_memory.cuh"
 

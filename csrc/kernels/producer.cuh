@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "shared_memory.cuh"
@@ -67,8 +68,8 @@ struct Producer {
       rhs_scales = params.rhs_scale_data + 4 * rhs_group;
     }
     if constexpr (spec.rhs_scale == ScaleTile::k128x128 && !kCasts) {
-      const int rows = ceil_div(params.n, 128), columns = round_up(end_step, 4);
-      const int row = min(block.n / 128, rows - 1);
+      const int rows = ceil_div(params.n, kScaleBlock), columns = round_up(end_step, 4);
+      const int row = min(block.n / kScaleBlock, rows - 1);
       rhs_scales = params.rhs_scale_data + (int64_t{rhs_group} * rows + row) * columns;
       next_block = row + 1 < rows ? columns : 0;
     }

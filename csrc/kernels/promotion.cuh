@@ -9,6 +9,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "shared_memory.cuh"
 
@@ -58,7 +59,7 @@ struct BlockScales {
   static constexpr int kBlocks =
       spec.rhs_scale == ScaleTile::k128x128 ? scale_blocks(spec.block_n) : 1;
   // Whether the border between two scale blocks can fall anywhere inside the columns.
-  static constexpr bool kFloating = kBlocks > 1 && spec.block_n % 128 != 0;
+  static constexpr bool kFloating = kBlocks > 1 && spec.block_n % kScaleBlock != 0;
   // Columns between which no border can fall: the largest power of two in block_n.
   static constexpr int kRun = spec.block_n & -spec.block_n;
 
@@ -91,7 +92,7 @@ FP8GEMM_DEVICE void promote(float (&sums)[kSums], const float (&partial)[kRegist
   for (int i = 0; i < kRegisters; i += 4) {
     const int column = 2 * (kBefore + i);
     float* const sum = sums + kBefore + i;
-    Float2 s = scales.of_block(Scales::kBlocks == 1 ? 0 : column / 128);
+    Float2 s = scales.of_block(Scales::kBlocks == 1 ? 0 : column / kScaleBlock);
     if constexpr (Scales::kFloating) {
       s = column / Scales::kRun * Scales::kRun < border ? scales.of_block(0) : scales.of_block(1);
     }

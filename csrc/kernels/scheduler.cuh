@@ -3,6 +3,7 @@
 
 #include "group_walk.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "shared_memory.cuh"
 
 namespace fp8gemm {

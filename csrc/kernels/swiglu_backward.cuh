@@ -12,6 +12,7 @@
 
 #include "group_walk.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
@@ -34,17 +35,19 @@ struct BackwardTiles {
 
   // Numbers never go back. Tiles past the last one have no rows.
   FP8GEMM_DEVICE BackwardTile find(const QuantizeParams& params, int number) {
-    const int tiles = params.k / 128, index = number / tiles, columns = number - index * tiles;
+    const int tiles = params.k / kScaleBlock, index = number / tiles,
+              columns = number - index * tiles;
     if (index >= row_tiles(spec, params)) return {};
     if constexpr (!spec.grouped) {
-      return {columns, index, index * 128, min(128, params.m - index * 128)};
+      return {columns, index, index * kScaleBlock,
+              min(kScaleBlock, params.m - index * kScaleBlock)};
     } else {
       Walk walk = own_walk();
-      walk.find(params, index, 1, 128);
+      walk.find(params, index, 1, kScaleBlock);
       own_walk() = walk;
       if (walk.past_end || walk.group == params.groups) return {};
-      const int before = (index - walk.first_block) * 128;
-      return {columns, index, walk.start + before, min(128, walk.extent - before)};
+      const int before = (index - walk.first_block) * kScaleBlock;
+      return {columns, index, walk.start + before, min(kScaleBlock, walk.extent - before)};
     }
   }
 };
@@ -79,7 +82,7 @@ struct SwigluBackward {
     if (is_finder()) tiles.start();
     if (threadIdx.x == 0) {
       for (uint64_t& barrier : shared.barrier) {
-        mbarrier_init(shared_address(&barrier), kBackwardThreads / 32);
+        mbarrier_init(shared_address(&barrier), kBackwardThreads / kWarpThreads);
       }
     }
 #pragma unroll 1  // the less code, the sooner it is there
@@ -99,7 +102,9 @@ struct SwigluBackward {
       arrive(kLargest);
       store_rows(n, kGate);
       wait(kLargest, n);
-      if (threadIdx.x < 3 * 128) make_column_scale(n, threadIdx.x / 128, threadIdx.x % 128);
+      if (threadIdx.x < 3 * kScaleBlock) {
+        make_column_scale(n, threadIdx.x / kScaleBlock, threadIdx.x % kScaleBlock);
+      }
       if (is_finder()) find(tiles, n + 2);  // it has no columns to scale
       arrive(kScales);
       store_rows(n, kUp);
@@ -157,7 +162,7 @@ struct SwigluBackward {
     const int64_t k = params.k;
     const int row = warp_lane / 8, byte = warp_lane % 8 * 16;
     const uint8_t* x = static_cast<const uint8_t*>(params.x) + (tile.first + first + row) * 2 * k +
-                       (tile.columns * 128 + byte);
+                       (tile.columns * kScaleBlock + byte);
 #pragma unroll
     for (int i = 0; i < 8; i += 4, x += 4 * 2 * k) {
       const bool exists = first + row + i < tile.count;
@@ -166,7 +171,7 @@ struct SwigluBackward {
     }
     const int half = warp_lane / 16;
     const uint16_t* gradient =
-        params.gradient + (tile.first + first + half) * k + (tile.columns * 128 + lane * 8);
+        params.gradient + (tile.first + first + half) * k + (tile.columns * kScaleBlock + lane * 8);
 #pragma unroll
     for (int i = 0; i < 8; i += 2, gradient += 2 * k) {
       const bool exists = first + half + i < tile.count;
@@ -185,7 +190,7 @@ struct SwigluBackward {
 
   // Where the tile's line of gate (0) or up (1) begins in scales of rows [2k/128, m↑4].
   FP8GEMM_DEVICE int64_t scale_line(const BackwardTile& tile, int side) const {
-    const uint32_t line = tile.columns + side * (params.k / 128), rows = params.m;
+    const uint32_t line = tile.columns + side * (params.k / kScaleBlock), rows = params.m;
     return uint64_t{line} * ((rows + 3) / 4 * 4);
   }
 
@@ -277,7 +282,7 @@ struct SwigluBackward {
     const BackwardTile tile = shared.tile[n % 4];
     const int64_t pitch = 2 * int64_t{params.k};
     uint8_t* to = params.rows + (tile.first + slot * 4) * pitch +
-                  (side * params.k + tile.columns * 128 + lane * 8);
+                  (side * params.k + tile.columns * kScaleBlock + lane * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i, to += pitch) {
       const float reciprocal = __shfl_sync(~0u, row_reciprocal, side * 4 + i, 16);
@@ -320,7 +325,7 @@ struct SwigluBackward {
     float* to = which == kGate ? params.transposed_scale
                 : which == kUp ? params.up_transposed_scale
                                : params.activation_scale;
-    to[int64_t{tile.tokens} * params.k + (tile.columns * 128 + column)] = scale.value;
+    to[int64_t{tile.tokens} * params.k + (tile.columns * kScaleBlock + column)] = scale.value;
   }
 
   // Writes the transposed tiles to shared memory. A word, four rows of a column, is moved by an
@@ -351,7 +356,8 @@ struct SwigluBackward {
   // Where this thread's first line of the n-th tile begins in the transposed copies.
   FP8GEMM_DEVICE int64_t first_line(unsigned n) const {
     const BackwardTile tile = shared.tile[n % 4];
-    return (tile.columns * 128 + first_column()) * int64_t{params.pitch} + tile.tokens * 128;
+    return (tile.columns * kScaleBlock + first_column()) * int64_t{params.pitch} +
+           tile.tokens * kScaleBlock;
   }
 
   FP8GEMM_DEVICE void store_lines(int64_t line, int which) const {
@@ -361,7 +367,7 @@ struct SwigluBackward {
                                  : params.activation;
     to += line + chunk * 16;
 #pragma unroll
-    for (int i = 0; i < 128; i += 64, to += 64 * int64_t{params.pitch}) {
+    for (int i = 0; i < kScaleBlock; i += 64, to += 64 * int64_t{params.pitch}) {
       const int column = first_column() + i, moved = 2 * (column / 8);
       const uint32_t* from = shared.transposed[which][column];
       const Words2 low = *reinterpret_cast<const Words2*>(from + ((chunk * 4) ^ moved));
@@ -373,9 +379,9 @@ struct SwigluBackward {
 
 template <QuantizeSpec spec>
 FP8GEMM_DEVICE void swiglu_backward(const QuantizeParams& params) {
-  static_assert(spec.rows && spec.transposed && spec.tile == ScaleTile::k1x128 && spec.aligned &&
-                    !spec.gather && !spec.pair,
-                "SwiGLU backward writes all copies, of whole tiles of columns");
+  static_assert(sizeof(BackwardShared) == shared_bytes(spec));
+  static_assert(quantize_threads(spec) * 4 * 8 == tile_rows(spec) * kScaleBlock,
+                "the threads of plan.cuh do not cover a tile");
   SwigluBackward<spec>(params, *reinterpret_cast<BackwardShared*>(dynamic_shared())).run();
 }
 

@@ -7,7 +7,7 @@
 namespace fp8gemm {
 
 constexpr int kConsumerWarp = kCastWarps, kProducerWarp = kConsumerWarp + 1;
-using Shared = SharedMemory<kSpec, 0, 0>;
+using Shared = SharedMemory<kSpec>;
 
 struct Results {
   uint8_t* values;  // [steps of all blocks, 128 rows of rhs, 128 of k]
