@@ -6,6 +6,7 @@ and every host makes the same one.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -15,12 +16,12 @@ import sys
 
 import numpy as np
 
+from jax_fp8gemm import _native
 from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS, ROWS, TENSOR, Tile, ceil_div, round_up
 from jax_fp8gemm.variants import SCALES, VARIANTS
 
 DEFAULT_DEVICE = "NVIDIA H200"
 SMS = 132  # of an H100 or H200 SXM; the launch reads the real number
-SHARED_BYTES = 232448  # that one CTA may have: 227 KiB on compute capability 9.0
 
 TILE_NAMES: dict[Tile, str] = {
     ROW_BLOCKS: "1x128",
@@ -91,38 +92,26 @@ class GemmConfig:
     group_m: int = 8
 
 
-def store(problem: Problem, config: GemmConfig) -> str:
-    """Returns how results leave: "tma", through the copy engine, or "direct", from registers."""
-    f32 = problem.out == "f32"
-    staged = config.kernel == "persistent" and not problem.accumulate
-    # fp32: groups of any rows leave both ways, for which there are not enough registers, and wide
-    # blocks would pay for it with stages.
-    if not staged or (f32 and (problem.variant == "ragged" or config.block_n > 128)):
-        return "direct"
-    return "tma" if problem.n % (4 if f32 else 8) == 0 else "direct"  # rows of 16 bytes
-
-
-def _scale_slot(tile: Tile, rows: int) -> int:
-    return round_up(4 * rows, 128) if tile in (ROW_BLOCKS, ROWS) else 128
-
-
-def shared_bytes(problem: Problem, config: GemmConfig) -> int:
-    """Returns the bytes of shared memory of a CTA; the kernel asserts that its plan agrees."""
+def _computed(problem: Problem) -> dict[str, int | str]:
+    """Returns the attributes that say what is computed, whatever the config."""
     lhs, rhs = problem.tiles
-    m, n, f32 = config.block_m, config.block_n, problem.out == "f32"
-    extra = 4 if problem.variant == "ragged" else 0  # rows, extra_scale_rows() of the kernel
-    stage = 128 * (m + n) + _scale_slot(lhs, m + extra) + _scale_slot(rhs, n)
-    total = config.stages * (stage + 16) + 4 * (32 + 8)  # barriers of stages; notes, and theirs
-    if problem.casts:  # gaps in tiles that were cast; slots of those that will be, their barriers
-        total += config.stages * (3072 + 8) + 2 * (2 * 128 * 128 + 16 + 4) + 2 * 4 * 4 + 16
-    if config.kernel == "few_rows":
-        parts, groups = 2 * config.split_k, m // 64 * (n // 8)
-        total += 2 * (parts - 1) * ceil_div(groups, parts) * 2048
-        total += 128 if config.split_k > 1 else 0  # a barrier
-    elif store(problem, config) == "tma":
-        sub_tiles = 2 if f32 or problem.casts else m // 64  # on their way out at one time
-        total += sub_tiles * 64 * n * (4 if f32 else 2)
-    return round_up(total, 1024)
+    return {
+        "variant": problem.variant,
+        "lhs_scale": TILE_NAMES[lhs],
+        "rhs_scale": TILE_NAMES[rhs],
+        "rhs": problem.rhs,
+        "out": problem.out,
+        "accumulate": int(problem.accumulate),
+        "aligned": int(problem.n % (4 if problem.out == "f32" else 8) == 0),  # rows of 16 bytes
+    }
+
+
+def _steps(problem: Problem) -> int:
+    return ceil_div(problem.k, 128)
+
+
+def _fields(c: GemmConfig) -> tuple:
+    return c.kernel, c.block_m, c.block_n, c.stages, c.multicast, c.split_k, c.group_m
 
 
 SPREAD = (0.7, 1.3)  # multiples of the mean that sizes of groups are taken to have
@@ -144,44 +133,8 @@ def blocks(problem: Problem, config: GemmConfig) -> int:
 
 
 def legal(problem: Problem, config: GemmConfig) -> str | None:
-    """Returns why `config` cannot run `problem`, or None."""
-    c = config
-    if c.kernel not in ("persistent", "few_rows"):
-        return f"kernel {c.kernel!r}: persistent or few_rows"
-    if c.multicast not in ("none", "lhs", "rhs"):
-        return f"multicast {c.multicast!r}: none, lhs or rhs"
-    if c.stages < 2 or c.group_m < 1:
-        return f"stages {c.stages}, group_m {c.group_m}: at least 2 and 1"
-    if problem.casts and (c.kernel, c.block_n, c.multicast) != ("persistent", 128, "none"):
-        return "rhs in bfloat16: persistent, blocks as wide as those of scales, no multicast"
-    if problem.casts and VARIANTS[problem.variant].rhs != "gnk":
-        return f"rhs in bfloat16: not for {problem.variant}"
-    if shared_bytes(problem, c) > SHARED_BYTES:
-        return f"{shared_bytes(problem, c)} bytes of shared memory: at most {SHARED_BYTES}"
-    if problem.variant == "contiguous" and (c.block_m != 128 or c.multicast == "rhs"):
-        return "contiguous: blocks of 128 rows, each of a group of its own"
-    # fp32 registers of a thread: sums of all its rows, and one partial of 64 rows.
-    if c.kernel == "persistent":
-        registers = c.block_m // 128 * c.block_n // 2 + c.block_n // 2
-        if c.block_m not in (128, 256) or c.block_n % 16 or not 16 <= c.block_n <= 256:
-            return f"block {c.block_m}x{c.block_n}: 128 or 256 rows, 16 to 256 columns by 16"
-        if problem.tiles[1] == BLOCKS and c.block_n > 128 + math.gcd(c.block_n, 128):
-            return f"block_n {c.block_n}: may touch three blocks of scales"
-        if c.split_k != 1:
-            return "split_k: few_rows only"
-        return None if registers <= 192 else f"{registers} accumulator registers: at most 192"
-    registers = c.block_m // 64 * c.block_n // 2 + c.block_n // 2
-    if problem.variant in ("contiguous", "ragged_contracting"):
-        return f"few_rows: not for {problem.variant}"
-    if c.split_k > 1 and VARIANTS[problem.variant].groups:
-        return "split_k: only where the number of blocks is known"
-    if c.block_m not in (64, 128) or c.block_n % 8 or not 8 <= c.block_n <= 128:
-        return f"block {c.block_m}x{c.block_n}: 64 or 128 rows, 8 to 128 columns by 8"
-    if c.multicast != "none" or c.stages % 2 or c.split_k not in (1, 2, 4):
-        return "few_rows: no multicast, an even number of stages, split_k of 1, 2 or 4"
-    if c.split_k > max(2, ceil_div(problem.k, 128)):
-        return f"split_k {c.split_k}: more CTAs than steps of 128 in k"
-    return None if registers <= 152 else f"{registers} accumulator registers: at most 152"
+    """Returns why `config` cannot run `problem`, or None: see csrc/kernels/plan.cuh."""
+    return _native.plan(_computed(problem), [_fields(config)], _steps(problem))[0][0]
 
 
 # (block_m, block_n, multicast). Widths follow n / 132: one wave of blocks on all SMs. The first is
@@ -196,37 +149,30 @@ _LARGEST = [(256, 128, "lhs"), (128, 192, "rhs")]  # for which the order of bloc
 _FEW_ROWS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128)
 
 
-def _deepest(problem: Problem, config: GemmConfig, most: int) -> GemmConfig | None:
-    """Returns the config with as many stages as fit, or None where not even two do."""
-    step = 2 if config.kernel == "few_rows" else 1
-    for stages in range(most, 1, -step):
-        deeper = dataclasses.replace(config, stages=stages)
-        if legal(problem, deeper) is None:
-            return deeper
-    return None
-
-
 def candidates(problem: Problem) -> list[GemmConfig]:
     """Returns the legal configs worth timing, in no order."""
-    found = []
+    tried = [GemmConfig("persistent", m, n, 8, multicast) for m, n, multicast in _PERSISTENT]
     steps = max(2, ceil_div(problem.one_group[1], 128))
-    for block_m, block_n, multicast in _PERSISTENT:
-        config = GemmConfig("persistent", block_m, block_n, 2, multicast)
-        found.append(_deepest(problem, config, 8))
-        if problem.one_group[0] > 2048 and (block_m, block_n, multicast) in _LARGEST and found[-1]:
-            found += [dataclasses.replace(found[-1], group_m=group) for group in (4, 16, 32)]
     if problem.one_group[0] <= 1024:
-        for block_m in (64, 128):
-            for block_n in _FEW_ROWS:
-                for split_k in (1, 2, 4):
-                    config = GemmConfig("few_rows", block_m, block_n, 2, split_k=split_k)
-                    ctas = blocks(problem, config) * split_k
-                    if split_k > 1 and ctas > SMS:
-                        continue  # one block for each cluster: more would come in waves
-                    # With one block to a CTA, a stage for each step is all that can be used.
-                    most = 16 if ctas > SMS else min(16, round_up(ceil_div(steps, split_k), 2))
-                    found.append(_deepest(problem, config, most))
-    return [config for config in found if config is not None]
+        for block_m, block_n, split_k in itertools.product((64, 128), _FEW_ROWS, (1, 2, 4)):
+            config = GemmConfig("few_rows", block_m, block_n, 16, split_k=split_k)
+            ctas = blocks(problem, config) * split_k
+            if split_k > 1 and ctas > SMS:
+                continue  # one block for each cluster: more would come in waves
+            if ctas <= SMS:
+                # With one block to a CTA, a stage for each step is all that can be used.
+                most = min(16, round_up(ceil_div(steps, split_k), 2))
+                config = dataclasses.replace(config, stages=most)
+            tried.append(config)
+    stages = _native.deepest(_computed(problem), [_fields(c) for c in tried], _steps(problem))
+    found = []
+    for config, most in zip(tried, stages, strict=True):
+        if most:
+            found.append(dataclasses.replace(config, stages=most))
+        where = config.block_m, config.block_n, config.multicast
+        if most and problem.one_group[0] > 2048 and where in _LARGEST:
+            found += [dataclasses.replace(found[-1], group_m=group) for group in (4, 16, 32)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,25 +279,16 @@ def select(problem: Problem) -> GemmConfig:
 
 def attributes(problem: Problem, config: GemmConfig) -> dict[str, np.int64 | str]:
     """Returns the attributes of the custom call: the kernel's whole specification."""
-    lhs, rhs = problem.tiles
-    integers = {
-        "accumulate": problem.accumulate,
+    found = {
+        **_computed(problem),
+        "kernel": config.kernel,
         "block_m": config.block_m,
         "block_n": config.block_n,
         "stages": config.stages,
+        "multicast": config.multicast,
         "split_k": config.split_k,
         "group_m": config.group_m,
-        "shared_bytes": shared_bytes(problem, config),
-        "num_sms": problem.num_sms,
     }
-    return {
-        "variant": problem.variant,
-        "lhs_scale": TILE_NAMES[lhs],
-        "rhs_scale": TILE_NAMES[rhs],
-        "rhs": problem.rhs,
-        "out": problem.out,
-        "kernel": config.kernel,
-        "multicast": config.multicast,
-        "store": store(problem, config),
-        **{name: np.int64(value) for name, value in integers.items()},
-    }
+    if problem.num_sms:
+        found["num_sms"] = problem.num_sms
+    return {name: x if isinstance(x, str) else np.int64(x) for name, x in found.items()}

@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -177,7 +178,14 @@ def _lower_cuda(ctx, *operands, static: Static):
         )
     aliases = {static.init_at: 0} if accumulate else None
     rule = jax.ffi.ffi_lowering(TARGET, operand_output_aliases=aliases)
-    return rule(ctx, *operands, **configs.attributes(problem, config))
+    attributes = configs.attributes(problem, config)
+    if static.casts:  # rhs in one array or two, and no scales of it
+        lhs, left, lhs_scale, right, *rest = zip(operands, ctx.avals_in, strict=True)
+        given = [lhs, left, *[right] * static.pair, lhs_scale, *rest]
+        operands, avals = zip(*given, strict=True)
+        ctx = ctx.replace(avals_in=avals)
+        attributes["pair"] = np.int64(static.pair)
+    return rule(ctx, *operands, **attributes)
 
 
 mlir.register_lowering(gemm_p, _lower_cuda, platform="cuda")
