@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -11,7 +13,8 @@
 
 namespace fp8gemm {
 
-using Attributes = std::map<std::string, std::variant<int64_t, std::string>>;
+// std::monostate: of another type.
+using Attributes = std::map<std::string, std::variant<std::monostate, int64_t, std::string>>;
 
 // An enumerator's name as an attribute, and in the kernel's C++.
 struct Name {
@@ -20,14 +23,17 @@ struct Name {
 };
 using Names = std::vector<Name>;  // in the order of the enum
 
+// Where `attribute` is among the names.
+std::optional<int> find_name(const Names& names, std::string_view attribute);
+
 class AttributeReader {
  public:
   explicit AttributeReader(const Attributes& attributes) : attributes_(attributes) {}
 
-  int integer(const std::string& name) {
-    const int64_t* value = find<int64_t>(name, "an integer");
-    return value ? static_cast<int>(*value) : 0;
-  }
+  int integer(const std::string& name);
+  bool flag(const std::string& name) { return integer_between(name, 0, 1) != 0; }
+  // Absent: 0. Else from 0 to `most`.
+  int optional_integer(const std::string& name, int64_t most);
 
   template <class Enum>
   Enum name_of(const std::string& name, const Names& names) {
@@ -38,6 +44,8 @@ class AttributeReader {
   const Status& status() const { return status_; }
 
  private:
+  int integer_between(const std::string& name, int64_t least, int64_t most);
+
   template <class T>
   const T* find(const std::string& name, const char* kind) {
     auto it = attributes_.find(name);

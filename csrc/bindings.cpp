@@ -3,6 +3,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <optional>
+#include <string_view>
+
 #include "ffi_gemm.h"
 #include "ffi_quantize.h"
 #include "gemm_spec.h"
@@ -52,6 +56,14 @@ void configure(const std::string& nvrtc, const std::string& cache_dir, bool verb
   set_options({nvrtc, cache_dir, verbose, dump_dir, version});
 }
 
+// A Python integer, or the nearest one that fits: a parser will say that it is out of range.
+int64_t nearest_int64(nb::handle value) {
+  int overflow = 0;
+  const nb::int_ number(nb::borrow(value));
+  const int64_t found = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+  return overflow ? (overflow > 0 ? INT64_MAX : INT64_MIN) : found;
+}
+
 Attributes attributes_of(const nb::dict& dict) {
   Attributes attributes;
   for (auto [key, value] : dict) {
@@ -59,7 +71,7 @@ Attributes attributes_of(const nb::dict& dict) {
     if (nb::isinstance<nb::str>(value)) {
       attributes[name] = nb::cast<std::string>(value);
     } else {
-      attributes[name] = nb::cast<int64_t>(nb::int_(nb::borrow(value)));
+      attributes[name] = nearest_int64(value);
     }
   }
   return attributes;
@@ -69,16 +81,21 @@ void raise(const Status& status) {
   if (!status.ok()) throw nb::value_error(status.message().c_str());
 }
 
-template <class Spec>
-ProgramText text_of(Result<Spec> spec) {
-  raise(spec.status());
-  return program_text(*spec);
+template <class T>
+T value_or_raise(Result<T> result) {
+  raise(result.status());
+  return *result;
+}
+
+ProgramText text_of(const Attributes& attributes) {
+  if (attributes.count("kernel")) {
+    return program_text(value_or_raise(parse_gemm_call(attributes)).spec);
+  }
+  return program_text(value_or_raise(parse_quantize_spec(attributes)));
 }
 
 nb::dict compile(const nb::dict& dict) {
-  const Attributes attributes = attributes_of(dict);
-  const auto source = attributes.count("kernel") ? text_of(parse_gemm_spec(attributes))
-                                                 : text_of(parse_quantize_spec(attributes));
+  const ProgramText source = text_of(attributes_of(dict));
   Result<std::shared_ptr<Program>> made = [&] {
     nb::gil_scoped_release release;
     return program(source);
@@ -93,6 +110,76 @@ nb::dict compile(const nb::dict& dict) {
   facts["seconds"] = program.seconds;
   return facts;
 }
+
+// ---- The plan -----------------------------------------------------------------------------------
+
+int nearest_int(nb::handle value) {
+  return static_cast<int>(std::clamp<int64_t>(nearest_int64(value), INT32_MIN, INT32_MAX));
+}
+
+std::string_view text(nb::handle value) {
+  return nb::isinstance<nb::str>(value) ? nb::borrow<nb::str>(value).c_str() : "";
+}
+
+// Adds a config to what is computed. Returns why it cannot be one, or null.
+// config: (kernel, block_m, block_n, stages, multicast, split_k, group_m).
+const char* add_config(const nb::tuple& config, GemmSpec& spec) {
+  if (config.size() != 7) {
+    throw nb::value_error(
+        "a config has kernel, block_m, block_n, stages, multicast, split_k, group_m");
+  }
+  const auto kernel = kernel_named(text(config[0]));
+  const auto multicast = multicast_named(text(config[4]));
+  spec.kernel = kernel.value_or(Kernel::kPersistent);
+  spec.block_m = nearest_int(config[1]);
+  spec.block_n = nearest_int(config[2]);
+  spec.stages = nearest_int(config[3]);
+  spec.multicast = multicast.value_or(Multicast::kNone);
+  spec.split_k = nearest_int(config[5]);
+  spec.group_m = nearest_int(config[6]);
+  if (!kernel) return "kernel must be persistent or few_rows";
+  return multicast ? nullptr : "multicast must be none, lhs or rhs";
+}
+
+// (reason, shared_bytes, threads, cluster_size, registers, store) of each config: why there can be
+// no such kernel, or None; numbers are 0 and the store "" where one of the config's is out of
+// range. problem: attributes of the custom call, see parse_gemm_problem(). steps: of 128 along k.
+nb::list plan(const nb::dict& problem, const nb::list& configs, int64_t steps) {
+  GemmSpec spec = value_or_raise(parse_gemm_problem(attributes_of(problem)));
+  const int k_steps = static_cast<int>(std::clamp<int64_t>(steps, 0, kAnySteps));
+  nb::list plans;
+  for (nb::handle config : configs) {
+    const char* reason = add_config(nb::cast<nb::tuple>(config), spec);
+    const bool known = !reason && !out_of_range(spec);
+    if (!reason) reason = why_illegal(spec, k_steps);
+    nb::object why = reason ? nb::object(nb::str(reason)) : nb::none();
+    plans.append(known ? nb::make_tuple(why, shared_bytes(spec), threads(spec), cluster_size(spec),
+                                        registers(spec), name_of(store(spec)))
+                       : nb::make_tuple(why, 0, 0, 0, 0, ""));
+  }
+  return plans;
+}
+
+// The most stages, up to those of each config, that are legal; 0 where there are none.
+nb::list deepest(const nb::dict& problem, const nb::list& configs, int64_t steps) {
+  GemmSpec spec = value_or_raise(parse_gemm_problem(attributes_of(problem)));
+  const int k_steps = static_cast<int>(std::clamp<int64_t>(steps, 0, kAnySteps));
+  nb::list stages;
+  for (nb::handle config : configs) {
+    const char* reason = add_config(nb::cast<nb::tuple>(config), spec);
+    stages.append(reason ? 0 : deepest_stages(spec, k_steps));
+  }
+  return stages;
+}
+
+// (threads, residents, dynamic shared bytes, rows of a tile) of a cast.
+nb::tuple cast_plan(const nb::dict& attributes) {
+  const QuantizeSpec spec = value_or_raise(parse_quantize_spec(attributes_of(attributes)));
+  return nb::make_tuple(quantize_threads(spec), residents(spec), shared_bytes(spec),
+                        tile_rows(spec));
+}
+
+// ---- Facts --------------------------------------------------------------------------------------
 
 nb::dict cache_facts_dict() {
   const CacheFacts facts = cache_facts();
@@ -160,6 +247,9 @@ NB_MODULE(_ext, m) {
   m.def("configure", configure, nb::arg("nvrtc"), nb::arg("cache_dir"), nb::arg("verbose"),
         nb::arg("dump_dir"), nb::arg("version"));
   m.def("compile", compile, nb::arg("attributes"));
+  m.def("plan", plan, nb::arg("problem"), nb::arg("configs"), nb::arg("steps") = kAnySteps);
+  m.def("deepest", deepest, nb::arg("problem"), nb::arg("configs"), nb::arg("steps") = kAnySteps);
+  m.def("cast_plan", cast_plan, nb::arg("attributes"));
   m.def("variant_names", variant_names);
   m.def("cache_facts", cache_facts_dict);
   m.def("nvrtc_facts", nvrtc_facts);

@@ -79,8 +79,7 @@ void DiskCache::store(const std::string& key, const CompiledKernel& kernel) cons
   static std::atomic<int> counter{0};
   static const unsigned process = std::random_device{}();  // hosts may share the folder
   const std::string temporary = path(key) + "." + std::to_string(process) + "." +
-                                std::to_string(getpid()) + "." +
-                                std::to_string(counter++) + ".tmp";
+                                std::to_string(getpid()) + "." + std::to_string(counter++) + ".tmp";
   // Losing a race against another writer is fine: both wrote the same kernel.
   if (write_file(temporary, text) && rename(temporary.c_str(), path(key).c_str()) == 0) return;
   unlink(temporary.c_str());

@@ -60,11 +60,11 @@ void load_builtins(const std::string& nvrtc) {
 }
 
 Result<const Nvrtc*> open_nvrtc(const std::string& path) {
-  const std::string mend =
+  const std::string fix =
       "pip install nvidia-cuda-nvrtc-cu12 (or -cu13), or set JAX_FP8GEMM_NVRTC to libnvrtc.so";
   if (path.empty()) {
     return Status::error(message("no run-time compiler", "NVRTC was not found",
-                                 "libnvrtc.so.12 or .13 from pip or a CUDA toolkit", mend));
+                                 "libnvrtc.so.12 or .13 from pip or a CUDA toolkit", fix));
   }
   load_builtins(path);
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -72,7 +72,7 @@ Result<const Nvrtc*> open_nvrtc(const std::string& path) {
     const char* reason = dlerror();
     return Status::error(message("the run-time compiler does not load",
                                  path + " (" + (reason ? reason : "no reason given") + ")",
-                                 "libnvrtc.so.12 or .13", mend));
+                                 "libnvrtc.so.12 or .13", fix));
   }
   Nvrtc& n = *new Nvrtc;  // leaked on purpose, as the driver's table
   n.path = path;
@@ -91,7 +91,7 @@ Result<const Nvrtc*> open_nvrtc(const std::string& path) {
   if (!missing.empty() || n.version(&n.major, &n.minor) != 0) {
     return Status::error(message("the run-time compiler is not usable",
                                  path + (missing.empty() ? "" : " without " + missing),
-                                 "NVRTC 12.3 or newer", mend));
+                                 "NVRTC 12.3 or newer", fix));
   }
   return &n;
 }
@@ -107,12 +107,12 @@ Status check(const Driver& driver, CUresult result, const std::string& what) {
   if (result == 0) return {};
   const char* words = nullptr;
   driver.error_string(result, &words);
-  return Status::error(message("the CUDA driver refused a call",
-                               what + ": " + (words ? words : "unknown CUDA error") + " (" +
-                                   std::to_string(result) + ")",
-                               "success",
-                               "an error of an earlier kernel may show up here: run the program "
-                               "under compute-sanitizer"));
+  return Status::error(message(
+      "the CUDA driver refused a call",
+      what + ": " + (words ? words : "unknown CUDA error") + " (" + std::to_string(result) + ")",
+      "success",
+      "an error of an earlier kernel may show up here: run the program "
+      "under compute-sanitizer"));
 }
 
 Result<const Nvrtc*> nvrtc(const std::string& path) {

@@ -65,8 +65,8 @@ struct Driver {
   CUresult (*module_function)(CUfunction*, CUmodule, const char*);
   CUresult (*function_set_attribute)(CUfunction, int, int);
   CUresult (*launch)(const CUlaunchConfig*, CUfunction, void**, void**);
-  CUresult (*encode_tiled)(TensorMap*, int type, uint32_t rank, void* address,
-                           const uint64_t* dims, const uint64_t* strides, const uint32_t* box,
+  CUresult (*encode_tiled)(TensorMap*, int type, uint32_t rank, void* address, const uint64_t* dims,
+                           const uint64_t* strides, const uint32_t* box,
                            const uint32_t* element_strides, int interleave, int swizzle,
                            int promotion, int out_of_bounds_fill);
 };

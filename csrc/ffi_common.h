@@ -1,7 +1,6 @@
-// What the XLA FFI handlers share: attributes, checks of buffers, errors.
+// What the XLA FFI handlers share: attributes, stages, errors. For buffers see ffi_buffers.h.
 #pragma once
 
-#include <initializer_list>
 #include <memory>
 #include <string>
 #include <utility>
@@ -18,16 +17,8 @@ namespace ffi = xla::ffi;
 
 ffi::Error to_error(const Status& status);
 
-std::string shape_text(const ffi::AnyBuffer& buffer);
-
-// Attributes that are absent or of another type stay out; the parser of the spec names them.
-Attributes read_attributes(const ffi::Dictionary& dictionary,
-                           std::initializer_list<const char*> integers,
-                           std::initializer_list<const char*> strings);
-
-// Programs are traced by primitives.py, so a mismatch is a bug, or a program exported by another
-// version. `what`: operation and operand.
-Status wrong_operand(const std::string& what, const std::string& got, const std::string& expected);
+// All of them, so that the parser of the spec can name what is missing or of another type.
+Attributes read_attributes(const ffi::Dictionary& dictionary);
 
 // Compiles for a call site: instantiate's state.
 template <class Spec>
@@ -58,8 +49,5 @@ auto bind_call(Binding&& stage) {
       .RemainingRets()
       .Attrs();
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace fp8gemm

@@ -1,7 +1,9 @@
 #include "ffi_quantize.h"
 
 #include <algorithm>
+#include <string>
 
+#include "ffi_buffers.h"
 #include "ffi_common.h"
 #include "quantize_spec.h"
 
@@ -12,191 +14,151 @@ using QuantizeState = CallState<QuantizeSpec>;
 const ffi::TypeInfo kQuantizeStateInfo = ffi::MakeTypeInfo<QuantizeState>();
 
 ffi::ErrorOr<std::unique_ptr<QuantizeState>> instantiate(ffi::Dictionary dictionary) {
-  auto spec = parse_quantize_spec(
-      read_attributes(dictionary, {"pow2", "rows", "transposed", "grouped", "gather", "pair", "aligned"},
-                      {"source", "type", "tile"}));
+  auto spec = parse_quantize_spec(read_attributes(dictionary));
   if (!spec.ok()) return ffi::Unexpected(to_error(spec.status()));
   auto made = program(program_text(*spec));
   if (!made.ok()) return ffi::Unexpected(to_error(made.status()));
   return std::make_unique<QuantizeState>(QuantizeState{*spec, *made});
 }
 
-using Shape = std::initializer_list<int64_t>;  // a negative size fits any
-
-// Takes buffers one after the other and keeps the first error.
-class Buffers {
- public:
-  using Buffer = std::optional<ffi::AnyBuffer>;
-
-  Buffers(ffi::RemainingArgs args, ffi::RemainingRets results) : args_(args), results_(results) {}
-
-  Buffer operand(const char* name, ffi::DataType type, Shape shape) {
-    if (next_operand_ >= args_.size()) return fail(name, "nothing", type, shape);
-    return check(*args_.get<ffi::AnyBuffer>(next_operand_++), name, type, shape);
-  }
-
-  Buffer result(const char* name, ffi::DataType type, Shape shape) {
-    if (next_result_ >= results_.size()) return fail(name, "nothing", type, shape);
-    return check(**results_.get<ffi::AnyBuffer>(next_result_++), name, type, shape);
-  }
-
-  const Status& status() const { return status_; }
-
- private:
-  Buffer check(const ffi::AnyBuffer& buffer, const char* name, ffi::DataType type, Shape shape) {
-    const auto dims = buffer.dimensions();
-    bool fits = buffer.element_type() == type && dims.size() == shape.size();
-    for (size_t i = 0; fits && i < shape.size(); ++i) {
-      fits = dims[i] <= INT32_MAX && (shape.begin()[i] < 0 || shape.begin()[i] == dims[i]);
-    }
-    if (fits) return buffer;
-    return fail(name, "element type " + std::to_string(int(buffer.element_type())) + ", shape " +
-                          shape_text(buffer), type, shape);
-  }
-
-  Buffer fail(const char* name, const std::string& got, ffi::DataType type, Shape shape) {
-    std::string expected = "element type " + std::to_string(int(type)) + ", shape [";
-    for (int64_t size : shape) expected += size < 0 ? " any" : " " + std::to_string(size);
-    if (status_.ok()) {
-      status_ = wrong_operand(std::string("quantize: ") + name + " does not fit", got,
-                              expected + " ], each below 2^31");
-    }
-    return {};
-  }
-
-  ffi::RemainingArgs args_;
-  ffi::RemainingRets results_;
-  size_t next_operand_ = 0, next_result_ = 0;
-  Status status_;
-};
-
 ffi::DataType element_type(const QuantizeSpec& spec) {
   if (spec.source == Source::kFp8 || spec.source == Source::kSwigluBackward) return ffi::F8E4M3FN;
   return spec.type == Float::kBf16 ? ffi::BF16 : spec.type == Float::kF16 ? ffi::F16 : ffi::F32;
 }
 
-template <class T>
-T* pointer(const Buffers::Buffer& buffer) {
-  return static_cast<T*>(buffer->untyped_data());
-}
-
-struct Call {
-  QuantizeParams params{};
-  int64_t columns = 0, tiles = 0;  // tiles: of rows, in all matrices
-};
-
-// Shapes of scales, as the copies of ScaleTile lie.
-struct ScaleShape {
-  int64_t lines, columns;
-};
-ScaleShape scale_shape(ScaleTile tile, int64_t rows, int64_t columns) {
-  if (tile == ScaleTile::k128x128) return {ceil_div(rows, 128), round_up(ceil_div(columns, 128), 4)};
-  return {tile == ScaleTile::k1xK ? 1 : ceil_div(columns, 128), round_up(rows, 4)};
-}
-
 // In the order of quantize_primitive.py.
-void read_operands(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
-  QuantizeParams& p = call.params;
+void read_operands(const QuantizeSpec& spec, Buffers& buffers, QuantizeParams& p) {
   const bool backward = spec.source == Source::kSwigluBackward;
-  auto x = buffers.operand("x", element_type(spec), {-1, -1, -1});
-  if (!x) return;
-  const int64_t batch = x->dimensions()[0], x_rows = x->dimensions()[1], width = x->dimensions()[2];
+  const Buffer x = buffers.operand("x", element_type(spec), {kAnySize, kAnySize, kAnySize});
+  const int64_t batch = x.groups, x_rows = x.rows, width = x.columns;
   int64_t m = x_rows, k = width;
-  if (spec.source == Source::kSwiglu || backward) k = width / 2;
-  p.x = pointer<void>(x);
+  if (spec.source == Source::kSwiglu || backward) {
+    k = width / 2;
+    if (width % 2) buffers.fail("x has no two halves", std::to_string(width) + " columns", "even");
+  }
+  p.x = x.data;
   if (spec.pair) {
     k = 2 * width;
-    auto beside = buffers.operand("the array beside x", element_type(spec), {batch, x_rows, width});
-    if (beside) p.beside = pointer<void>(beside);
+    p.beside =
+        buffers.operand("the array beside x", element_type(spec), {batch, x_rows, width}).data;
   }
   if (spec.source == Source::kFp8 || backward) {
     const ScaleShape shape = scale_shape(ScaleTile::k1x128, x_rows, width);
-    auto scale = buffers.operand("the scales of x", ffi::F32, {batch, shape.lines, shape.columns});
-    if (scale) p.x_scale = pointer<float>(scale);
+    p.x_scale = buffers.operand("the scales of x", ffi::F32, {batch, shape.lines, shape.columns})
+                    .pointer<float>();
   }
   if (spec.gather) {
-    auto index = buffers.operand("index", ffi::S32, {-1});
-    if (index) p.index = pointer<int32_t>(index), m = index->dimensions()[0];
+    const Buffer index = buffers.operand("index", ffi::S32, {kAnySize});
+    p.index = index.pointer<int32_t>(), m = index.columns;
   }
   if (backward) {
-    auto gradient = buffers.operand("gradient", ffi::BF16, {batch, m, k});
-    if (gradient) p.gradient = pointer<uint16_t>(gradient);
+    p.gradient = buffers.operand("gradient", ffi::BF16, {batch, m, k}).pointer<uint16_t>();
   }
   if (spec.source == Source::kSwiglu || backward) {
-    auto weight = buffers.operand("row weights", ffi::F32, {m});
-    if (weight) p.row_weight = pointer<float>(weight);
+    p.row_weight = buffers.operand("row weights", ffi::F32, {m}).pointer<float>();
   }
   if (spec.grouped) {
-    auto sizes = buffers.operand("group sizes", ffi::S32, {-1});
-    if (sizes) p.group_data = pointer<int32_t>(sizes), p.groups = int32_t(sizes->dimensions()[0]);
+    const Buffer sizes = buffers.operand("the sizes of groups", ffi::S32, {kAnySize});
+    p.group_data = sizes.pointer<int32_t>(), p.groups = int32_t(sizes.columns);
   }
-  p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows);
-  p.batch = int32_t(batch);
+  if (k > INT32_MAX) buffers.fail("x has too many columns", std::to_string(k), "below 2^31");
+  p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows), p.batch = int32_t(batch);
 }
 
-void read_results(const QuantizeSpec& spec, Buffers& buffers, Call& call) {
-  QuantizeParams& p = call.params;
+struct Copy {
+  Buffer values, scale;
+};
+Copy read_copy(const QuantizeSpec& spec, Buffers& buffers, const char* name, const char* scale_name,
+               const Shape& shape) {
+  const Buffer values = buffers.result(name, ffi::F8E4M3FN, shape);
+  const ScaleShape scales = scale_shape(spec.tile, values.rows, values.columns);
+  return {values,
+          buffers.result(scale_name, ffi::F32, {values.groups, scales.lines, scales.columns})};
+}
+
+// What SwiGLU's backward pass has beside the gradient to gate and up as rows, and to gate
+// transposed.
+void read_backward_results(const QuantizeSpec& spec, Buffers& buffers, QuantizeParams& p) {
+  const Shape shape = {p.batch, p.k, p.pitch};
+  const Copy up = read_copy(spec, buffers, "the transposed gradient to up",
+                            "the scales of the transposed gradient to up", shape);
+  p.up_transposed = up.values.pointer<uint8_t>();
+  p.up_transposed_scale = up.scale.pointer<float>();
+  const Copy activation = read_copy(spec, buffers, "the transposed activation",
+                                    "the scales of the transposed activation", shape);
+  p.activation = activation.values.pointer<uint8_t>();
+  p.activation_scale = activation.scale.pointer<float>();
+  p.row_weight_gradient =
+      buffers.result("the gradient to row weights", ffi::F32, {p.k / kScaleBlock, p.m})
+          .pointer<float>();
+}
+
+void read_results(const QuantizeSpec& spec, Buffers& buffers, QuantizeParams& p) {
   const bool backward = spec.source == Source::kSwigluBackward;
-  const int64_t batch = p.batch, m = p.m, k = p.k, width = backward ? 2 * k : k;
+  const int64_t batch = p.batch, m = p.m, k = p.k;
   if (spec.rows) {
-    const ScaleShape shape = scale_shape(spec.tile, m, width);
-    auto rows = buffers.result("rows", ffi::F8E4M3FN, {batch, m, width});
-    auto scale = buffers.result("scales of rows", ffi::F32, {batch, shape.lines, shape.columns});
-    if (rows && scale) p.rows = pointer<uint8_t>(rows), p.rows_scale = pointer<float>(scale);
+    const Copy rows =
+        read_copy(spec, buffers, "rows", "the scales of rows", {batch, m, backward ? 2 * k : k});
+    p.rows = rows.values.pointer<uint8_t>(), p.rows_scale = rows.scale.pointer<float>();
   }
   p.pitch = p.m;
   if (spec.transposed) {
-    auto copy = buffers.result("the transposed copy", ffi::F8E4M3FN, {batch, k, -1});
-    if (!copy) return;
-    p.pitch = int32_t(copy->dimensions()[2]), p.transposed = pointer<uint8_t>(copy);
-    const ScaleShape shape = scale_shape(spec.tile, k, p.pitch);
-    auto scale = buffers.result("scales of the transposed copy", ffi::F32,
-                                {batch, shape.lines, shape.columns});
-    if (scale) p.transposed_scale = pointer<float>(scale);
+    const Copy copy = read_copy(spec, buffers, "the transposed copy",
+                                "the scales of the transposed copy", {batch, k, kAnySize});
+    p.transposed = copy.values.pointer<uint8_t>();
+    p.transposed_scale = copy.scale.pointer<float>();
+    p.pitch = int32_t(copy.values.columns);
   }
-  if (backward) {
-    const ScaleShape shape = scale_shape(ScaleTile::k1x128, k, p.pitch);
-    auto copy = [&](const char* name, uint8_t*& values, float*& scale) {
-      auto q = buffers.result(name, ffi::F8E4M3FN, {batch, k, p.pitch});
-      auto s = buffers.result(name, ffi::F32, {batch, shape.lines, shape.columns});
-      if (q && s) values = pointer<uint8_t>(q), scale = pointer<float>(s);
-    };
-    copy("the transposed gradient to up, or its scales", p.up_transposed, p.up_transposed_scale);
-    copy("the transposed activation, or its scales", p.activation, p.activation_scale);
-    auto weights = buffers.result("the gradient to row weights", ffi::F32, {k / 128, m});
-    if (weights) p.row_weight_gradient = pointer<float>(weights);
+  if (backward) read_backward_results(spec, buffers, p);
+  buffers.require_end();
+}
+
+constexpr int64_t kMostGridYZ = 65535;
+
+Status launch(const Driver& driver, const QuantizeSpec& spec, const LoadedKernel& kernel,
+              CUstream stream, int64_t columns, int64_t tiles, QuantizeParams& params) {
+  const int64_t y = std::min(tiles, kMostGridYZ), z = ceil_div(tiles, y);
+  if (z > kMostGridYZ) {
+    return Status::error(message("quantize: too many rows", std::to_string(tiles) + " tiles",
+                                 "at most " + std::to_string(kMostGridYZ * kMostGridYZ),
+                                 "quantize parts of the array"));
   }
-  call.columns = grid_x(spec, p), call.tiles = batch * row_tiles(spec, p);
+  params.grid_y = int32_t(y);
+  CUlaunchConfig config = {
+      .grid_x = unsigned(columns),
+      .grid_y = unsigned(y),
+      .grid_z = unsigned(z),
+      .block_x = unsigned(quantize_threads(spec)),
+      .block_y = 1,
+      .block_z = 1,
+      .shared_bytes = unsigned(shared_bytes(spec)),
+      .stream = stream,
+      .attributes = nullptr,
+      .attribute_count = 0,
+  };
+  if (is_persistent(spec)) {
+    config.grid_x = unsigned(std::min<int64_t>(columns * tiles, kernel.multiprocessors));
+    config.grid_y = config.grid_z = 1;
+  }
+  void* arguments[] = {&params};
+  return check(driver, driver.launch(&config, kernel.function, arguments, nullptr),
+               "cuLaunchKernelEx");
 }
 
 ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets results, ffi::Dictionary) {
-  Call call;
-  Buffers buffers(args, results);
-  read_operands(state->spec, buffers, call);
-  if (buffers.status().ok()) read_results(state->spec, buffers, call);
+  const QuantizeSpec& spec = state->spec;
+  QuantizeParams params{};
+  Buffers buffers("quantize", args, results);
+  read_operands(spec, buffers, params);
+  read_results(spec, buffers, params);
   if (!buffers.status().ok()) return to_error(buffers.status());
-  if (call.tiles == 0 || call.columns == 0) return ffi::Error::Success();
-  const int64_t most = 65535, y = std::min(call.tiles, most), z = ceil_div(call.tiles, y);
-  if (z > most) {
-    return to_error(wrong_operand("quantize: too many rows", std::to_string(call.tiles) + " tiles",
-                                  "at most " + std::to_string(most * most)));
-  }
-  call.params.grid_y = int32_t(y);
+  const int64_t columns = grid_x(spec, params);
+  const int64_t tiles = params.batch * int64_t{row_tiles(spec, params)};
+  if (tiles == 0 || columns == 0) return ffi::Error::Success();
   auto kernel = state->program->load(stream, device);
   if (!kernel.ok()) return to_error(kernel.status());
-  const Driver& driver = **fp8gemm::driver();
-  CUlaunchConfig config = {unsigned(call.columns), unsigned(y), unsigned(z),
-                           unsigned(quantize_threads(state->spec)), 1, 1,
-                           unsigned(state->program->source.shared_bytes), stream, nullptr, 0};
-  if (is_persistent(state->spec)) {
-    const int64_t all = call.columns * call.tiles;
-    config.grid_x = unsigned(std::min<int64_t>(all, kernel->multiprocessors));
-    config.grid_y = config.grid_z = 1;
-  }
-  void* arguments[] = {&call.params};
-  return to_error(check(driver, driver.launch(&config, kernel->function, arguments, nullptr),
-                        "cuLaunchKernelEx"));
+  return to_error(launch(**fp8gemm::driver(), spec, *kernel, stream, columns, tiles, params));
 }
 
 }  // namespace
@@ -217,7 +179,9 @@ XLA_FFI_Error* quantize_instantiate(XLA_FFI_CallFrame* frame) {
 XLA_FFI_Error* quantize_initialize(XLA_FFI_CallFrame* frame) {
   return quantize_initialize_handler(frame);
 }
-XLA_FFI_Error* quantize_execute(XLA_FFI_CallFrame* frame) { return quantize_execute_handler(frame); }
+XLA_FFI_Error* quantize_execute(XLA_FFI_CallFrame* frame) {
+  return quantize_execute_handler(frame);
+}
 
 ffi::TypeId* quantize_state_id() { return &QuantizeState::id; }
 const ffi::TypeInfo* quantize_state_info() { return &kQuantizeStateInfo; }

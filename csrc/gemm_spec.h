@@ -1,34 +1,40 @@
-// The attributes of a custom call, as the C++ struct that the kernel is specialised on, and as the
-// text of the program to compile.
+// The attributes of a GEMM's custom call, as the C++ struct that the kernel is specialised on, and
+// as the text of the program to compile.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "attributes.h"
 #include "jit.h"
-#include "kernels/params.cuh"
+#include "kernels/plan.cuh"
 #include "status.h"
 
 namespace fp8gemm {
 
-enum class Kernel : int { kPersistent, kFewRows };
-
-struct KernelSpec {
-  Kernel kernel;
-  GemmSpec gemm;
-  int num_sms;  // upper bound of the launch, 0 for all; not part of the compiled code
+// What a call site says: the spec that is compiled, and what only its launch needs.
+struct GemmCall {
+  GemmSpec spec;
+  bool pair;    // a bf16 rhs lies in two arrays, side by side by their last dims
+  int num_sms;  // that the launch may use; 0: all
 };
 
-Result<KernelSpec> parse_gemm_spec(const Attributes& attributes);
+// Never a spec that why_illegal() refuses.
+Result<GemmCall> parse_gemm_call(const Attributes& attributes);
+
+// What is computed, whatever the config: the fields of the spec up to `accumulate`, and `aligned`.
+Result<GemmSpec> parse_gemm_problem(const Attributes& attributes);
+
+std::optional<Kernel> kernel_named(std::string_view attribute);
+std::optional<Multicast> multicast_named(std::string_view attribute);
+const char* name_of(Store store);
 
 // Names of the rows of the variant table, in the order of enum Variant.
 std::vector<std::string> variant_names();
 
 // A whole CUDA C++ program: the spec, the wgmma wrapper for its block_n, the kernel, entry point.
-ProgramText program_text(const KernelSpec& spec);
-
-int threads(const KernelSpec& spec);
-int cluster_size(const KernelSpec& spec);
+ProgramText program_text(const GemmSpec& spec);
 
 }  // namespace fp8gemm

@@ -175,7 +175,7 @@ ProgramResult program(const ProgramText& source) {
   promise.set_value(made);
   std::lock_guard<std::mutex> lock(registry().mutex);
   if (!made.ok()) {
-    registry().programs.erase(source.text);  // what failed may be mended before the next try
+    registry().programs.erase(source.text);  // what failed may be fixed before the next try
   } else {
     CacheFacts& facts = registry().facts;
     ++facts.programs;
@@ -213,12 +213,12 @@ Result<LoadedKernel> Program::load(CUstream stream, int device) {
     d.device_attribute(&minor, kDeviceAttributeComputeCapabilityMinor, handle);
     d.device_attribute(&kernel.multiprocessors, kDeviceAttributeMultiprocessorCount, handle);
     if (major != 9 || minor != 0) {
-      status = Status::error(message("this GPU cannot run the kernels",
-                                     "compute capability " + std::to_string(major) + "." +
-                                         std::to_string(minor),
-                                     "9.0 (H100, H200, H800, H20, GH200)",
-                                     "run on a Hopper GPU, or on the CPU with "
-                                     "jax.default_device(jax.devices('cpu')[0])"));
+      status = Status::error(
+          message("this GPU cannot run the kernels",
+                  "compute capability " + std::to_string(major) + "." + std::to_string(minor),
+                  "9.0 (H100, H200, H800, H20, GH200)",
+                  "run on a Hopper GPU, or on the CPU with "
+                  "jax.default_device(jax.devices('cpu')[0])"));
     }
   }
   if (status.ok()) {
@@ -226,7 +226,8 @@ Result<LoadedKernel> Program::load(CUstream stream, int device) {
     status = check(d, d.module_load(&module, compiled.cubin.data()), "cuModuleLoadData");
   }
   if (status.ok()) {
-    status = check(d, d.module_function(&kernel.function, module, source.entry_point.c_str()), "cuModuleGetFunction");
+    status = check(d, d.module_function(&kernel.function, module, source.entry_point.c_str()),
+                   "cuModuleGetFunction");
   }
   if (status.ok()) {
     status = check(d,

@@ -14,11 +14,11 @@ namespace fp8gemm {
 
 // What _native.py found and the environment says.
 struct JitOptions {
-  std::string nvrtc;      // path of the library; empty: none
+  std::string nvrtc;  // path of the library; empty: none
   std::string cache_dir;
-  bool verbose = false;   // a line on stderr for each kernel
-  std::string dump_dir;   // where source, PTX and cubin go; empty: nowhere
-  std::string version;    // of this library
+  bool verbose = false;  // a line on stderr for each kernel
+  std::string dump_dir;  // where source, PTX and cubin go; empty: nowhere
+  std::string version;   // of this library
 };
 
 void set_options(const JitOptions& options);
@@ -42,7 +42,10 @@ struct LoadedKernel {
 class Program {
  public:
   Program(ProgramText source, CompiledKernel compiled, std::string origin, double seconds)
-      : source(std::move(source)), compiled(std::move(compiled)), origin(std::move(origin)), seconds(seconds) {}
+      : source(std::move(source)),
+        compiled(std::move(compiled)),
+        origin(std::move(origin)),
+        seconds(seconds) {}
 
   // Loads on the device of `stream` the first time; a lock and a look-up after that.
   Result<LoadedKernel> load(CUstream stream, int device);

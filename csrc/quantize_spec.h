@@ -3,10 +3,11 @@
 
 #include "attributes.h"
 #include "jit.h"
-#include "kernels/params.cuh"
+#include "kernels/plan.cuh"
 
 namespace fp8gemm {
 
+// Never a spec that why_illegal() refuses.
 Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes);
 
 ProgramText program_text(const QuantizeSpec& spec);

@@ -36,11 +36,11 @@ class [[nodiscard]] Result {
   Status status_;
 };
 
-// The one form of every message (errors.py has the same): what, got, expected, mend.
+// The one form of every message (errors.py has the same): what, got, expected, fix.
 inline std::string message(const std::string& what, const std::string& got,
-                           const std::string& expected, const std::string& mend) {
+                           const std::string& expected, const std::string& fix) {
   return "jax_fp8gemm: " + what + "\n  got       " + got + "\n  expected  " + expected +
-         "\n  mend      " + mend;
+         "\n  fix       " + fix;
 }
 
 }  // namespace fp8gemm

@@ -15,7 +15,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 # test_numpy_and_the_reference_agree compares the two.
 
 
-def quantized(x, tile, mode) -> tuple[np.ndarray, np.ndarray]:
+def quantized(x, tile, scale_rounding) -> tuple[np.ndarray, np.ndarray]:
     """reference.quantize of [b, rows, columns]."""
     b, rows, columns = x.shape
     tile = tile[0], tile[1] or columns
@@ -23,7 +23,7 @@ def quantized(x, tile, mode) -> tuple[np.ndarray, np.ndarray]:
     tiles = padded.reshape(b, -(-rows // tile[0]), tile[0], -(-columns // tile[1]), tile[1])
     largest = np.abs(tiles).max((2, 4), initial=0)
     scale = largest * np.float32(1 / 448)
-    if mode == "pow2":
+    if scale_rounding == "pow2":
         mantissa, exponent = np.frexp(largest.astype(np.float64) / 448)
         scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
     scale = np.where(largest == 0, np.float32(1), np.maximum(scale, np.float32(2.0**-126)))
@@ -52,31 +52,31 @@ def swiglu_parts(h, named) -> dict[str, np.ndarray]:
     return {"rows": both, "transposed": d_gate, "up_transposed": d_up, "activation": weight * y}
 
 
-def sources(static, named) -> dict[str, np.ndarray]:
+def sources(spec, named) -> dict[str, np.ndarray]:
     """By name of the copy what is quantized, rows not yet placed by groups."""
     x = np.concatenate([named[n] for n in ("x", "beside") if n in named], -1).astype(np.float32)
     if "x_scale" in named:
         scale = named["x_scale"].swapaxes(1, 2)[:, : x.shape[1]]
         with np.errstate(over="ignore"):  # 448 · scale may be more than the largest float
             x = x * spread(scale, ROW_BLOCKS, x.shape)
-    if static.gather:
+    if spec.gather:
         x = x[:, np.clip(named["index"], 0, x.shape[1] - 1)]
     if "row_weight" in named:
         return swiglu_parts(x, named)
     return {"rows": x, "transposed": x}
 
 
-def parts(static, operands) -> list[tuple[int, int]]:
+def parts(spec, operands) -> list[tuple[int, int]]:
     """Where groups of rows begin and end; all rows are one without groups."""
-    _, m, _, _ = static.sizes(operands)
-    return clamped(operands[-1], m) if static.grouped else [(0, m)]
+    _, m, _, _ = spec.sizes(operands)
+    return clamped(operands[-1], m) if spec.grouped else [(0, m)]
 
 
-def expected(static, operands) -> dict[str, np.ndarray]:
+def expected(spec, operands) -> dict[str, np.ndarray]:
     """Values that each copy quantizes, as far as a kernel writes it."""
-    found, groups = {}, parts(static, operands)
-    for name, x in sources(static, static.named(operands)).items():
-        multiple = 128 if static.tile == ROW_BLOCKS else 1
+    found, groups = {}, parts(spec, operands)
+    for name, x in sources(spec, spec.named(operands)).items():
+        multiple = 128 if spec.tile == ROW_BLOCKS else 1
         lines = [
             np.pad(x[:, start:end], [(0, 0), (0, -(end - start) % multiple), (0, 0)])
             for start, end in groups
@@ -84,7 +84,7 @@ def expected(static, operands) -> dict[str, np.ndarray]:
         found[name] = np.concatenate(lines, 1).swapaxes(1, 2)
         if name == "rows":
             found[name] = x[:, : groups[-1][1]]
-    return {name: found[name] for name in found if getattr(static, name, True)}
+    return {name: found[name] for name in found if getattr(spec, name, True)}
 
 
 # ---- Operands ------------------------------------------------------------------------------------
@@ -107,36 +107,36 @@ def values(rng, shape, dtype, extremes: bool) -> np.ndarray:
         return x.astype(dtype)
 
 
-def operands(seed, static, shape, dtype, sizes=(), extremes=False) -> list[np.ndarray]:
+def operands(seed, spec, shape, dtype, sizes=(), extremes=False) -> list[np.ndarray]:
     """What a kernel takes to quantize x [b, m, k], poison in rows past the groups."""
     rng = np.random.default_rng(seed)
     b, m, k = shape
-    end = clamped(sizes, m)[-1][1] if static.grouped else m
-    x_rows = m // 2 + 1 if static.gather else m
-    if "swiglu" in static.source:  # where the sigmoid bends
-        width = 2 * k if static.source == "swiglu" else k
+    end = clamped(sizes, m)[-1][1] if spec.grouped else m
+    x_rows = m // 2 + 1 if spec.gather else m
+    if "swiglu" in spec.source:  # where the sigmoid bends
+        width = 2 * k if spec.source == "swiglu" else k
         x = (3 * rng.normal(size=(b, x_rows, width))).astype(dtype)
     else:
         x = values(rng, (b, x_rows, k), dtype, extremes)
     named = {"x": x}
-    if static.pair:
+    if spec.pair:
         named = {
             n: x[:, :, i * k // 2 :][:, :, : k // 2].copy() for i, n in enumerate(("x", "beside"))
         }
-    if "x_scale" in static.names:
-        named["x"], scale = quantized(x.astype(np.float32), ROW_BLOCKS, static.scale)
+    if "x_scale" in spec.names:
+        named["x"], scale = quantized(x.astype(np.float32), ROW_BLOCKS, spec.scale_rounding)
         padding = [(0, 0), (0, 0), (0, -x_rows % 4)]
         named["x_scale"] = np.pad(scale.swapaxes(1, 2), padding, constant_values=np.nan)
-    if static.gather:
+    if spec.gather:
         named["index"] = rng.integers(-3, x_rows + 3, m).astype(np.int32)
-    elif static.grouped:
+    elif spec.grouped:
         named["x"][:, end:] = np.nan
     named["gradient"] = rng.normal(size=(b, m, k // 2)).astype(BF16)
     named["gradient"][:, end:] = np.nan
     named["row_weight"] = rng.normal(size=m).astype(np.float32)
     named["row_weight"][end:] = np.nan
     named["group_sizes"] = np.array(sizes, np.int32)
-    return [named[name] for name in static.names]
+    return [named[name] for name in spec.names]
 
 
 # ---- Running and comparing -----------------------------------------------------------------------
@@ -153,7 +153,7 @@ def raw(x) -> np.ndarray:
     return x.view(np.uint32 if x.dtype == np.float32 else np.uint8)
 
 
-def written(static, operands, results) -> tuple[dict, np.ndarray]:
+def written(spec, operands, results) -> tuple[dict, np.ndarray]:
     """Returns by name what a kernel writes, and the bytes of all else that is no padding.
 
     Of a copy: values and scales, these by rows of the copy.
@@ -167,24 +167,24 @@ def written(static, operands, results) -> tuple[dict, np.ndarray]:
         others.append(x[outside].view(np.uint8))
         return x[inside]
 
-    for name, right in expected(static, operands).items():
+    for name, right in expected(spec, operands).items():
         q, scale = results.pop(name), results.pop(name + "_scale")
         b, rows, columns = right.shape
-        if static.tile != BLOCKS:
+        if spec.tile != BLOCKS:
             scale = scale.swapaxes(1, 2)[:, : q.shape[1]]
-            scale = cut(scale, (b, rows, -(-columns // (static.tile[1] or columns))))
+            scale = cut(scale, (b, rows, -(-columns // (spec.tile[1] or columns))))
         else:
             scale = scale[:, :, : -(-columns // 128)]
         found[name] = cut(q, right.shape), scale
-    end = parts(static, operands)[-1][1]
+    end = parts(spec, operands)[-1][1]
     rest = {name: cut(x, (len(x), end)) for name, x in results.items()}
     return found | rest, np.concatenate(others)
 
 
-def compare(static, operands, found) -> None:
+def compare(spec, operands, found) -> None:
     """Bit for bit."""
-    for name, right in expected(static, operands).items():
-        values, scales = quantized(right, static.tile, static.scale)
+    for name, right in expected(spec, operands).items():
+        values, scales = quantized(right, spec.tile, spec.scale_rounding)
         np.testing.assert_array_equal(bits(found[name][1]), bits(scales), f"scales of {name}")
         np.testing.assert_array_equal(bits(found[name][0]), bits(values), name)
 
@@ -195,31 +195,31 @@ def place(q) -> np.ndarray:
     return np.where(bits < 128, bits, 128 - bits)
 
 
-def compare_swiglu(static, operands, found) -> np.ndarray:
+def compare_swiglu(spec, operands, found) -> np.ndarray:
     """Values a step from float64's at most, scales a factor of two; returns which are the same."""
     same = []
-    for name, right in expected(static, operands).items():
+    for name, right in expected(spec, operands).items():
         (q, own), (values, scales) = (
             found[name],
-            quantized(right.astype(F32), (1, 128), static.scale),
+            quantized(right.astype(F32), (1, 128), spec.scale_rounding),
         )
         assert np.all((own <= 2 * scales) & (scales <= 2 * own)), f"scales of {name}"
         nearest = np.clip(right / spread(own, ROW_BLOCKS, q.shape), -448, 448).astype(E4M3)
         assert np.abs(place(q) - place(nearest)).max(initial=0) <= 1, name
         same.append((raw(q) == raw(values)).ravel())
     if "row_weight_gradient" in found:
-        weights = weight_gradient(static, operands)
+        weights = weight_gradient(spec, operands)
         close = dict(rtol=1e-4, atol=1e-4 * np.abs(weights).max(initial=0))
         np.testing.assert_allclose(found["row_weight_gradient"], weights, **close)
     return np.concatenate(same)
 
 
-def weight_gradient(static, operands) -> np.ndarray:
+def weight_gradient(spec, operands) -> np.ndarray:
     """The gradient to the row weights in parts [f/128, m], as far as rows are in groups."""
-    named = static.named(operands)
+    named = spec.named(operands)
     named["row_weight"] = np.ones_like(named["row_weight"])
-    products = named["gradient"][0].astype(np.float64) * sources(static, named)["activation"][0]
-    end = parts(static, operands)[-1][1]
+    products = named["gradient"][0].astype(np.float64) * sources(spec, named)["activation"][0]
+    end = parts(spec, operands)[-1][1]
     return products.reshape(len(products), -1, 128).sum(-1).T[:, :end]
 
 
@@ -228,19 +228,19 @@ def weight_gradient(static, operands) -> np.ndarray:
 
 def floats(tile=ROW_BLOCKS, scale_rounding="pow2", copies="both", **rest) -> CastSpec:
     flags = {"rows": copies != "transposed", "transposed": copies != "rows"}
-    return CastSpec("float", tile, scale, **flags, **rest)
+    return CastSpec(tile=tile, scale_rounding=scale_rounding, **flags, **rest)
 
 
 def fp8(**rest) -> CastSpec:
-    return CastSpec("fp8", rows=False, transposed=True, **rest)
+    return CastSpec(source="fp8", rows=False, transposed=True, **rest)
 
 
 def swiglu(**rest) -> CastSpec:
-    return CastSpec("swiglu", **rest)
+    return CastSpec(source="swiglu", **rest)
 
 
 def backward(**rest) -> CastSpec:
-    return CastSpec("swiglu_backward", transposed=True, **rest)
+    return CastSpec(source="swiglu_backward", transposed=True, **rest)
 
 
 DENSE = {
@@ -251,10 +251,10 @@ DENSE = {
     "both_f32": (floats(), F32),
     "blocks_bf16": (floats(BLOCKS, copies="rows"), BF16),
     "blocks_both_bf16": (floats(BLOCKS), BF16),
-    "blocks_both_f16_f32_scale": (floats(BLOCKS, "float32"), F16),
-    "blocks_transposed_f32_f32_scale": (floats(BLOCKS, "float32", "transposed"), F32),
+    "blocks_both_f16_f32_scale": (floats(BLOCKS, "none"), F16),
+    "blocks_transposed_f32_f32_scale": (floats(BLOCKS, "none", "transposed"), F32),
     "whole_rows_bf16": (floats(ROWS, copies="rows"), BF16),
-    "whole_rows_f32_scale": (floats(ROWS, "float32", "rows"), F32),
+    "whole_rows_f32_scale": (floats(ROWS, "none", "rows"), F32),
     "pair_bf16": (floats(pair=True), BF16),
     "blocks_pair_f32": (floats(BLOCKS, pair=True), F32),
     "fp8": (fp8(), BF16),
@@ -266,9 +266,9 @@ PAIRS = [(2, 129, 256), (1, 144, 512)]
 LONG_ROWS = [(1, 1, 16), (3, 7, 130), (2, 3, 4400)]
 
 
-def dense_cases(static, dtype, extremes: bool):
-    for shape in PAIRS if static.pair else LONG_ROWS if static.tile == ROWS else SHAPES:
-        yield operands(shape, static, shape, dtype, extremes=extremes)
+def dense_cases(spec, dtype, extremes: bool):
+    for shape in PAIRS if spec.pair else LONG_ROWS if spec.tile == ROWS else SHAPES:
+        yield operands(shape, spec, shape, dtype, extremes=extremes)
 
 
 GROUPED = {
@@ -282,9 +282,9 @@ GROUPED = {
 }
 
 
-def grouped_cases(static, dtype, places):
+def grouped_cases(spec, dtype, places):
     for i, groups in enumerate(places):
-        yield operands(i, static, (1, groups.m, (136, 77, 64)[i % 3]), dtype, groups.sizes)
+        yield operands(i, spec, (1, groups.m, (136, 77, 64)[i % 3]), dtype, groups.sizes)
 
 
 SWIGLU = {
@@ -299,12 +299,12 @@ SWIGLU = {
 SIXTY = tuple(i * 7 % 5 for i in range(60))  # more groups than a warp has lanes
 
 
-def swiglu_cases(static, dtype):
+def swiglu_cases(spec, dtype):
     few = (30, 0, 65, 2)
     cases = [((1, 1, 16), few), ((1, 129, 77), few), ((1, 100, 256), few)]
-    if static.source == "swiglu_backward":
+    if spec.source == "swiglu_backward":
         cases = [((1, 1, 256), few), ((1, 140, 512), few)]
         # Some tiles for each CTA: five, and sixteen.
         cases += [((1, 260, 1280), few), ((1, 130, 256), SIXTY)]
     for shape, sizes in cases:
-        yield operands(shape, static, shape, dtype, sizes)
+        yield operands(shape, spec, shape, dtype, sizes)

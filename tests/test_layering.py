@@ -18,7 +18,7 @@ WINGS = {
     "_core": "version errors extension types layout qarray bits checks groups variants reference",
     "_select": "problem candidates cost choice",
     "_bind": "native partition meshes op gemm_op quantize_op",
-    "_ops": "quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
+    "_ops": "casts quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
     "_moe": "routing exchange weights experts layer",
     "_tools": "shapes timing operands tune",
 }
@@ -27,13 +27,15 @@ DOORS = ["__init__", "linen", "nnx", "checkpoint", "deep_gemm", "tuning", "__mai
 
 HOST = [
     ["params.cuh", "status.h", "files.h", "kernel_sources.h"],
+    ["plan.cuh"],
     ["attributes.h", "driver.h", "disk_cache.h"],
     ["tensor_map.h", "jit.h"],
-    ["gemm_spec.h", "quantize_spec.h", "ffi_common.h"],
+    ["gemm_spec.h", "quantize_spec.h", "ffi_common.h", "ffi_buffers.h"],
     ["ffi_gemm.h", "ffi_quantize.h"],
 ]
 DEVICE = [
     ["params.cuh"],
+    ["plan.cuh"],
     ["ptx.cuh"],
     ["ptx_arithmetic.cuh"],
     ["shared_memory.cuh"],
@@ -90,7 +92,11 @@ def test_doors_do_not_import_doors():
 
 
 def test_one_file_imports_the_extension():
-    found = [path.stem for path in PACKAGE.rglob("*.py") if re.search(r"import.*\b_ext\b", path.read_text())]
+    found = [
+        path.stem
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"import.*\b_ext\b", path.read_text())
+    ]
     assert found == ["extension"]
 
 

@@ -21,7 +21,7 @@ def operands(key, m, k, n, dtype=jnp.float32):
 
 @pytest.mark.parametrize("m, k, n", [(256, 512, 384), (100, 300, 77), (1, 16, 1), (3, 7, 130)])
 @pytest.mark.parametrize("scale_rounding", ["pow2", "none"])
-def test_forward_and_gradients_are_near_the_exact_ones(key, m, k, n, scale):
+def test_forward_and_gradients_are_near_the_exact_ones(key, m, k, n, scale_rounding):
     x, w, dy = operands(key, m, k, n)
     y, pull = jax.vjp(functools.partial(fp8.fp8_matmul, scale_rounding=scale_rounding), x, w)
     dx, dw = pull(dy)

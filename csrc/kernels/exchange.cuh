@@ -5,38 +5,38 @@
 
 #include "epilogue.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "shared_memory.cuh"
 
 namespace fp8gemm {
 
-// A part is one of two warpgroups of one of kCtas CTAs; its sums are float[kSubTiles][kRegisters].
-template <int kCtas, int kSubTiles, int kRegisters>
+// A part is one of two warpgroups of one of split_k CTAs; its sums are
+// float[kSubTiles][kRegisters].
+template <GemmSpec spec>
 struct Exchange {
-  static constexpr int kWarpgroups = 2;
-  static constexpr int kParts = kWarpgroups * kCtas;
-  static constexpr int kGroups = kSubTiles * kRegisters / 4;  // of 64 rows × 8 columns
-  static constexpr int kGroupBytes = 64 * 8 * 4;
-  static constexpr int kMostOwned = ceil_div(kGroups, kParts);
-  static constexpr int kSumBytes = kWarpgroups * (kParts - 1) * kMostOwned * kGroupBytes;
-  static constexpr int kBytes = kSumBytes + (kCtas > 1 ? 128 : 0);  // and a barrier
+  static constexpr ExchangePlan kPlan = exchange_plan(spec);
+  static constexpr int kCtas = spec.split_k, kParts = kPlan.parts, kSumBytes = kPlan.sum_bytes;
+  static constexpr int kSubTiles = sub_tiles(spec), kRegisters = spec.block_n / 2;
   using Sums = float[kSubTiles][kRegisters];
 
   uint32_t memory;  // address of [warpgroup that receives][slot of the sender][group], a barrier
   int warpgroup, part;
 
   FP8GEMM_DEVICE Exchange(uint32_t address, uint32_t rank, int warpgroup_of_cta)
-      : memory(address), warpgroup(warpgroup_of_cta), part(kWarpgroups * rank + warpgroup_of_cta) {}
+      : memory(address),
+        warpgroup(warpgroup_of_cta),
+        part(kMathWarpgroups * rank + warpgroup_of_cta) {}
 
   // In a cluster, before anything else and for the whole CTA: once all have been here, and
   // await_others() returns, they may send. It gets one block, so the barrier is passed once.
   FP8GEMM_DEVICE static void begin(uint32_t address, uint32_t rank) {
     if (threadIdx.x == 0) {
       int groups = 0;
-      for (int i = 0; i < kWarpgroups; ++i) groups += owned_by(kWarpgroups * rank + i);
+      for (int i = 0; i < kMathWarpgroups; ++i) groups += owned_by(kMathWarpgroups * rank + i);
       mbarrier_init(address + kSumBytes, 1);
       fence_mbarrier_init();
-      mbarrier_arrive_expect_tx(address + kSumBytes, (kParts - 1) * groups * kGroupBytes);
+      mbarrier_arrive_expect_tx(address + kSumBytes, (kParts - 1) * groups * kExchangeGroupBytes);
     }
     __syncwarp();
     cluster_arrive_relaxed();
@@ -48,10 +48,10 @@ struct Exchange {
   FP8GEMM_DEVICE void send(const Sums& sums) const {
     for_each_group([&](int m, int i, int owner, int owned) {
       if (owner == part) return;
-      const uint32_t to = address(owner % kWarpgroups, part < owner ? part : part - 1, owned);
+      const uint32_t to = address(owner % kMathWarpgroups, part < owner ? part : part - 1, owned);
       const Float4 v{sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]};
       if constexpr (kCtas > 1) {
-        st_async_v4(to, memory + kSumBytes, owner / kWarpgroups, v);
+        st_async_v4(to, memory + kSumBytes, owner / kMathWarpgroups, v);
       } else {
         st_shared_v4(to, v);
       }
@@ -63,14 +63,13 @@ struct Exchange {
 
   // Adds to this part's columns what the others sent, and stores them. row: of this thread's first
   // value.
-  template <GemmSpec spec>
   FP8GEMM_DEVICE void add_and_store(const GemmParams& params, const OutBlock& block, int row,
                                     const Sums& sums) const {
     const int column = 2 * (threadIdx.x % 4);
     for_each_group([&](int m, int i, int owner, int owned) {
       if (owner != part) return;
-      const OutputRow<spec> top(params, block, row + m * 64, column);
-      const OutputRow<spec> bottom(params, block, row + m * 64 + 8, column);
+      const OutputRow<spec> top(params, block, row + m * kSubTileRows, column);
+      const OutputRow<spec> bottom(params, block, row + m * kSubTileRows + 8, column);
       Float4 v{sums[m][i], sums[m][i + 1], sums[m][i + 2], sums[m][i + 3]};
 #pragma unroll
       for (int slot = 0; slot < kParts - 1; ++slot) {
@@ -83,7 +82,9 @@ struct Exchange {
   }
 
  private:
-  FP8GEMM_DEVICE static int owned_by(int part) { return (kGroups + kParts - 1 - part) / kParts; }
+  FP8GEMM_DEVICE static int owned_by(int part) {
+    return (kPlan.groups + kParts - 1 - part) / kParts;
+  }
 
   // Calls body(sub-tile, first register, owner, index among the owner's) for each group of columns.
   template <class Body>
@@ -100,8 +101,8 @@ struct Exchange {
 
   // Where this thread's values of a group lie.
   FP8GEMM_DEVICE uint32_t address(int receiver, int slot, int owned) const {
-    const int index = (receiver * (kParts - 1) + slot) * kMostOwned + owned;
-    return memory + index * kGroupBytes + threadIdx.x % 128 * 16;
+    const int index = (receiver * (kParts - 1) + slot) * kPlan.most_owned + owned;
+    return memory + index * kExchangeGroupBytes + threadIdx.x % kWarpgroupThreads * 16;
   }
 };
 

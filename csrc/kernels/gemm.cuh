@@ -12,6 +12,7 @@
 
 #include "epilogue.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "producer.cuh"
 #include "promotion.cuh"
 #include "ptx.cuh"
@@ -21,22 +22,8 @@
 
 namespace fp8gemm {
 
-constexpr int kMathWarpgroups = 2;
-constexpr int kMathWarps = kMathWarpgroups * 4;
 constexpr int kProducer = kMathWarps, kCastProducer = kProducer + 1;  // warps
-constexpr int kFirstCaster = kProducer + 4;
-
-// Registers of a thread of each warpgroup: all begin with as many, and hand them over.
-template <bool kCasts>
-struct Registers {
-  static constexpr int kConsumer = 232, kProducer = 40;
-  static_assert(2 * kConsumer + kProducer <= 3 * 168, "more than there are: setmaxnreg would wait");
-};
-template <>
-struct Registers<true> {
-  static constexpr int kConsumer = 192, kProducer = 32, kCaster = 96;
-  static_assert(2 * kConsumer + kProducer + kCaster <= 4 * 128);
-};
+constexpr int kFirstCaster = kProducer + kWarpgroupThreads / kWarpThreads;
 
 enum NamedBarrier : int {  // 0 is __syncthreads, kCastBarrier the casting warps'
   kReadyBarrier = 1,       // the mbarriers are initialised
@@ -45,32 +32,29 @@ enum NamedBarrier : int {  // 0 is __syncthreads, kCastBarrier the casting warps
 
 template <GemmSpec spec>
 struct GemmTraits {
-  static constexpr int kSubTiles = spec.block_m / (64 * kMathWarpgroups);  // per warpgroup
+  static constexpr int kSubTiles = sub_tiles(spec);    // per warpgroup
   static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
-  static constexpr int kPartRegisters = instruction_columns(spec) / 2;  // that one instruction fills
+  // Of those, what one instruction fills.
+  static constexpr int kPartRegisters = instruction_columns(spec) / 2;
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
   static constexpr bool kCasts = is_cast(spec.rhs);
-  static constexpr bool kCluster = kCtas > 1 || kCasts;
+  static constexpr bool kCluster = cluster_size(spec) > 1;
   // Whether a block may end early, where the rows of its group end.
   static constexpr bool kCutShort =
       spec.variant == Variant::kRagged || spec.variant == Variant::kMasked;
-  // Sub-tiles of a warpgroup that shared memory holds on their way out: fp32, and a rhs to cast, leave
-  // room for one.
-  static constexpr int kOutTiles = spec.out == Out::kF32 || kCasts ? 1 : kSubTiles;
-  static constexpr int kOutTileBytes = 64 * spec.block_n * (spec.out == Out::kF32 ? 4 : 2);
-  static constexpr int kOutBytes =
-      spec.store == Store::kTma ? kMathWarpgroups * kOutTiles * kOutTileBytes : 0;
-  using Shared = SharedMemory<spec, kOutBytes, 0>;
+  static constexpr int kOutTiles = out_tiles(spec), kOutTileBytes = out_tile_bytes(spec);
+  static constexpr bool kStoresTma = store(spec) == Store::kTma;
+  using Shared = SharedMemory<spec>;
   using Ring = RingPosition<spec.stages>;
   using RhsLayout = typename Shared::RhsLayout;
 
-  static_assert(spec.block_m % 128 == 0, "block_m: a multiple of 128, 64 rows for each warpgroup");
-  static_assert(spec.block_n % 16 == 0 && spec.block_n <= 256, "block_n: 16, 32, ... 256");
-  static_assert(!kCasts || (spec.block_n == 128 && spec.multicast == Multicast::kNone &&
-                            spec.rhs_scale == ScaleTile::k128x128 && rhs_has_groups(spec.variant)),
-                "rhs of bf16: blocks that are as wide as a scale's, for products of groups");
-  static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
+  static_assert(spec.kernel == Kernel::kPersistent && !why_illegal(spec),
+                "a spec that parse_gemm_call() should have refused: see why_illegal() in plan.cuh");
+  static_assert(sizeof(Shared) == shared_bytes(spec),
+                "SharedMemory and shared_bytes() disagree: list every member in plan.cuh");
+  static_assert(threads(spec) == (kCasts ? kFirstCaster + kCastWarps : kFirstCaster) * kWarpThreads,
+                "the warps here and threads() disagree: count every warp in plan.cuh");
 };
 
 template <GemmSpec spec>
@@ -97,11 +81,11 @@ struct Consumer {
   FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s)
       : params(p),
         shared(s),
-        warpgroup(warp_uniform(threadIdx.x / 128)),
+        warpgroup(warp_uniform(threadIdx.x / kWarpgroupThreads)),
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
-        lhs_low(warp_uniform(
-            descriptor_low<SwizzledRows>(shared_address(s.lhs) + warpgroup * 64 * kBlockK))),
+        lhs_low(warp_uniform(descriptor_low<SwizzledRows>(shared_address(s.lhs) +
+                                                          warpgroup * kSubTileRows * kBlockK))),
         rhs_low(warp_uniform(descriptor_low<typename Traits::RhsLayout>(shared_address(s.rhs)))) {}
 
   // Works through the blocks that the producer announces.
@@ -115,13 +99,15 @@ struct Consumer {
       if (steps > 0) {
         multiply_sub_tiles(block, taken_steps(steps));
       } else {
-        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, 128 * kMathWarpgroups);
+        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, kMathThreads);
         release();
       }
     }
     store_pending();
     // Shared memory must outlive the copies out of it.
-    if (spec.store == Store::kTma && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
+    if (Traits::kStoresTma && threadIdx.x % kWarpgroupThreads == 0) {
+      cp_async_bulk_wait_group_read<0>();
+    }
   }
 
  private:
@@ -137,10 +123,10 @@ struct Consumer {
   // but their copies.
   FP8GEMM_DEVICE void multiply_sub_tiles(const Block& block, int steps) {
     if constexpr (Traits::kCutShort) {
-      const int rows = warp_uniform(block.m_end - block.m) - warpgroup * 64;
+      const int rows = warp_uniform(block.m_end - block.m) - warpgroup * kSubTileRows;
       if (rows <= 0) return skip(steps);
       if constexpr (kSubTiles == 2) {
-        if (rows <= 128) return multiply<1>(block, steps);
+        if (rows <= kMathWarpgroups * kSubTileRows) return multiply<1>(block, steps);
       }
     }
     multiply<kSubTiles>(block, steps);
@@ -158,7 +144,7 @@ struct Consumer {
   template <int kActive>
   FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
     const OutBlock next = OutBlock::of<spec>(block);
-    if constexpr (BlockScales<spec>::kFloating) border = 128 - next.n % 128;
+    if constexpr (BlockScales<spec>::kFloating) border = kScaleBlock - next.n % kScaleBlock;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = next.m % 4;
     sub_step<kActive, 0, true, false>(0);
     finished = next;
@@ -183,9 +169,11 @@ struct Consumer {
     float partial[kPartRegisters];
     const auto start = [&](int part = 0) {
       using RhsLayout = typename Traits::RhsLayout;
-      start_partial<RhsLayout>(
-          partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (128 * kBlockK / 16),
-          rhs_low + stage * (Shared::kRhsBytes / 16) + part * (kPartRegisters / 4 * RhsLayout::kStride));
+      start_partial<RhsLayout>(partial,
+                               lhs_low + stage * (Shared::kLhsBytes / 16) +
+                                   kSubTile * (kMathWarpgroups * kSubTileRows * kBlockK / 16),
+                               rhs_low + stage * (Shared::kRhsBytes / 16) +
+                                   part * (kPartRegisters / 4 * RhsLayout::kStride));
     };
     const uint32_t rhs_slot = shared_address(shared.rhs_scale[stage]);
     const auto lhs_scales = [&] {
@@ -250,7 +238,7 @@ struct Consumer {
   }
 
   FP8GEMM_DEVICE int row_in_block(int sub_tile) const {
-    return (2 * sub_tile + warpgroup) * 64 + warp * 16 + lane / 4;
+    return (2 * sub_tile + warpgroup) * kSubTileRows + warp * 16 + lane / 4;
   }
 
   template <int kSubTile>
@@ -258,7 +246,7 @@ struct Consumer {
     if constexpr (spec.variant == Variant::kContiguous) {
       clear_padding(params, sums[kSubTile], finished.m + row_in_block(kSubTile));
     }
-    if constexpr (spec.store == Store::kTma) {
+    if constexpr (Traits::kStoresTma) {
       store_tma<kSubTile>();
     } else {
       store_direct<spec>(params, sums[kSubTile], finished, row_in_block(kSubTile), 2 * (lane % 4));
@@ -266,7 +254,7 @@ struct Consumer {
   }
 
   FP8GEMM_DEVICE bool fits_box(int row) const {
-    return spec.variant != Variant::kRagged || warp_uniform(row + 64 <= finished.m_end);
+    return spec.variant != Variant::kRagged || warp_uniform(row + kSubTileRows <= finished.m_end);
   }
 
   template <int kSubTile>
@@ -276,8 +264,8 @@ struct Consumer {
     const int tile = 2 * kSubTile + warpgroup;
     const int slot = Traits::kOutTiles == 1 ? warpgroup : tile;
     const uint32_t boxes = shared_address(&shared.out) + slot * Traits::kOutTileBytes;
-    const bool leader = threadIdx.x % 128 == 0;
-    if (!fits_box(finished.m + tile * 64)) {
+    const bool leader = threadIdx.x % kWarpgroupThreads == 0;
+    if (!fits_box(finished.m + tile * kSubTileRows)) {
       store_direct<spec>(params, sums[kSubTile], finished, row_in_block(kSubTile), 2 * (lane % 4));
       return;
     }
@@ -285,19 +273,19 @@ struct Consumer {
     // slots the one before; where sub-tiles may leave by another way, once all have.
     constexpr int kPending = Traits::kCutShort ? 0 : Traits::kOutTiles - 1;
     if (leader) cp_async_bulk_wait_group_read<kPending>();
-    bar_sync(kStoreBarrier + warpgroup, 128);
+    bar_sync(kStoreBarrier + warpgroup, kWarpgroupThreads);
     if constexpr (spec.out == Out::kF32) {
       stage_out_f32<kColumns>(boxes, sums[kSubTile], warp, lane);
     } else {
       stage_out<kColumns>(boxes, sums[kSubTile], warp, lane);
     }
     fence_proxy_async();
-    bar_sync(kStoreBarrier + warpgroup, 128);
+    bar_sync(kStoreBarrier + warpgroup, kWarpgroupThreads);
     if (leader) {
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
         cp_async_bulk_tensor_3d_store(params.out, boxes + i * kBoxBytes, finished.n + i * kColumns,
-                                      finished.m + tile * 64, finished.group);
+                                      finished.m + tile * kSubTileRows, finished.group);
       }
       cp_async_bulk_commit_group();
     }
@@ -318,7 +306,7 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
     }
 #pragma unroll
     for (int i = 0; i < kNotes; ++i) {
-      mbarrier_init(shared_address(&shared.note_read[i]), kMathWarpgroups * 128);
+      mbarrier_init(shared_address(&shared.note_read[i]), kMathThreads);
     }
     if constexpr (kCasts) init_cast_barriers(shared.cast);
     fence_mbarrier_init();
@@ -331,7 +319,7 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
 // whose copies stay in its own CTA goes on at once.
 template <GemmSpec spec>
 FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
-  constexpr int kThreads = (kMathWarps + 1) * 32;
+  constexpr int kThreads = (kMathWarps + 1) * kWarpThreads;
   if constexpr (GemmTraits<spec>::kCluster) {
     cluster_arrive_relaxed();
     cluster_wait();
@@ -387,22 +375,22 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
 
   const uint32_t rank = Traits::kCtas > 1 ? warp_uniform(cluster_ctarank()) : 0;
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
-  using Own = Registers<Traits::kCasts>;
+  constexpr RegisterShares kOwn = register_shares(spec.rhs);
   if (warp == kProducer) init_barriers<spec>(shared);
   await_barriers<spec>(warp);
   if (Traits::kCasts && warp >= kFirstCaster) {
     if constexpr (Traits::kCasts) {
-      setmaxnreg_dec<Own::kCaster>();
+      setmaxnreg_dec<kOwn.caster>();
       Caster<spec, Shared>(shared, warp - kFirstCaster).run();
     }
   } else if (warp >= kMathWarps) {
-    setmaxnreg_dec<Own::kProducer>();
+    setmaxnreg_dec<kOwn.producer>();
     if (warp == kProducer) produce<spec>(params, shared, rank);
     if constexpr (Traits::kCasts) {
       if (warp == kCastProducer) produce_bf16<spec>(params, shared);
     }
   } else {
-    setmaxnreg_inc<Own::kConsumer>();
+    setmaxnreg_inc<kOwn.consumer>();
     Consumer<spec>(params, shared).run();
   }
   __syncwarp();

@@ -15,6 +15,7 @@
 #include "epilogue.cuh"
 #include "exchange.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "producer.cuh"
 #include "promotion.cuh"
 #include "ptx.cuh"
@@ -31,23 +32,18 @@ enum FewRowsBarrier : int {
 
 template <GemmSpec spec>
 struct FewRowsTraits {
-  static constexpr int kConsumerThreads = 256, kThreads = 320;
-  static constexpr int kSubTiles = spec.block_m / 64;
+  static constexpr int kThreads = threads(spec);
+  static constexpr int kSubTiles = sub_tiles(spec);
   static constexpr int kRegisters = spec.block_n / 2;
-  using Exchange = fp8gemm::Exchange<spec.split_k, kSubTiles, kRegisters>;
-  using Shared = SharedMemory<spec, 0, Exchange::kBytes>;
+  using Exchange = fp8gemm::Exchange<spec>;
+  using Shared = SharedMemory<spec>;
 
-  static_assert(spec.block_m == 64 || spec.block_m == 128, "block_m of few_rows: 64 or 128");
-  static_assert(spec.block_n % 8 == 0 && spec.block_n <= 128, "block_n of few_rows: 8 ... 128");
-  static_assert(spec.stages % 2 == 0, "stages: even, since the warpgroups take every second one");
-  static_assert(spec.multicast == Multicast::kNone && spec.store == Store::kDirect &&
-                !is_cast(spec.rhs));
-  static_assert(
-      spec.variant == Variant::kDense || spec.variant == Variant::kBatched ||
-          (spec.split_k == 1 && spec.variant != Variant::kRaggedContracting &&
-           spec.variant != Variant::kContiguous),
-      "split_k: one block for each cluster, so not where groups decide how many there are");
-  static_assert(sizeof(Shared) == spec.shared_bytes, "shared_bytes: config.py and kernel disagree");
+  static_assert(spec.kernel == Kernel::kFewRows && !why_illegal(spec),
+                "a spec that parse_gemm_call() should have refused: see why_illegal() in plan.cuh");
+  static_assert(sizeof(Shared) == shared_bytes(spec),
+                "SharedMemory and shared_bytes() disagree: list every member in plan.cuh");
+  static_assert(kThreads == (kMathWarps + kMathWarpgroups) * kWarpThreads,
+                "the warps here and threads() disagree: one producer for each math warpgroup");
 };
 
 // Every second step of one CTA, over all its blocks: those of one warpgroup and its producer.
@@ -91,7 +87,7 @@ struct FewRowsConsumer {
   FP8GEMM_DEVICE FewRowsConsumer(const GemmParams& p, Shared& s, uint32_t rank)
       : params(p),
         shared(s),
-        warpgroup(warp_uniform(threadIdx.x / 128)),
+        warpgroup(warp_uniform(threadIdx.x / kWarpgroupThreads)),
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
         exchange(shared_address(&s.exchange), rank, warpgroup),
@@ -105,7 +101,7 @@ struct FewRowsConsumer {
 #pragma unroll
       for (int i = 0; i < kRegisters; ++i) sums[m][i] = 0;
     }
-    const int border = 128 - block.n % 128;
+    const int border = kScaleBlock - block.n % kScaleBlock;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = block.m % 4;
     for (; turns.index < range.count(); turns.advance()) {
       mbarrier_try_wait(shared_address(&shared.full[turns.at.stage]), turns.at.parity);
@@ -117,15 +113,14 @@ struct FewRowsConsumer {
 
   // Sends each part its columns, receives this part's, stores them.
   FP8GEMM_DEVICE void reduce_and_store(const Block& block) {
-    if constexpr (spec.split_k == 1) bar_sync(kExchangeFree, Traits::kConsumerThreads);
+    if constexpr (spec.split_k == 1) bar_sync(kExchangeFree, kMathThreads);
     exchange.send(sums);
     if constexpr (spec.split_k == 1) {
-      bar_sync(kExchangeFull, Traits::kConsumerThreads);
+      bar_sync(kExchangeFull, kMathThreads);
     } else {
       exchange.await_sums();
     }
-    exchange.template add_and_store<spec>(params, OutBlock::of<spec>(block), warp * 16 + lane / 4,
-                                          sums);
+    exchange.add_and_store(params, OutBlock::of<spec>(block), warp * 16 + lane / 4, sums);
   }
 
  private:
@@ -137,12 +132,14 @@ struct FewRowsConsumer {
     float partial[kRegisters];
     const auto start = [&] {
       start_partial<SwizzledRows>(
-          partial, lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (64 * kBlockK / 16),
+          partial,
+          lhs_low + stage * (Shared::kLhsBytes / 16) + kSubTile * (kSubTileRows * kBlockK / 16),
           rhs_low + stage * (Shared::kRhsBytes / 16));
     };
     const auto lhs_scales = [&] {
-      return load_lhs_scales<spec.lhs_scale>(shared_address(shared.lhs_scale[stage]),
-                                             kSubTile * 64 + warp * 16 + lane / 4 + scale_shift);
+      return load_lhs_scales<spec.lhs_scale>(
+          shared_address(shared.lhs_scale[stage]),
+          kSubTile * kSubTileRows + warp * 16 + lane / 4 + scale_shift);
     };
     if constexpr (kPerColumn) {
       start();
@@ -211,14 +208,14 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
   using Shared = typename Traits::Shared;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
 
-  constexpr bool kCluster = spec.split_k > 1;
+  constexpr bool kCluster = cluster_size(spec) > 1;
   const uint32_t rank = kCluster ? warp_uniform(cluster_ctarank()) : 0;
   if constexpr (kCluster) Traits::Exchange::begin(shared_address(&shared.exchange), rank);
   const StepRange range(taken_steps(ceil_div(params.k, kBlockK)), rank, spec.split_k);
   Scheduler<spec> scheduler(params, blockIdx.x / spec.split_k, gridDim.x / spec.split_k, 0);
 
   const int warp = warp_uniform(threadIdx.x / 32);
-  if (warp >= Traits::kConsumerThreads / 32) {
+  if (warp >= kMathWarps) {
     few_rows_producer<spec>(params, shared, warp % 2, scheduler, range);
     if constexpr (kCluster) Traits::Exchange::await_others();
   } else {
@@ -228,7 +225,7 @@ FP8GEMM_DEVICE void few_rows_kernel(const GemmParams& params) {
     for (; !scheduler.done(); scheduler.next()) {
       const Block block = scheduler.block();
       if (block.steps == 0) {
-        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, Traits::kConsumerThreads);
+        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, kMathThreads);
         continue;
       }
       consumer.multiply(block, range);

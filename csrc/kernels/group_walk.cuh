@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "shared_memory.cuh"
 
@@ -22,8 +23,10 @@ struct GroupWalk {
   bool past_end;
 
  private:
-  int window_ = -32;  // group of lane 0
-  int start_ = 0, extent_ = 0, first_block_ = 0, end_block_ = 0;  // of this lane's group
+  // Group of lane 0.
+  int window_ = -32;
+  // Of this lane's group.
+  int start_ = 0, extent_ = 0, first_block_ = 0, end_block_ = 0;
 
  public:
   // Moves on to the group of block `index`; indices never go back.

@@ -1,6 +1,7 @@
 // What the host tells a kernel: the compile-time GemmSpec or QuantizeSpec, and the run-time
 // GemmParams or QuantizeParams.
-// The only header that host and device both read, so it includes nothing on the device.
+// Host and device both read it, so it includes nothing on the device. What follows from a spec is
+// in plan.cuh.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -16,6 +17,9 @@ typedef long long int64_t;
 
 namespace fp8gemm {
 
+// gemm.cuh or gemm_few_rows.cuh.
+enum class Kernel : int { kPersistent, kFewRows };
+
 // A row of the table in variants.py.
 enum class Variant : int { kDense, kBatched, kRagged, kContiguous, kMasked, kRaggedContracting };
 
@@ -29,7 +33,8 @@ constexpr bool out_has_groups(Variant v) {
 }
 constexpr bool is_grouped(Variant v) { return v != Variant::kDense && v != Variant::kBatched; }
 
-// Which elements of an operand share one scale. Named rows × columns of the operand; k is its columns.
+// Which elements of an operand share one scale. Named rows × columns of the operand; k is its
+// columns.
 enum class ScaleTile : int {
   k1x128,    // scales [k/128, rows↑4], rows contiguous
   k128x128,  // scales [rows/128, (k/128)↑4], k contiguous
@@ -63,6 +68,7 @@ enum class Store : int { kTma, kDirect };
 
 // Everything the compiler specialises on. m, n, k and the number of groups stay free at run time.
 struct GemmSpec {
+  Kernel kernel;
   Variant variant;
   ScaleTile lhs_scale;
   ScaleTile rhs_scale;
@@ -73,32 +79,10 @@ struct GemmSpec {
   int block_n;      // rows of rhs per output block
   int stages;       // slots of the shared-memory ring, each one 128-deep step of k
   Multicast multicast;
-  int split_k;  // CTAs of a cluster that divide k (few-rows kernel only)
-  int group_m;  // blocks along m that are visited before the next column of blocks
-  Store store;
-  int shared_bytes;  // dynamic shared memory; the kernel asserts that its plan has this size
+  int split_k;   // CTAs of a cluster that divide k (few-rows kernel only)
+  int group_m;   // blocks along m that are visited before the next column of blocks
+  bool aligned;  // rows of the output are multiples of 16 bytes
 };
-
-// Columns of one tensor-core instruction. Where rhs is cast, halves: half of the registers of a
-// partial sum are the casting warps'.
-constexpr int instruction_columns(const GemmSpec& spec) {
-  return is_cast(spec.rhs) ? spec.block_n / 2 : spec.block_n;
-}
-
-// Rows of a tile that are copied: whole groups of eight, the unit of the 128-byte swizzle, and no
-// more than the operand has. The rest of a tile then holds anything, in rows nobody stores.
-// NOTE: rows past the end would be filled with zeros, at a cost: one row of lhs took 40 % longer
-// than 64.
-constexpr int copied_rows(int block_rows, int rows) {
-  return rows < block_rows ? (rows + 7) / 8 * 8 : block_rows;
-}
-
-// Columns of a box of results on its way out: as many as the swizzle takes, which is 128 bytes, and
-// the block divides by.
-constexpr int store_columns(int block_n, Out out) {
-  const int divisor = block_n & -block_n, most = out == Out::kF32 ? 32 : 64;
-  return divisor < most ? divisor : most;
-}
 
 // The driver's CUtensorMap: 128 opaque bytes.
 struct alignas(64) TensorMap {
@@ -110,10 +94,10 @@ struct GemmParams {
   TensorMap rhs;        // likewise fp8 [groups * n, k]; where it is cast, bf16 as it lies
   TensorMap lhs_scale;  // fp32, where GemmSpec::lhs_scale is per row
   TensorMap rhs_scale;  // likewise
-  TensorMap out;        // GemmSpec::out [groups, m, n], likewise, where Store::kTma
+  TensorMap out;        // GemmSpec::out [groups, m, n], likewise, where store() is Store::kTma
   const float* lhs_scale_data;  // layout by GemmSpec::lhs_scale; rows are multiples of 16 bytes
   const float* rhs_scale_data;
-  void* out_data;  // [groups, m, n] of GemmSpec::out, or [m, n]
+  void* out_data;             // [groups, m, n] of GemmSpec::out, or [m, n]
   const int32_t* group_data;  // sizes [groups], or kContiguous: the group of each row [m]
   int32_t m;
   int32_t n;
@@ -125,9 +109,6 @@ struct GemmParams {
 };
 
 // ---- Quantising ---------------------------------------------------------------------------------
-
-constexpr int kQuantizeThreads = 256;
-constexpr int kBackwardThreads = 512;  // of kSwigluBackward
 
 // What is quantised.
 enum class Source : int {
@@ -142,15 +123,15 @@ enum class Float : int { kBf16, kF16, kF32 };
 
 struct QuantizeSpec {
   Source source;
-  Float type;      // of x, where that is not FP8
-  ScaleTile tile;  // k1x128 along what the copy contracts over; k128x128; or k1xK
-  bool pow2;       // scales are powers of two
-  bool rows;       // write [m, k]
-  bool transposed; // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
-  bool grouped;    // rows lie in groups; in the transposed copy each begins at a multiple of 128
-  bool gather;     // row i is row index[i] of x
-  bool pair;       // kFloat: the right half of the columns lies in a second array
-  bool aligned;    // k is a multiple of 8; and m of 16 where a transposed copy's tiles are k128x128
+  Float type;       // of x, where that is not FP8
+  ScaleTile tile;   // k1x128 along what the copy contracts over; k128x128; or k1xK
+  bool pow2;        // scales are powers of two
+  bool rows;        // write [m, k]
+  bool transposed;  // write [k, m]; where tiles are 1x128, with m rounded up to 128, zeros between
+  bool grouped;     // rows lie in groups; in the transposed copy each begins at a multiple of 128
+  bool gather;      // row i is row index[i] of x
+  bool pair;        // kFloat: the right half of the columns lies in a second array
+  bool aligned;  // k is a multiple of 8; and m of 16 where a transposed copy's tiles are k128x128
 };
 
 // ↑: rounded up to a multiple. Scales as ScaleTile says.
@@ -166,9 +147,9 @@ struct QuantizeParams {
   float* rows_scale;
   uint8_t* transposed;
   float* transposed_scale;
-  uint8_t* up_transposed;      // kSwigluBackward: [k, m], like `transposed`, which is gate's there
+  uint8_t* up_transposed;  // kSwigluBackward: [k, m], like `transposed`, which is gate's there
   float* up_transposed_scale;
-  uint8_t* activation;         // kSwigluBackward: [k, m], likewise
+  uint8_t* activation;  // kSwigluBackward: [k, m], likewise
   float* activation_scale;
   float* row_weight_gradient;  // kSwigluBackward: [k/128, m], in parts to be added up
   int32_t m;
@@ -177,71 +158,7 @@ struct QuantizeParams {
   int32_t pitch;   // columns of the transposed copy
   int32_t groups;
   int32_t batch;
-  int32_t grid_y;  // CTAs along y; see row_tiles
-};
-
-// A kernel's grid in x. Whole rows: one each. Else tiles of 128 columns.
-constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
-  return spec.tile == ScaleTile::k1xK ? params.m : (params.k + 127) / 128;
-}
-
-// Rows of a tile. Where nothing needs 128 of them, smaller tiles let more CTAs take turns at memory.
-constexpr int tile_rows(const QuantizeSpec& spec) {
-  const bool plain_rows = spec.source == Source::kFloat && spec.tile == ScaleTile::k1x128 &&
-                          !spec.transposed && !spec.grouped;
-  return plain_rows ? 32 : 128;
-}
-
-// Tiles of rows of one matrix: every group begins one, so any sizes of groups must fit. Those of all
-// matrices are numbered along y, and on along z, since y ends at 65535.
-constexpr int row_tiles(const QuantizeSpec& spec, const QuantizeParams& params) {
-  if (spec.tile == ScaleTile::k1xK) return 1;
-  const int parts = !spec.grouped ? 1 : params.groups < params.m ? params.groups : params.m;
-  return static_cast<int>((params.m + int64_t{tile_rows(spec) - 1} * parts) / tile_rows(spec));
-}
-
-// Dynamic shared memory of a CTA of kSwiglu: its tile of x.
-struct SwigluOperands {
-  uint16_t gate[128][128];
-  uint16_t up[128][128];
-};
-
-// Of kSwigluBackward one CTA stays on each multiprocessor and goes from tile to tile, whatever the
-// grid above.
-constexpr bool is_persistent(const QuantizeSpec& spec) {
-  return spec.source == Source::kSwigluBackward;
-}
-
-constexpr int quantize_threads(const QuantizeSpec& spec) {
-  return spec.source == Source::kSwigluBackward ? kBackwardThreads : kQuantizeThreads;
-}
-
-// A tile of kSwigluBackward.
-struct alignas(16) BackwardTile {
-  int32_t columns;  // number of its 128 columns
-  int32_t tokens;   // number of its 128 tokens in the transposed copies
-  int32_t first;    // row
-  int32_t count;    // rows that exist; the others are zeros, and only in the transposed copies
-};
-
-// Of a tile what one warp copies and reads: eight rows.
-union BackwardOperands {
-  struct alignas(16) Rows {
-    uint8_t gate[8][128];
-    uint8_t up[8][128];
-    uint16_t gradient[8][128];
-    float row_factor[3][8];  // scale of gate, scale of up, row weight
-  } rows;
-  float largest[2][3][128];  // afterwards: of columns, in rows 0 to 3 and 4 to 7
-};
-
-// Dynamic shared memory of a CTA of kSwigluBackward. 3: the gradient to gate, to up, the product.
-struct alignas(128) BackwardShared {
-  BackwardOperands operands[2][16];  // of this tile and the next one
-  uint32_t transposed[3][128][32];   // 128 bytes for each column
-  float reciprocal[3][128];          // of columns' scales
-  BackwardTile tile[4];              // by its number % 4: the last one, this one, the next two
-  uint64_t barrier[3];               // of all warps, a phase for each tile
+  int32_t grid_y;  // CTAs along y; see row_tiles() in plan.cuh
 };
 
 }  // namespace fp8gemm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
 #include "shared_memory.cuh"
@@ -15,19 +16,19 @@ template <GemmSpec spec, class Shared>
 struct Producer {
   const GemmParams& params;
   Shared& shared;
-  uint32_t base;  // of shared memory; asked for once, since the answer takes its time
-  uint32_t rank;  // in the cluster; CTA 0 loads what both share
-  int end_step;   // past the end of k
+  uint32_t base;    // of shared memory; asked for once, since the answer takes its time
+  uint32_t rank;    // in the cluster; CTA 0 loads what both share
+  int end_step;     // past the end of k
   int stage_bytes;  // what a full barrier expects: all that lands in this CTA, a multicast included
 
   // The block at work.
-  int lhs_row, rhs_row;          // in the operands' maps
-  int lhs_line, rhs_line;        // in the maps of row scales
+  int lhs_row, rhs_row;    // in the operands' maps
+  int lhs_line, rhs_line;  // in the maps of row scales
   int lhs_scale_row, rhs_scale_row;
-  const float* lhs_scales;       // of tensors, and where a block begins at any row
-  const float* rhs_scales;       // of tensors and blocks
-  int lhs_scale_bytes;           // where a block begins at any row
-  int next_block;                // floats from one scale block of the columns to the next
+  const float* lhs_scales;  // of tensors, and where a block begins at any row
+  const float* rhs_scales;  // of tensors and blocks
+  int lhs_scale_bytes;      // where a block begins at any row
+  int next_block;           // floats from one scale block of the columns to the next
 
   static constexpr bool kCasts = is_cast(spec.rhs);  // then rhs is the casting warps' matter
   static constexpr bool kAnyRow = spec.variant == Variant::kRagged && is_per_row(spec.lhs_scale);
@@ -67,8 +68,8 @@ struct Producer {
       rhs_scales = params.rhs_scale_data + 4 * rhs_group;
     }
     if constexpr (spec.rhs_scale == ScaleTile::k128x128 && !kCasts) {
-      const int rows = ceil_div(params.n, 128), columns = round_up(end_step, 4);
-      const int row = min(block.n / 128, rows - 1);
+      const int rows = ceil_div(params.n, kScaleBlock), columns = round_up(end_step, 4);
+      const int row = min(block.n / kScaleBlock, rows - 1);
       rhs_scales = params.rhs_scale_data + (int64_t{rhs_group} * rows + row) * columns;
       next_block = row + 1 < rows ? columns : 0;
     }
@@ -82,9 +83,11 @@ struct Producer {
     const uint32_t full = address(&shared.full[stage]);
     mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? lhs_scale_bytes : 0));
     if constexpr (!kCasts) {
-      load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step, rhs_row);
+      load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step,
+                                                   rhs_row);
     }
-    load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step, lhs_row);
+    load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,
+                                                 lhs_row);
     const uint32_t lhs_slot = address(shared.lhs_scale[stage]);
     const uint32_t rhs_slot = address(shared.rhs_scale[stage]);
     if constexpr (kAnyRow) {
@@ -128,7 +131,8 @@ struct Producer {
   // there are. The second block of a cluster may begin past the last row.
   FP8GEMM_DEVICE void begin_any_row(int m) {
     const int first = min(m, params.m - 1) / 4 * 4;
-    const int rows = min(spec.block_m + extra_scale_rows(spec.variant), round_up(params.m, 4) - first);
+    const int rows =
+        min(spec.block_m + extra_scale_rows(spec.variant), round_up(params.m, 4) - first);
     lhs_scales = params.lhs_scale_data + first;
     lhs_scale_bytes = 4 * rows;
   }
@@ -143,7 +147,9 @@ struct Producer {
     static_assert(scale_blocks(spec.block_n) <= 2);
     const float* from = rhs_scales + (step & ~3);
     cp_async_bulk(to, from, 16, full);
-    if constexpr (scale_blocks(spec.block_n) == 2) cp_async_bulk(to + 16, from + next_block, 16, full);
+    if constexpr (scale_blocks(spec.block_n) == 2) {
+      cp_async_bulk(to + 16, from + next_block, 16, full);
+    }
   }
 };
 

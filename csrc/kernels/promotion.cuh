@@ -1,5 +1,6 @@
 // One step of k: four tensor-core instructions into a partial sum, then partial times scales into
-// fp32 registers. The tensor core keeps 13 bits of its sums, so nothing deeper than 128 stays there.
+// fp32 registers. The tensor core keeps 13 bits of its sums, so nothing deeper than 128 stays
+// there.
 //
 // Register layout of a 64-row accumulator (PTX ISA, "Register fragments for wgmma.m64nNk32"):
 // thread `lane` of warp w holds, for each 8 columns j, the four values
@@ -8,6 +9,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "shared_memory.cuh"
 
@@ -49,14 +51,15 @@ FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
 // Scales of a thread's values where rhs has one per 128 columns (or per tensor): lhs scale · rhs
 // scale, for each of two rows and each block of columns.
 //
-// NOTE: make them before start_partial(). After it the assembler puts loads and products where it likes
-// between the tensor core's instructions, and the last of those may wait for them: up to 15 % longer.
+// NOTE: make them before start_partial(). After it the assembler puts loads and products where it
+// likes between the tensor core's instructions, and the last of those may wait for them: up to 15 %
+// longer.
 template <GemmSpec spec>
 struct BlockScales {
   static constexpr int kBlocks =
       spec.rhs_scale == ScaleTile::k128x128 ? scale_blocks(spec.block_n) : 1;
   // Whether the border between two scale blocks can fall anywhere inside the columns.
-  static constexpr bool kFloating = kBlocks > 1 && spec.block_n % 128 != 0;
+  static constexpr bool kFloating = kBlocks > 1 && spec.block_n % kScaleBlock != 0;
   // Columns between which no border can fall: the largest power of two in block_n.
   static constexpr int kRun = spec.block_n & -spec.block_n;
 
@@ -89,7 +92,7 @@ FP8GEMM_DEVICE void promote(float (&sums)[kSums], const float (&partial)[kRegist
   for (int i = 0; i < kRegisters; i += 4) {
     const int column = 2 * (kBefore + i);
     float* const sum = sums + kBefore + i;
-    Float2 s = scales.of_block(Scales::kBlocks == 1 ? 0 : column / 128);
+    Float2 s = scales.of_block(Scales::kBlocks == 1 ? 0 : column / kScaleBlock);
     if constexpr (Scales::kFloating) {
       s = column / Scales::kRun * Scales::kRun < border ? scales.of_block(0) : scales.of_block(1);
     }

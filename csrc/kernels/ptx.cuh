@@ -32,9 +32,8 @@ FP8GEMM_DEVICE uint32_t cluster_ctarank() {
 // Data movement: elect.sync. True in one lane of the warp.
 FP8GEMM_DEVICE bool elect_sync() {
   uint32_t elected;
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
-      : "=r"(elected));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
   return elected;
 }
 
@@ -232,7 +231,7 @@ FP8GEMM_DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// ---- Shared memory (Data movement: ld, st, stmatrix) ---------------------------------------------
+// ---- Shared memory (Data movement: ld, st, stmatrix) --------------------------------------------
 
 FP8GEMM_DEVICE float ld_shared(uint32_t address) {
   float value;
@@ -290,7 +289,7 @@ FP8GEMM_DEVICE void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32
                : "memory");
 }
 
-// ---- Global memory (Data movement: ld, st) -------------------------------------------------------
+// ---- Global memory (Data movement: ld, st) ------------------------------------------------------
 
 struct alignas(16) Words4 {
   uint32_t x, y, z, w;
@@ -332,9 +331,7 @@ FP8GEMM_DEVICE void cp_async_4(uint32_t destination, const void* source, bool ex
                : "memory");
 }
 
-FP8GEMM_DEVICE void cp_async_commit_group() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
+FP8GEMM_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until all but the latest `kPending` groups of copies have landed.
 template <int kPending>

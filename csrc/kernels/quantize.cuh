@@ -11,6 +11,7 @@
 
 #include "group_walk.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
@@ -50,9 +51,9 @@ FP8GEMM_DEVICE bool find_tile(const QuantizeParams& params, TokenTile& tile) {
 
 template <QuantizeSpec spec>
 struct QuantizeShared {
-  alignas(16) float largest[8][128];  // of a column, in each warp's rows
-  Scale<spec.pow2> column[128];       // of the transposed copy
-  alignas(128) Words2 tile[128 * 16];  // the transposed copy: 128 bytes for each column
+  alignas(16) float largest[8][kScaleBlock];   // of a column, in each warp's rows
+  Scale<spec.pow2> column[kScaleBlock];        // of the transposed copy
+  alignas(128) Words2 tile[kScaleBlock * 16];  // the transposed copy: 128 bytes for each column
 };
 
 template <QuantizeSpec spec>
@@ -61,6 +62,8 @@ struct Quantizer {
   using ScaleOf = Scale<spec.pow2>;
   static constexpr bool kBlocks = spec.tile == ScaleTile::k128x128;
   static constexpr int kRows = kThreadRows<spec>;
+  static_assert(quantize_threads(spec) * kRows * 8 == tile_rows(spec) * kScaleBlock,
+                "the threads of plan.cuh do not cover a tile");
 
   const QuantizeParams& params;
   Shared& shared;
@@ -73,7 +76,7 @@ struct Quantizer {
       : params(p),
         shared(s),
         tokens(t),
-        first_column(blockIdx.x * 128),
+        first_column(blockIdx.x * kScaleBlock),
         slot(threadIdx.x / 16),
         column(threadIdx.x % 16 * 8) {}
 
@@ -94,9 +97,10 @@ struct Quantizer {
       if constexpr (spec.transposed) share_largest_of_columns();
       if constexpr (spec.rows) quantize_rows();
       if constexpr (spec.transposed) {
-        values.unpack_again(params.pitch % 128);  // 0: in this copy tokens come in whole tiles
+        values.unpack_again(params.pitch %
+                            kScaleBlock);  // 0: in this copy tokens come in whole tiles
         __syncthreads();
-        if (threadIdx.x < 128) make_column_scale(threadIdx.x);
+        if (threadIdx.x < kScaleBlock) make_column_scale(threadIdx.x);
         __syncthreads();
         const ScaleOf* own = shared.column + column;
         store_transposed([&](int j) { return own[j]; });
@@ -135,16 +139,17 @@ struct Quantizer {
     for (int warp = 1; warp < 8; ++warp) largest = max_nan(largest, shared.largest[warp][at]);
     const ScaleOf scale = ScaleOf::of(largest);
     shared.column[at] = scale;
-    const int steps = params.pitch / 128, all = round_up4(params.k);
-    const int64_t line = int64_t{tokens.batch} * steps + tokens.position / 128;
+    const int steps = params.pitch / kScaleBlock, all = round_up4(params.k);
+    const int64_t line = int64_t{tokens.batch} * steps + tokens.position / kScaleBlock;
     if (first_column + at < params.k) {
       params.transposed_scale[line * all + first_column + at] = scale.value;
     }
   }
 
   FP8GEMM_DEVICE void store_block_scale(float scale) {
-    const int row_tile = tokens.first / 128, column_tile = blockIdx.x;
-    const int row_tiles = (params.m + 127) / 128, column_tiles = (params.k + 127) / 128;
+    const int row_tile = tokens.first / kScaleBlock, column_tile = blockIdx.x;
+    const int row_tiles = ceil_div(params.m, kScaleBlock);
+    const int column_tiles = ceil_div(params.k, kScaleBlock);
     if constexpr (spec.rows) {
       const int64_t line = int64_t{tokens.batch} * row_tiles + row_tile;
       params.rows_scale[line * round_up4(column_tiles) + column_tile] = scale;
@@ -158,7 +163,8 @@ struct Quantizer {
   // ---- The copy as it lies ----
 
   FP8GEMM_DEVICE void quantize_rows() {
-    const int64_t line = int64_t{tokens.batch} * ((params.k + 127) / 128) + first_column / 128;
+    const int64_t line =
+        int64_t{tokens.batch} * ceil_div(params.k, kScaleBlock) + first_column / kScaleBlock;
     const int own = threadIdx.x % 16;  // of kAtOnce rows: which one this lane has the scale of
     float* scales = params.rows_scale + line * round_up4(params.m) + row(own);
     uint8_t* to = first_row();
@@ -240,6 +246,8 @@ FP8GEMM_DEVICE void quantize_tile(const QuantizeParams& params) {
 
 template <QuantizeSpec spec>
 FP8GEMM_DEVICE void quantize_kernel(const QuantizeParams& params) {
+  static_assert(!why_illegal(spec),
+                "a spec that parse_quantize_spec() should have refused: see plan.cuh");
   if constexpr (spec.source == Source::kSwigluBackward) {
     swiglu_backward<spec>(params);
   } else if constexpr (spec.tile == ScaleTile::k1xK) {

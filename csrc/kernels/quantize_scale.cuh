@@ -7,7 +7,7 @@
 
 namespace fp8gemm {
 
-constexpr float kLargest = 448.0f;           // finite e4m3
+constexpr float kLargest = 448.0f;            // finite e4m3
 constexpr float kSmallestNormal = 0x1p-126f;  // fp32
 
 // What a value is multiplied by to become FP8, and what undoes it.
@@ -36,8 +36,8 @@ struct Scale {
   }
 };
 
-// Adds up, or the like, each of kCount values over kLanes lanes. Lane i gets value i % kCount: a step
-// hands half of the values over and keeps the others, so later steps have fewer.
+// Adds up, or the like, each of kCount values over kLanes lanes. Lane i gets value i % kCount: a
+// step hands half of the values over and keeps the others, so later steps have fewer.
 template <int kLanes, int kCount, class Combine>
 FP8GEMM_DEVICE float over_lanes(float (&values)[kCount], Combine combine) {
 #pragma unroll

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 
@@ -225,11 +226,12 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
 
 // The scales [rows↑4] of FP8 rows' step of 128 that `column` lies in.
 FP8GEMM_DEVICE const float* scales_of(const QuantizeParams& params, int batch, int k, int column) {
-  const int steps = (k + 127) / 128, rows = round_up4(params.x_rows);
-  return params.x_scale + (int64_t{batch} * steps + min(column / 128, steps - 1)) * rows;
+  const int steps = ceil_div(k, kScaleBlock), rows = round_up4(params.x_rows);
+  return params.x_scale + (int64_t{batch} * steps + min(column / kScaleBlock, steps - 1)) * rows;
 }
 
-// FP8 rows with one scale for each 128 columns. They stay packed, as f16, which holds every FP8 number.
+// FP8 rows with one scale for each 128 columns. They stay packed, as f16, which holds every FP8
+// number.
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFp8)
 struct Values<spec> : PackedTile<Float::kF16, kThreadRows<spec>> {
@@ -268,9 +270,7 @@ struct Values<spec> : PackedTile<Float::kF16, kThreadRows<spec>> {
 constexpr float kLog2E = 1.4426950408889634f;
 
 // sigmoid(x) = 1 / (1 + 2^power), power = −x · log₂ e; 0 where it is below 2⁻¹²⁶.
-FP8GEMM_DEVICE float sigmoid_of_power(float power) {
-  return rcp_approx(1.0f + exp2_approx(power));
-}
+FP8GEMM_DEVICE float sigmoid_of_power(float power) { return rcp_approx(1.0f + exp2_approx(power)); }
 
 // silu(gate) · up · row weight, in fp32. x: [rows, 2k], gate beside up.
 //
@@ -280,7 +280,7 @@ FP8GEMM_DEVICE float sigmoid_of_power(float power) {
 template <QuantizeSpec spec>
   requires(spec.source == Source::kSwiglu)
 struct Values<spec> : FloatTile<kThreadRows<spec>> {
-  static_assert(spec.type != Float::kF32, "SwiGLU takes 16-bit floats");
+  static_assert(sizeof(SwigluOperands) == shared_bytes(spec));
 
   FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
     auto& tile = *reinterpret_cast<SwigluOperands*>(dynamic_shared());
@@ -305,7 +305,8 @@ struct Values<spec> : FloatTile<kThreadRows<spec>> {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float g = unpack<spec.type>(gates[j / 2], j % 2);
-        this->one[i][j] = g * sigmoid_of_power(g * -kLog2E) * unpack<spec.type>(ups[j / 2], j % 2) * weight;
+        this->one[i][j] =
+            g * sigmoid_of_power(g * -kLog2E) * unpack<spec.type>(ups[j / 2], j % 2) * weight;
       }
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
@@ -50,9 +51,6 @@ FP8GEMM_DEVICE float largest_of_block(float largest) {
 
 template <QuantizeSpec spec>
 FP8GEMM_DEVICE void quantize_whole_row(const QuantizeParams& params) {
-  static_assert(spec.source == Source::kFloat && spec.rows && !spec.transposed && !spec.grouped &&
-                    !spec.gather && !spec.pair,
-                "1xk scales: only of floats, as they lie");
   const int64_t batch = int64_t{blockIdx.z} * params.grid_y + blockIdx.y;
   if (batch >= params.batch) return;
   const int64_t row = batch * params.m + blockIdx.x;

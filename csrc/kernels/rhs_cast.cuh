@@ -6,6 +6,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
@@ -104,7 +105,8 @@ struct Caster {
   // NOTE: what casting takes is its waits, one after the other, in a single warp of each scheduler.
   // So the next tile is read while this one is written, if it is there by then. measure() has no
   // condition, which would keep it apart from what it should run beside. A slot is given back once
-  // its largest is known, and so all of it in registers: right after the loads, a copy overtook them.
+  // its largest is known, and so all of it in registers: right after the loads, a copy overtook
+  // them.
   FP8GEMM_DEVICE void run() {
     RingPosition<kCastSlots> from{0, 0};
     RingPosition<spec.stages> to{0, 1};  // parity 1: the stages begin empty
@@ -164,8 +166,8 @@ struct Caster {
     const uint16_t* from = &shared.cast.tile[slot][row + b * kNextRow][column + b * kNextColumn];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const Words4 v = *reinterpret_cast<const Words4*>(from + 128 * i);
-      uint32_t(&two)[4] = blocks[b].two[i];
+      const Words4 v = *reinterpret_cast<const Words4*>(from + kBlockK * i);
+      uint32_t (&two)[4] = blocks[b].two[i];
       two[0] = v.x, two[1] = v.y, two[2] = v.z, two[3] = v.w;
     }
   }
@@ -194,7 +196,7 @@ struct Caster {
     float result = 0;
     const float* of_warps = shared.cast.largest[turn];
     turn ^= 1;
-    bar_sync(kCastBarrier, kCastWarps * 32);
+    bar_sync(kCastBarrier, kCastWarps * kWarpThreads);
 #pragma unroll
     for (int i = 0; i < kCastWarps; ++i) result = max_nan(result, of_warps[i]);
     return result;

@@ -3,6 +3,7 @@
 
 #include "group_walk.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "shared_memory.cuh"
 
 namespace fp8gemm {
@@ -70,8 +71,7 @@ struct Scheduler {
     const bool along_k = spec.variant == Variant::kRaggedContracting;
     const int extent = walk.extent;  // rows, or steps of k
     const int rows = along_k ? params.m : extent;
-    Block block =
-        place(index - walk.first_block, ceil_div(rows, spec.block_m * kClusterM));
+    Block block = place(index - walk.first_block, ceil_div(rows, spec.block_m * kClusterM));
     block.group = walk.group;
     block.first_step = along_k ? walk.start : 0;
     block.steps = along_k ? extent : ceil_div(params.k, kBlockK);

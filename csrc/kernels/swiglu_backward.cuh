@@ -1,5 +1,5 @@
-// SwiGLU's backward pass: gradients to gate and up and the recomputed product, quantised as rows and
-// transposed, in one pass over tiles of 128 rows × 128 columns.
+// SwiGLU's backward pass: gradients to gate and up and the recomputed product, quantised as rows
+// and transposed, in one pass over tiles of 128 rows × 128 columns.
 //
 // One CTA stays on each multiprocessor and takes every gridDim.x-th tile. While it works on a tile,
 // the operands of the next one, and soon of the one after it, are on their way into shared memory.
@@ -12,6 +12,7 @@
 
 #include "group_walk.cuh"
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 #include "quantize_scale.cuh"
@@ -34,17 +35,19 @@ struct BackwardTiles {
 
   // Numbers never go back. Tiles past the last one have no rows.
   FP8GEMM_DEVICE BackwardTile find(const QuantizeParams& params, int number) {
-    const int tiles = params.k / 128, index = number / tiles, columns = number - index * tiles;
+    const int tiles = params.k / kScaleBlock, index = number / tiles,
+              columns = number - index * tiles;
     if (index >= row_tiles(spec, params)) return {};
     if constexpr (!spec.grouped) {
-      return {columns, index, index * 128, min(128, params.m - index * 128)};
+      return {columns, index, index * kScaleBlock,
+              min(kScaleBlock, params.m - index * kScaleBlock)};
     } else {
       Walk walk = own_walk();
-      walk.find(params, index, 1, 128);
+      walk.find(params, index, 1, kScaleBlock);
       own_walk() = walk;
       if (walk.past_end || walk.group == params.groups) return {};
-      const int before = (index - walk.first_block) * 128;
-      return {columns, index, walk.start + before, min(128, walk.extent - before)};
+      const int before = (index - walk.first_block) * kScaleBlock;
+      return {columns, index, walk.start + before, min(kScaleBlock, walk.extent - before)};
     }
   }
 };
@@ -79,7 +82,7 @@ struct SwigluBackward {
     if (is_finder()) tiles.start();
     if (threadIdx.x == 0) {
       for (uint64_t& barrier : shared.barrier) {
-        mbarrier_init(shared_address(&barrier), kBackwardThreads / 32);
+        mbarrier_init(shared_address(&barrier), kBackwardThreads / kWarpThreads);
       }
     }
 #pragma unroll 1  // the less code, the sooner it is there
@@ -99,7 +102,9 @@ struct SwigluBackward {
       arrive(kLargest);
       store_rows(n, kGate);
       wait(kLargest, n);
-      if (threadIdx.x < 3 * 128) make_column_scale(n, threadIdx.x / 128, threadIdx.x % 128);
+      if (threadIdx.x < 3 * kScaleBlock) {
+        make_column_scale(n, threadIdx.x / kScaleBlock, threadIdx.x % kScaleBlock);
+      }
       if (is_finder()) find(tiles, n + 2);  // it has no columns to scale
       arrive(kScales);
       store_rows(n, kUp);
@@ -116,8 +121,8 @@ struct SwigluBackward {
  private:
   // ---- Barriers, one phase for each tile ----
   //
-  // A warp says that it has come as far, and between that and waiting for the others does what needs
-  // none of them.
+  // A warp says that it has come as far, and between that and waiting for the others does what
+  // needs none of them.
 
   // What lies in shared memory: columns' largest; their scales, with these the tile after the next
   // one; and their copies.
@@ -156,8 +161,8 @@ struct SwigluBackward {
     const int warp_lane = threadIdx.x % 32, first = threadIdx.x / 32 * 8;  // row
     const int64_t k = params.k;
     const int row = warp_lane / 8, byte = warp_lane % 8 * 16;
-    const uint8_t* x = static_cast<const uint8_t*>(params.x) +
-                       (tile.first + first + row) * 2 * k + (tile.columns * 128 + byte);
+    const uint8_t* x = static_cast<const uint8_t*>(params.x) + (tile.first + first + row) * 2 * k +
+                       (tile.columns * kScaleBlock + byte);
 #pragma unroll
     for (int i = 0; i < 8; i += 4, x += 4 * 2 * k) {
       const bool exists = first + row + i < tile.count;
@@ -166,7 +171,7 @@ struct SwigluBackward {
     }
     const int half = warp_lane / 16;
     const uint16_t* gradient =
-        params.gradient + (tile.first + first + half) * k + (tile.columns * 128 + lane * 8);
+        params.gradient + (tile.first + first + half) * k + (tile.columns * kScaleBlock + lane * 8);
 #pragma unroll
     for (int i = 0; i < 8; i += 2, gradient += 2 * k) {
       const bool exists = first + half + i < tile.count;
@@ -178,15 +183,14 @@ struct SwigluBackward {
   FP8GEMM_DEVICE void copy_row_factor(const BackwardTile& tile, BackwardOperands::Rows& to,
                                       int which, int at) const {
     const int row = threadIdx.x / 32 * 8 + at;
-    const float* from =
-        which < 2 ? params.x_scale + scale_line(tile, which) : params.row_weight;
+    const float* from = which < 2 ? params.x_scale + scale_line(tile, which) : params.row_weight;
     cp_async_4(shared_address(&to.row_factor[which][at]), from + (tile.first + row),
                row < tile.count);
   }
 
   // Where the tile's line of gate (0) or up (1) begins in scales of rows [2k/128, m↑4].
   FP8GEMM_DEVICE int64_t scale_line(const BackwardTile& tile, int side) const {
-    const uint32_t line = tile.columns + side * (params.k / 128), rows = params.m;
+    const uint32_t line = tile.columns + side * (params.k / kScaleBlock), rows = params.m;
     return uint64_t{line} * ((rows + 3) / 4 * 4);
   }
 
@@ -198,9 +202,9 @@ struct SwigluBackward {
   //   the product       row weight · gate · s · up
   // and for each row dy · gate · s · up, summed over the tile's columns.
   //
-  // NOTE: between the rows the last tile's transposed copies are written. Elsewhere warps would wait
-  // for each other's stores; here they have enough to do. All operands are read before, since no read
-  // moves up past the wait.
+  // NOTE: between the rows the last tile's transposed copies are written. Elsewhere warps would
+  // wait for each other's stores; here they have enough to do. All operands are read before, since
+  // no read moves up past the wait.
   FP8GEMM_DEVICE void compute(unsigned n) {
     const auto& from = operands(n).rows;
     const int64_t line = n > 0 ? first_line(n - 1) : 0;
@@ -278,7 +282,7 @@ struct SwigluBackward {
     const BackwardTile tile = shared.tile[n % 4];
     const int64_t pitch = 2 * int64_t{params.k};
     uint8_t* to = params.rows + (tile.first + slot * 4) * pitch +
-                  (side * params.k + tile.columns * 128 + lane * 8);
+                  (side * params.k + tile.columns * kScaleBlock + lane * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i, to += pitch) {
       const float reciprocal = __shfl_sync(~0u, row_reciprocal, side * 4 + i, 16);
@@ -321,7 +325,7 @@ struct SwigluBackward {
     float* to = which == kGate ? params.transposed_scale
                 : which == kUp ? params.up_transposed_scale
                                : params.activation_scale;
-    to[int64_t{tile.tokens} * params.k + (tile.columns * 128 + column)] = scale.value;
+    to[int64_t{tile.tokens} * params.k + (tile.columns * kScaleBlock + column)] = scale.value;
   }
 
   // Writes the transposed tiles to shared memory. A word, four rows of a column, is moved by an
@@ -331,8 +335,8 @@ struct SwigluBackward {
     for (int which = 0; which < 3; ++which) {
       float reciprocal[8];
       const float* own = shared.reciprocal[which] + 4 * lane;
-      load4(reinterpret_cast<float(&)[4]>(reciprocal[0]), own);
-      load4(reinterpret_cast<float(&)[4]>(reciprocal[4]), own + 64);
+      load4(reinterpret_cast<float (&)[4]>(reciprocal[0]), own);
+      load4(reinterpret_cast<float (&)[4]>(reciprocal[4]), own + 64);
       uint32_t* to = shared.transposed[which][lane * 8] + (slot ^ (2 * lane));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -352,7 +356,8 @@ struct SwigluBackward {
   // Where this thread's first line of the n-th tile begins in the transposed copies.
   FP8GEMM_DEVICE int64_t first_line(unsigned n) const {
     const BackwardTile tile = shared.tile[n % 4];
-    return (tile.columns * 128 + first_column()) * int64_t{params.pitch} + tile.tokens * 128;
+    return (tile.columns * kScaleBlock + first_column()) * int64_t{params.pitch} +
+           tile.tokens * kScaleBlock;
   }
 
   FP8GEMM_DEVICE void store_lines(int64_t line, int which) const {
@@ -362,7 +367,7 @@ struct SwigluBackward {
                                  : params.activation;
     to += line + chunk * 16;
 #pragma unroll
-    for (int i = 0; i < 128; i += 64, to += 64 * int64_t{params.pitch}) {
+    for (int i = 0; i < kScaleBlock; i += 64, to += 64 * int64_t{params.pitch}) {
       const int column = first_column() + i, moved = 2 * (column / 8);
       const uint32_t* from = shared.transposed[which][column];
       const Words2 low = *reinterpret_cast<const Words2*>(from + ((chunk * 4) ^ moved));
@@ -374,9 +379,9 @@ struct SwigluBackward {
 
 template <QuantizeSpec spec>
 FP8GEMM_DEVICE void swiglu_backward(const QuantizeParams& params) {
-  static_assert(spec.rows && spec.transposed && spec.tile == ScaleTile::k1x128 && spec.aligned &&
-                    !spec.gather && !spec.pair,
-                "SwiGLU backward writes all copies, of whole tiles of columns");
+  static_assert(sizeof(BackwardShared) == shared_bytes(spec));
+  static_assert(quantize_threads(spec) * 4 * 8 == tile_rows(spec) * kScaleBlock,
+                "the threads of plan.cuh do not cover a tile");
   SwigluBackward<spec>(params, *reinterpret_cast<BackwardShared*>(dynamic_shared())).run();
 }
 

@@ -1,5 +1,5 @@
-// Runs what casts weights in a product, as one CTA: the producer of weights, the casting warps, and a
-// warp in the place of the consumers that writes down every tile it is given.
+// Runs what casts weights in a product, as one CTA: the producer of weights, the casting warps, and
+// a warp in the place of the consumers that writes down every tile it is given.
 #pragma once
 
 #include "rhs_cast.cuh"
@@ -7,7 +7,7 @@
 namespace fp8gemm {
 
 constexpr int kConsumerWarp = kCastWarps, kProducerWarp = kConsumerWarp + 1;
-using Shared = SharedMemory<kSpec, 0, 0>;
+using Shared = SharedMemory<kSpec>;
 
 struct Results {
   uint8_t* values;  // [steps of all blocks, 128 rows of rhs, 128 of k]

@@ -18,7 +18,7 @@ import subprocess
 import numpy as np
 
 from jax_fp8gemm._bind import native as _native
-from jax_fp8gemm._bind.quantize_op import CastSpec, attributes
+from jax_fp8gemm._bind.quantize_op import QUANTIZE, CastSpec, attributes
 
 HERE = pathlib.Path(__file__).parent
 KERNELS = HERE.parent.parent / "csrc" / "kernels"
@@ -46,16 +46,16 @@ def params_type() -> type[ctypes.Structure]:
 Params = params_type()
 
 
-def specification(static: CastSpec, dtype, m: int, k: int) -> dict[str, int | str]:
+def specification(spec: CastSpec, dtype, m: int, k: int) -> dict[str, int | str]:
     """Returns the attributes as `_native.compile` takes them."""
-    found = attributes(static, dtype, m, k)
+    found = attributes(spec, dtype, m, k)
     return {k: v if isinstance(v, str) else int(v) for k, v in found.items()}
 
 
-def build(static: CastSpec, operands, folder: pathlib.Path) -> ctypes.CDLL:
+def build(spec: CastSpec, operands, folder: pathlib.Path) -> ctypes.CDLL:
     """Compiles the kernel for these operands for the CPU, or finds it in `folder`."""
-    _, m, k, _ = static.sizes(operands)
-    wanted = specification(static, operands[0].dtype, m, k)
+    _, m, k, _ = spec.sizes(operands)
+    wanted = specification(spec, operands[0].dtype, m, k)
     own = folder / "_".join(map(str, wanted.values()))
     if not own.exists():
         text = _native.compile(wanted)["source"]
@@ -101,11 +101,11 @@ class Buffer:
         return all(np.all(part == self.guard) for part in around)
 
 
-def result_names(static: CastSpec) -> list[str]:
+def result_names(spec: CastSpec) -> list[str]:
     """Returns the fields of QuantizeParams that take the results, in order."""
-    copies = [name for name in ("rows", "transposed") if getattr(static, name)]
+    copies = [name for name in ("rows", "transposed") if getattr(spec, name)]
     last = []
-    if static.source == "swiglu_backward":
+    if spec.source == "swiglu_backward":
         copies += ["up_transposed", "activation"]
         last = ["row_weight_gradient"]
     return [name + part for name in copies for part in ("", "_scale")] + last
@@ -113,7 +113,7 @@ def result_names(static: CastSpec) -> list[str]:
 
 def run(
     library: ctypes.CDLL,
-    static: CastSpec,
+    spec: CastSpec,
     operands: list[np.ndarray],
     *,
     reverse: bool,
@@ -122,20 +122,20 @@ def run(
     """Runs the kernel on the grid of ffi_quantize.cpp and returns its results by name.
 
     Args:
-      operands: as quantize_p takes them, scales in the kernel's layout.
+      operands: as the kernel takes them, scales in its layout.
       reverse: the last thread first.
       harm: added to fields of QuantizeParams, to see whether errors show.
     """
-    named = static.named(operands)
+    named = spec.named(operands)
     inputs = {name: Buffer(x.shape, x.dtype, x) for name, x in named.items()}
-    shapes = static.results(operands)
-    names = result_names(static)
+    shapes = QUANTIZE.results(spec, operands)
+    names = result_names(spec)
     results = {n: Buffer(*result) for n, result in zip(names, shapes, strict=True)}
 
-    batch, m, k, tokens = static.sizes(operands)
-    groups = len(named["group_sizes"]) if static.grouped else 0
-    pitch = tokens if static.transposed else m
-    k = k // 2 if static.source == "swiglu_backward" else k
+    batch, m, k, tokens = spec.sizes(operands)
+    groups = len(named["group_sizes"]) if spec.grouped else 0
+    pitch = tokens if spec.transposed else m
+    k = k // 2 if spec.source == "swiglu_backward" else k
     params = Params(m=m, k=k, x_rows=named["x"].shape[1], pitch=pitch, groups=groups, batch=batch)
     params.grid_y = GRID_Y
     for name, buffer in {**inputs, **results}.items():

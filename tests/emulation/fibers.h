@@ -7,10 +7,11 @@
 // as a wrong result in one of them.
 #pragma once
 
+#include <ucontext.h>
+
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
-#include <ucontext.h>
 
 namespace emulation {
 
@@ -35,8 +36,8 @@ static std::jmp_buf scheduler;
 static int current;  // fiber
 static void (*body)();
 static Index thread_index, block_index, grid;
-static int threads;  // of a CTA
-static int arrivals;  // at barriers, so far
+static int threads;        // of a CTA
+static int arrivals;       // at barriers, so far
 static char failure[256];  // the first one; empty: all is well
 
 inline void fail(const char* what, const char* where = "", int line = 0) {
@@ -136,16 +137,16 @@ T exchange(T value, int source) {
 
 }  // namespace emulation
 
-// ---- What -fsanitize=alignment,bounds,signed-integer-overflow calls ------------------------------
+// ---- What -fsanitize=alignment,bounds,signed-integer-overflow calls -----------------------------
 
 struct SourceLocation {
   const char* file;
   uint32_t line, column;
 };
 
-#define HANDLER(name, what)                                                                \
+#define HANDLER(name, what)                                                                   \
   extern "C" void __ubsan_handle_##name(const SourceLocation* at, const void*, const void*) { \
-    emulation::fail(what, at->file, int(at->line));                                        \
+    emulation::fail(what, at->file, int(at->line));                                           \
   }
 HANDLER(type_mismatch_v1, "misaligned or null access")
 HANDLER(out_of_bounds, "index out of bounds")

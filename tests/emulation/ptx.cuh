@@ -22,9 +22,13 @@
 #define gridDim emulation::grid
 
 template <class T>
-constexpr T min(T a, T b) { return b < a ? b : a; }
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <class T>
-constexpr T max(T a, T b) { return a < b ? b : a; }
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
@@ -74,8 +78,8 @@ inline uint8_t* dynamic_shared() {
 }
 inline void* shared_address(void* pointer) { return pointer; }
 
-// What was copied is there once it was waited for, and poison until then. Where it does not exist it
-// is not read.
+// What was copied is there once it was waited for, and poison until then. Where it does not exist
+// it is not read.
 struct Copy {
   void* destination;
   const void* source;
@@ -146,7 +150,9 @@ inline void cp_async_bulk_tensor_3d(void* to, const TensorMap& map, void*, int x
 
 inline bool elect_sync() { return threadIdx.x % 32 == 0; }
 template <class T>
-T warp_uniform(T value) { return __shfl_sync(~0u, value, 0); }
+T warp_uniform(T value) {
+  return __shfl_sync(~0u, value, 0);
+}
 
 inline void bar_sync(int number, int threads) {
   static emulation::Barrier barriers[16];

@@ -25,44 +25,45 @@ from shapes import GROUPS
 from test_gemm_gpu import poison
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._bind.quantize_op import quantize_p
+from jax_fp8gemm._bind.op import bind_primitive
+from jax_fp8gemm._bind.quantize_op import QUANTIZE
 from jax_fp8gemm._core.layout import BLOCKS
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def kernel(*operands, static):
-    return quantize_p.bind(*operands, static=static)
+@functools.partial(jax.jit, static_argnames="spec")
+def kernel(*operands, spec):
+    return bind_primitive(QUANTIZE, spec, operands)
 
 
-def run(static, given) -> dict:
+def run(spec, given) -> dict:
     """What the kernel writes, on poisoned memory."""
     poison()
-    results = map(np.asarray, kernel(*given, static=static))
-    return written(static, given, zip(emulate.result_names(static), results, strict=True))[0]
+    results = map(np.asarray, kernel(*given, spec=spec))
+    return written(spec, given, zip(emulate.result_names(spec), results, strict=True))[0]
 
 
 @pytest.mark.parametrize("extremes", [False, True], ids=["finite", "nan_inf"])
 @pytest.mark.parametrize("name", DENSE)
 def test_dense(name, extremes):
-    static, dtype = DENSE[name]
-    for given in dense_cases(static, dtype, extremes):
+    spec, dtype = DENSE[name]
+    for given in dense_cases(spec, dtype, extremes):
         for _ in range(2):
-            compare(static, given, run(static, given))
+            compare(spec, given, run(spec, given))
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_grouped(name):
-    static, dtype = GROUPED[name]
-    for given in grouped_cases(static, dtype, [groups for groups in GROUPS if groups.m]):
+    spec, dtype = GROUPED[name]
+    for given in grouped_cases(spec, dtype, [groups for groups in GROUPS if groups.m]):
         for _ in range(2):
-            compare(static, given, run(static, given))
+            compare(spec, given, run(spec, given))
 
 
 @pytest.mark.parametrize("name", SWIGLU)
 def test_swiglu(name):
-    static, dtype = SWIGLU[name]
-    cases = list(swiglu_cases(static, dtype))
-    same = [compare_swiglu(static, given, run(static, given)) for given in cases]
+    spec, dtype = SWIGLU[name]
+    cases = list(swiglu_cases(spec, dtype))
+    same = [compare_swiglu(spec, given, run(spec, given)) for given in cases]
     assert np.mean(np.concatenate(same)) > 0.99  # exp and 1 / x are approximate
 
 
