@@ -26,9 +26,15 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 IGNORED = {
     "shared_bytes": "memory plan: follows from the spec, csrc/kernels/plan.cuh",
     "store": "memory plan: likewise",
-    "aligned": "whether rows of a GEMM's result are whole 16 bytes; `store` followed from it before",
+    "aligned": "whether rows of a GEMM's result are whole 16 bytes; `store` followed from it",
     "num_sms": "stored only where the user limits it",
     "pair": "whether a bf16 rhs lies in two arrays; was seen from shapes",
+}
+
+# Programs that may differ, with the reason: since the last release.
+EXPECTED = {
+    "moe_casts": "a bf16 rhs has operands of its own; its second array stood in the scale's place",
+    "ragged_casts": "likewise",
 }
 
 
@@ -247,7 +253,9 @@ def compare(old: pathlib.Path, new: pathlib.Path) -> int:
             differing += 1
             continue
         a, b = (normalized((folder / name).read_text()) for folder in (old, new))
-        if a != b:
+        if a != b and name.split(".")[0] in EXPECTED:
+            print(f"{name}: differs as expected: {EXPECTED[name.split('.')[0]]}")
+        elif a != b:
             differing += 1
             lines = list(difflib.unified_diff(a, b, lineterm="", n=0))
             print(f"{name}: {len(lines)} lines differ")

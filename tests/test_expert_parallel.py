@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_moe import FORWARD, dense_ffn, make_weights
+from dense_moe import FORWARD, dense_ffn, make_kernels, make_shared
 from jax.sharding import Mesh, PartitionSpec
 from numerics import calc_diff
 
@@ -16,7 +16,7 @@ from jax_fp8gemm._moe.exchange import make_slots
 
 P = PartitionSpec
 T, H, F, E, TOP_K = 32, 128, 128, 8, 3
-SPLIT = {"x": P("x"), "gate_kernel": P(), "wi_0": P("x"), "wi_1": P("x"), "wo": P("x")}
+SPLIT = {"x": P("x"), "gate_kernel": P(), "kernels": P("x")}
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -28,9 +28,8 @@ def parameters():
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (T, H), jnp.bfloat16)
     gate_kernel = jax.random.normal(keys[1], (H, E)) * 2 / H**0.5
-    wi_0, wi_1, wo = make_weights(keys[2], E, H, F)
-    shared = tuple(w[0].astype(jnp.bfloat16) for w in make_weights(keys[3], 1, H, F))
-    return {"x": x, "gate_kernel": gate_kernel, "wi_0": wi_0, "wi_1": wi_1, "wo": wo}, shared
+    kernels, shared = make_kernels(keys[2], E, H, F), make_shared(keys[3], H, F, jnp.bfloat16)
+    return {"x": x, "gate_kernel": gate_kernel, "kernels": kernels}, shared
 
 
 def layer(parameters, shared=None, **options):
@@ -87,8 +86,10 @@ def test_equals_one_device_with_all_gradients(parameters, alone, exchange, wire,
     assert calc_diff(gradients["x"], expected["x"]) < 2e-5
     assert calc_diff(gradients["gate_kernel"], expected["gate_kernel"]) < 1e-10
     for name in ("wi_0", "wi_1", "wo"):
-        assert calc_diff(gradients[name], expected[name]) < 1e-10, name
-    for a, b in zip(shared, expected_shared, strict=True):
+        got, right = (getattr(one["kernels"], name) for one in (gradients, expected))
+        assert calc_diff(got, right) < 1e-10, name
+    pairs = jax.tree.leaves(shared), jax.tree.leaves(expected_shared)
+    for a, b in zip(*pairs, strict=True):
         assert calc_diff(a, b) < 1e-5  # added up in bf16, the kernels' dtype
 
 
@@ -114,7 +115,8 @@ def test_beside_an_axis_of_data(parameters, alone):
     (expected_y, _), (expected, _) = alone
     assert calc_diff(y, expected_y) < 1e-5
     for name in ("wi_0", "wi_1", "wo"):
-        assert calc_diff(gradients[name], expected[name]) < 1e-10, name
+        got, right = (getattr(one["kernels"], name) for one in (gradients, expected))
+        assert calc_diff(got, right) < 1e-10, name
 
 
 def on_the_wire(text: str) -> list[str]:
@@ -154,7 +156,7 @@ def test_capacity_with_all_to_all_drops_tokens_of_a_full_device(parameters):
             late = np.cumsum(here.any(1)) > capacity
             kept[own][here & late[:, None]] = E
     assert (kept == E).any()
-    expected = dense_ffn(named["x"], kept, routing.gate_weights, *(named[n] for n in list(SPLIT)[2:]))
+    expected = dense_ffn(named["x"], kept, routing.gate_weights, named["kernels"])
     assert calc_diff(split, expected) < FORWARD
 
 
@@ -180,7 +182,7 @@ def test_slots_against_a_loop(key):
 def test_experts_that_do_not_split(parameters):
     named, _ = parameters
     six = {**named, "gate_kernel": named["gate_kernel"][:, :6]}
-    whole = {**SPLIT, "wi_0": P(), "wi_1": P(), "wo": P()}
+    whole = {**SPLIT, "kernels": P()}
     run = jax.shard_map(
         lambda p: layer(p, expert_axis="x")[0],
         mesh=mesh_of(4),
@@ -193,7 +195,7 @@ def test_experts_that_do_not_split(parameters):
         "moe: 6 experts do not split over 4 devices.\n"
         "  got       6 experts, mesh axis 'x' of 4 devices\n"
         "  expected  num_experts % 4 == 0\n"
-        "  fix      use a multiple of 4 experts, or fewer devices for them"
+        "  fix       use a multiple of 4 experts, or fewer devices for them"
     )
 
 
@@ -201,8 +203,8 @@ def test_experts_that_do_not_split(parameters):
     "options, text",
     [
         ({"expert_axis": "x"}, "no mesh axis 'x' here."),
-        ({"exchange": "ring"}, "unknown exchange."),
-        ({"wire": "int8"}, "unknown wire."),
+        ({"exchange": "ring"}, "exchange is unknown."),
+        ({"wire": "int8"}, "wire is unknown."),
     ],
 )
 def test_errors(parameters, options, text):

@@ -1,12 +1,13 @@
-"""expert_ffn against float32, and against their own data flow written as a loop."""
+"""expert_ffn against float32, and against its own data flow written as a loop."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_moe import FORWARD, GRADIENT, dense_ffn, make_weights
+from dense_moe import FORWARD, GRADIENT, dense_ffn, make_kernels
 from numerics import calc_diff
 
 import jax_fp8gemm as fp8
@@ -28,12 +29,13 @@ def choices(key, t=T, top_k=2, e=E):
 
 
 def with_gradients(function):
-    """Returns y and the gradients to x, weights, wi_0, wi_1, wo, in one jitted call."""
+    """Returns y and the gradients to x, gate_weights, wi_0, wi_1, wo, in one jitted call."""
 
     @jax.jit
     def run(x, experts, weights, kernels, dy):
-        y, pull = jax.vjp(lambda x, w, *ws: function(x, experts, w, *ws), x, weights, *kernels)
-        return y, *pull(dy.astype(y.dtype))
+        y, pull = jax.vjp(lambda x, w, ws: function(x, experts, w, ws), x, weights, kernels)
+        dx, d_weights, d_kernels = pull(dy.astype(y.dtype))
+        return y, dx, d_weights, d_kernels.wi_0, d_kernels.wi_1, d_kernels.wo
 
     return run
 
@@ -65,7 +67,7 @@ def test_against_float32_with_all_gradients(key, pattern):
     experts, weights = choices(key)
     experts = PATTERNS[pattern](experts)
     x, dy = tokens(key)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     got = block(x, experts, weights, kernels, dy)
     check(got, dense_block(x, experts, weights, kernels, dy))
     idle = [i for i in range(E) if not (experts == i).any()]
@@ -82,7 +84,7 @@ def test_against_float32_with_all_gradients(key, pattern):
 def test_odd_sizes(key, t, h, f, e, top_k):
     experts, weights = choices(key, t, top_k, e)
     x, dy = tokens(key, t, h)
-    kernels = make_weights(key, e, h, f)
+    kernels = make_kernels(key, e, h, f)
     got = block(x, experts, weights, kernels, dy)
     expected = dense_block(x, experts, weights, kernels, dy)
     for name, a, b in zip(NAMES, got, expected, strict=True):
@@ -96,7 +98,7 @@ def real(x, tile=(1, 128)):
 
 def by_hand(x, experts, weights, kernels, dy):
     """The data flow with plain products, one expert after the other; rounded to FP8 where it is."""
-    wi_0, wi_1, wo = (real(w, (128, 128)) for w in kernels)
+    wi_0, wi_1, wo = (real(getattr(kernels, name), (128, 128)) for name in NAMES[3:])
     f32 = functools.partial(jnp.dot, precision="highest")
     bf16 = lambda v: v.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
     xq, dyq = real(x), real(dy)
@@ -122,7 +124,7 @@ def test_is_the_data_flow_that_is_documented(key):
     """Far closer than FP8 is to float32: what is left is the bf16 of the last products' rows."""
     experts, weights = choices(key)
     x, dy = tokens(key)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     got = block(x, experts, weights, kernels, dy)
     expected = by_hand(x, experts, weights, kernels, dy)
     for name, a, b in zip(NAMES, got, expected, strict=True):
@@ -135,7 +137,7 @@ def test_is_the_data_flow_that_is_documented(key):
 def test_room_for_all_is_dropless(key):
     experts, weights = choices(key)
     x, dy = tokens(key)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     got = roomy_block(x, experts, weights, kernels, dy)
     for a, b in zip(got, block(x, experts, weights, kernels, dy), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -145,7 +147,7 @@ def test_later_rows_over_capacity_are_dropped(key):
     experts, weights = choices(key)
     experts = experts.at[:, 0].set(1)  # far more than 12
     x, dy = tokens(key)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     kept, counts = np.zeros(experts.shape, bool), np.zeros(E, int)
     for pair, expert in np.ndenumerate(np.asarray(experts)):
         kept[pair] = counts[expert] < 12
@@ -162,7 +164,7 @@ def test_later_rows_over_capacity_are_dropped(key):
 def test_nan_in_a_token_reaches_its_own_results_alone(key):
     experts, weights = choices(key)
     x, dy = tokens(key)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     for run in (block, tight_block):
         clean = run(x, experts, weights, kernels, dy)
         dirty = run(x.at[3, 7].set(jnp.nan), experts, weights, kernels, dy)
@@ -198,7 +200,7 @@ def test_what_kernels_leave_unwritten_reaches_nothing(key, monkeypatch, capacity
     experts = PATTERNS["some_to_nobody"](experts)
     assert np.bincount(experts.ravel(), minlength=E).max() <= 12 < experts.size
     x, dy = tokens(key, t)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     run = with_gradients(functools.partial(fp8.expert_ffn, capacity=capacity))
     check(
         run(x, experts, weights, kernels, dy),
@@ -212,15 +214,16 @@ def test_what_kernels_leave_unwritten_reaches_nothing(key, monkeypatch, capacity
 def test_dtypes_of_results_and_gradients(key):
     experts, weights = choices(key)
     x, dy = tokens(key, dtype=jnp.bfloat16)
-    wi_0, wi_1, wo = make_weights(key, E, H, F)
-    got = block(x, experts, weights, (wi_0, wi_1, wo.astype(jnp.float16)), dy)
+    kernels = make_kernels(key, E, H, F)
+    half = dataclasses.replace(kernels, wo=kernels.wo.astype(jnp.float16))
+    got = block(x, experts, weights, half, dy)
     names = [str(a.dtype) for a in got]
     assert names == ["bfloat16", "bfloat16", "float32", "float32", "float32", "float16"]
-    check(got, dense_block(x, experts, weights, (wi_0, wi_1, wo), dy))
+    check(got, dense_block(x, experts, weights, kernels, dy))
 
 
 def test_no_tokens(key):
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     none = jnp.zeros((0, 2))
     got = block(jnp.zeros((0, H)), none.astype(int), none, kernels, jnp.zeros((0, H)))
     assert got[0].shape == (0, H) and got[3].shape == (E, H, F)
@@ -239,13 +242,13 @@ POLICIES = {
 def stacked():
     """Two layers; numbers so large that FP8 uses its whole range."""
     key = jax.random.key(1)
-    layers = [make_weights(k, E, H, F) for k in jax.random.split(key)]
-    kernels = [30 * jnp.stack(w) for w in zip(*layers, strict=True)]
+    layers = [make_kernels(k, E, H, F) for k in jax.random.split(key)]
+    kernels = jax.tree.map(lambda *w: 30 * jnp.stack(w), *layers)
     x, _ = tokens(key)
     experts, weights = choices(key)
 
     def loss(kernels, policy=None, remat=False):
-        layer = lambda x, w: (jnp.tanh(fp8.expert_ffn(x, experts, weights, *w)), None)  # noqa: E731
+        layer = lambda x, w: (jnp.tanh(fp8.expert_ffn(x, experts, weights, w)), None)  # noqa: E731
         layer = jax.checkpoint(layer, policy=policy) if remat else layer
         return (jax.lax.scan(layer, x, kernels)[0] ** 2).sum()
 
@@ -256,7 +259,8 @@ def stacked():
 def test_scan_with_remat_gives_the_same_bits(stacked, policy):
     loss, kernels, plain = stacked
     run = functools.partial(loss, policy=POLICIES[policy], remat=True)
-    for a, b in zip(jax.jit(jax.grad(run))(kernels), plain, strict=True):
+    pairs = jax.tree.leaves(jax.jit(jax.grad(run))(kernels)), jax.tree.leaves(plain)
+    for a, b in zip(*pairs, strict=True):
         assert np.asarray(b).any()
         np.testing.assert_array_equal(a, b)
 
@@ -264,12 +268,12 @@ def test_scan_with_remat_gives_the_same_bits(stacked, policy):
 def test_prepared_weights_serve_all_microbatches(key):
     experts, weights = choices(key)
     x, _ = tokens(key)
-    kernels = make_weights(key, E, H, F)
+    kernels = make_kernels(key, E, H, F)
     halves = jax.tree.map(lambda a: a.reshape(2, T // 2, -1), (x, experts, weights))
 
     def loss(kernels, prepare):
-        given = (fp8.prepare_experts(*kernels),) if prepare else kernels
-        part = lambda total, one: (total + (fp8.expert_ffn(*one, *given) ** 2).sum(), None)  # noqa: E731
+        given = fp8.prepare_experts(kernels) if prepare else kernels
+        part = lambda total, one: (total + (fp8.expert_ffn(*one, given) ** 2).sum(), None)  # noqa: E731
         return jax.lax.scan(part, 0.0, halves)[0]
 
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
@@ -281,17 +285,18 @@ def test_prepared_weights_serve_all_microbatches(key):
 def test_a_second_derivative_is_a_clear_error(key):
     experts, weights = choices(key, 4)
     x, _ = tokens(key, 4)
-    kernels = make_weights(key, E, H, F)
-    slope = jax.grad(lambda x: fp8.expert_ffn(x, experts, weights, *kernels).sum())
+    kernels = make_kernels(key, E, H, F)
+    slope = jax.grad(lambda x: fp8.expert_ffn(x, experts, weights, kernels).sum())
     with pytest.raises(NotImplementedError, match="first derivatives"):
         jax.grad(lambda x: slope(x).sum())(x)
 
 
 def calls(jaxpr) -> list[tuple[str, str]]:
-    """Returns each primitive of a program and of those in it, with the variant of a product."""
+    """Returns each primitive of a program and of those in it, with the variant of a GEMM."""
     found = []
     for eqn in jaxpr.eqns:
-        found.append((eqn.primitive.name, getattr(eqn.params.get("static"), "variant", "")))
+        variant = getattr(eqn.params.get("spec"), "variant", None)
+        found.append((eqn.primitive.name, "" if variant is None else variant.name))
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
         ):
@@ -301,13 +306,13 @@ def calls(jaxpr) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("policy, again", [("nothing", 1), ("x_and_h", 0), ("everything", 0)])
-def test_all_products_are_in_fp8_and_none_is_done_again(key, policy, again):
+def test_all_gemms_are_in_fp8_and_none_is_done_again(key, policy, again):
     """Two forward, five backward; gate and up once more where SwiGLU's input was not kept."""
     experts, weights = choices(key)
     x, _ = tokens(key)
     remat = jax.checkpoint(fp8.expert_ffn, policy=POLICIES[policy])
-    slope = jax.grad(lambda x, *ws: (remat(x, experts, weights, *ws) ** 2).sum(), (0, 1, 2, 3))
-    found = calls(jax.jit(slope).trace(x, *make_weights(key, E, H, F)).jaxpr)
+    slope = jax.grad(lambda x, kernels: (remat(x, experts, weights, kernels) ** 2).sum(), (0, 1))
+    found = calls(jax.jit(slope).trace(x, make_kernels(key, E, H, F)).jaxpr)
     assert found.count(("jax_fp8gemm_gemm", "ragged")) == 4 + again
     assert found.count(("jax_fp8gemm_gemm", "ragged_contracting")) == 3
     assert not any(name in ("dot_general", "ragged_dot_general") for name, _ in found)

@@ -179,7 +179,9 @@ E, H, F, TOP_K = 4, 64, 128, 2
 
 
 def test_moe_is_near_the_dense_one(x):
-    layer = Fp8MoE(E, F, TOP_K, score_function="sigmoid", scale=2.0, shared_features=32)
+    layer = Fp8MoE(
+        E, F, TOP_K, score_function="sigmoid", routed_scaling_factor=2.0, shared_features=32
+    )
     params = layer.init(jax.random.key(0), x)
     names = {k: v.shape for k, v in params["params"].items()}
     assert names == {
@@ -193,10 +195,13 @@ def test_moe_is_near_the_dense_one(x):
 
     def exact(params):
         p = params["params"]
-        shared = [p[f"shared_{name}"] for name in ("wi_0", "wi_1", "wo")]
-        how = {"top_k": TOP_K, "score": "sigmoid", "scale": 2.0, "bias": bias}
-        weights = (p[name] for name in ("gate_kernel", "wi_0", "wi_1", "wo"))
-        y, routing = dense_moe(x.reshape(-1, H), *weights, shared, **how)
+        kernels, shared = (
+            fp8.ExpertKernels(**{name: p[prefix + name] for name in ("wi_0", "wi_1", "wo")})
+            for prefix in ("", "shared_")
+        )
+        how = {"score_function": "sigmoid", "routed_scaling_factor": 2.0, "bias": bias}
+        tokens = x.reshape(-1, H)
+        y, routing = dense_moe(tokens, p["gate_kernel"], kernels, shared, top_k=TOP_K, **how)
         return y.reshape(x.shape), routing
 
     def run(function):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_moe import FORWARD, cosine, dense_moe, make_weights
+from dense_moe import FORWARD, cosine, dense_moe, make_kernels, make_shared
 from numerics import calc_diff
 from test_experts import F, H, T, tokens
 
@@ -15,25 +15,25 @@ def layer(key, e=4, dtype=jnp.float32):
     keys = jax.random.split(key, 3)
     x, dy = tokens(keys[0], dtype=dtype)
     gate_kernel = jax.random.normal(keys[1], (H, e)) * 2 / H**0.5
-    shared = [w[0] for w in make_weights(keys[2], 1, H, 96)]
-    return x, dy, (gate_kernel, *make_weights(keys[1], e, H, F), shared)
+    return x, dy, (gate_kernel, make_kernels(keys[1], e, H, F), make_shared(keys[2], H, 96))
 
 
 def test_whole_layer_against_float32(key):
     x, dy, parameters = layer(key)
-    options = {"top_k": 2, "score": "sigmoid", "bias": jnp.array([0.3, 0, 0, -0.1]), "scale": 1.5}
+    bias = jnp.array([0.3, 0, 0, -0.1])
+    options = {"score_function": "sigmoid", "bias": bias, "routed_scaling_factor": 1.5}
 
     def run(function):
-        def loss(x, gate_kernel, wi_0, wi_1, wo, shared):
-            y, routing = function(x, gate_kernel, wi_0, wi_1, wo, shared=shared, **options)
+        def loss(x, gate_kernel, kernels, shared):
+            y, routing = function(x, gate_kernel, kernels, top_k=2, shared=shared, **options)
             extra = 10 * routing.aux_loss + routing.z_loss
             return (y * dy).sum() + extra, (y, routing)
 
-        return jax.jit(jax.value_and_grad(loss, tuple(range(6)), has_aux=True))(x, *parameters)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(x, *parameters)
 
     (_, (y, routing)), gradients = run(fp8.moe)
     (_, (expected_y, expected)), expected_gradients = run(dense_moe)
-    np.testing.assert_array_equal(routing.expert_index, expected.experts)
+    np.testing.assert_array_equal(routing.expert_index, expected.expert_index)
     np.testing.assert_allclose(routing.aux_loss, expected.aux_loss, rtol=1e-5)
     assert calc_diff(y, expected_y) < FORWARD
     pairs = jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)
@@ -46,8 +46,8 @@ jitted_moe = jax.jit(fp8.moe, static_argnames=("top_k", "capacity_factor"))
 
 def test_leading_dims_and_types_are_kept(key):
     x, _, parameters = layer(key, dtype=jnp.bfloat16)
-    y, routing = jitted_moe(x.reshape(2, T // 2, H), *parameters[:4], top_k=2)
-    flat, _ = jitted_moe(x, *parameters[:4], top_k=2)
+    y, routing = jitted_moe(x.reshape(2, T // 2, H), *parameters[:2], top_k=2)
+    flat, _ = jitted_moe(x, *parameters[:2], top_k=2)
     assert y.shape == (2, T // 2, H) and y.dtype == jnp.bfloat16
     assert routing.expert_index.shape == (T, 2)
     np.testing.assert_array_equal(y.reshape(T, H), flat)
@@ -55,21 +55,21 @@ def test_leading_dims_and_types_are_kept(key):
 
 def test_shared_experts_of_float32_answer_in_the_tokens_dtype(key):
     """bf16 tokens, float32 kernels: what layers with `dtype=` pass."""
-    x, _, (*kernels, shared) = layer(key)
+    x, _, (gate_kernel, kernels, shared) = layer(key)
     y, _ = jax.eval_shape(
-        lambda x: fp8.moe(x, *kernels, top_k=2, shared=shared), x.astype(jnp.bfloat16)
+        lambda x: fp8.moe(x, gate_kernel, kernels, top_k=2, shared=shared), x.astype(jnp.bfloat16)
     )
     assert y.dtype == jnp.bfloat16
 
 
 def test_capacity_factor_is_a_share_of_the_rows(key):
-    x, _, (gate_kernel, *kernels, _) = layer(key)
-    y, routing = jitted_moe(x, gate_kernel, *kernels, top_k=2, capacity_factor=0.5)
+    x, _, (gate_kernel, kernels, _) = layer(key)
+    y, routing = jitted_moe(x, gate_kernel, kernels, top_k=2, capacity_factor=0.5)
     # 40 tokens · 2 / 4 experts · 0.5
     chosen = routing.expert_index, routing.gate_weights
     ffn = jax.jit(fp8.expert_ffn, static_argnames="capacity")
-    np.testing.assert_array_equal(y, ffn(x, *chosen, *kernels, capacity=10))
-    assert (y != ffn(x, *chosen, *kernels)).any()
+    np.testing.assert_array_equal(y, ffn(x, *chosen, kernels, capacity=10))
+    assert (y != ffn(x, *chosen, kernels)).any()
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -79,7 +79,12 @@ def ones(*shape, dtype=jnp.float32):
     return jnp.ones(shape, dtype)
 
 
-KERNELS = ones(4, 32, 16), ones(4, 32, 16), ones(4, 16, 32)
+def made(**changed):
+    shapes = {"wi_0": ones(4, 32, 16), "wi_1": ones(4, 32, 16), "wo": ones(4, 16, 32)}
+    return fp8.ExpertKernels(**{**shapes, **changed})
+
+
+KERNELS = made()
 CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
 
 
@@ -88,99 +93,109 @@ CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
     [
         (
             ValueError,
-            lambda: fp8.expert_ffn(ones(8, 64), *CHOSEN, *KERNELS),
+            lambda: fp8.expert_ffn(ones(8, 64), *CHOSEN, KERNELS),
             "dim h differs between x and wi_0.",
         ),
         (
             ValueError,
-            lambda: fp8.expert_ffn(ones(7, 32), *CHOSEN, *KERNELS),
-            "x and experts do not fit.",
+            lambda: fp8.expert_ffn(ones(7, 32), *CHOSEN, KERNELS),
+            "x and expert_index do not fit.",
         ),
         (
             ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), CHOSEN[0], ones(8, 1), *KERNELS),
-            "experts and weights differ in shape.",
+            lambda: fp8.expert_ffn(ones(8, 32), CHOSEN[0], ones(8, 1), KERNELS),
+            "expert_index and gate_weights differ in shape.",
         ),
         (
             ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS[0], KERNELS[1], KERNELS[0]),
-            "the weights do not fit each other.",
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, made(wo=KERNELS.wi_0)),
+            "kernels do not fit each other.",
         ),
         (
             ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS[0][0], *KERNELS[1:]),
-            "weights have the wrong rank.",
-        ),
-        (
-            ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS[0]),
-            "wi_1 or wo is missing.",
-        ),
-        (
-            ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, fp8.prepare_experts(*KERNELS), KERNELS[1]),
-            "weights were given twice.",
-        ),
-        (
-            ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, *KERNELS, capacity=0),
-            "no capacity.",
-        ),
-        (
-            ValueError,
-            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, *KERNELS, capacity=2.5),
-            "no capacity.",
-        ),
-        (
-            ValueError,
-            lambda: fp8.moe(ones(8, 32), ones(32, 4), *KERNELS, top_k=2, capacity_factor=-1),
-            "no capacity.",
-        ),
-        (
-            ValueError,
-            lambda: fp8.moe(ones(8, 32), ones(32, 4), *KERNELS, top_k=2, shared=KERNELS[:2]),
-            "shared is not complete.",
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, made(wi_0=KERNELS.wi_0[0])),
+            "kernels have the wrong rank.",
         ),
         (
             TypeError,
-            lambda: fp8.moe(ones(8, 32), ones(32, 4), *map(fp8.quantize, KERNELS), top_k=2),
-            "wi_0 is no array of floats.",
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS.wi_0),
+            "kernels is not an ExpertKernels.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.expert_ffn(
+                ones(8, 32), *CHOSEN, fp8.prepare_experts(KERNELS), cast_in_gemm=True
+            ),
+            "the GEMMs cannot cast prepared kernels.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS, cast_in_gemm=True),
+            "the GEMM cannot cast these weights: they are not bf16.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS, capacity=0),
+            "capacity is not a positive integer.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.expert_ffn(ones(8, 32), *CHOSEN, KERNELS, capacity=2.5),
+            "capacity is not a positive integer.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, top_k=2, capacity_factor=-1),
+            "capacity_factor is not a positive number.",
         ),
         (
             TypeError,
-            lambda: fp8.expert_ffn(ones(8, 32), CHOSEN[1], CHOSEN[1], *KERNELS),
-            "experts are no integers.",
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, top_k=2, shared=KERNELS.wi_0),
+            "shared is not an ExpertKernels.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, top_k=2, shared=KERNELS),
+            "shared have the wrong rank.",
         ),
         (
             TypeError,
-            lambda: fp8.expert_ffn(ones(8, 32, dtype=jnp.int32), *CHOSEN, *KERNELS),
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), jax.tree.map(fp8.quantize, KERNELS), top_k=2),
+            "wi_0 is not an array.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.expert_ffn(ones(8, 32), CHOSEN[1], CHOSEN[1], KERNELS),
+            "expert_index must be integers.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.expert_ffn(ones(8, 32, dtype=jnp.int32), *CHOSEN, KERNELS),
             "x has the wrong dtype.",
         ),
         (
             TypeError,
-            lambda: fp8.prepare_experts(
-                KERNELS[0], ones(4, 32, 16, dtype=jnp.bfloat16), KERNELS[2]
-            ),
+            lambda: fp8.prepare_experts(made(wi_1=ones(4, 32, 16, dtype=jnp.bfloat16))),
             "wi_0 and wi_1 differ in dtype.",
         ),
         (
             ValueError,
-            lambda: fp8.moe(ones(8, 32), ones(32, 4), *KERNELS, top_k=5),
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, top_k=5),
             "top_k is 5, with 4 experts.",
         ),
         (
             TypeError,
-            lambda: fp8.moe(ones(8, 32), ones(32, 4, dtype=jnp.int32), *KERNELS, top_k=2),
+            lambda: fp8.moe(ones(8, 32), ones(32, 4, dtype=jnp.int32), KERNELS, top_k=2),
             "gate_kernel has the wrong dtype.",
         ),
         (
             ValueError,
-            lambda: fp8.moe(ones(8, 32), ones(4, 32), *KERNELS, top_k=2),
+            lambda: fp8.moe(ones(8, 32), ones(4, 32), KERNELS, top_k=2),
             "x and gate_kernel do not fit.",
         ),
         (
             ValueError,
-            lambda: fp8.moe(ones(8, 32), ones(32, 8), *KERNELS, top_k=2),
+            lambda: fp8.moe(ones(8, 32), ones(32, 8), KERNELS, top_k=2),
             "4 experts here, 8 in gate_kernel, over 1 devices.",
         ),
     ],

@@ -183,7 +183,7 @@ E, H, F = 4, 64, 128
 
 @pytest.mark.parametrize("fs", [0, 32])
 def test_moe_is_near_the_dense_one(x, fs):
-    how = {"top_k": 2, "score": "sigmoid", "scale": 2.0}
+    how = {"top_k": 2, "score_function": "sigmoid", "routed_scaling_factor": 2.0}
     layer = Fp8MoE(H, F, E, shared_features=fs, rngs=nnx.Rngs(0), **how)
     params = leaves(layer)
     shared = {"shared_wi_0": (H, fs), "shared_wi_1": (H, fs), "shared_wo": (fs, H)}
@@ -193,9 +193,12 @@ def test_moe_is_near_the_dense_one(x, fs):
     dy = jax.random.normal(jax.random.key(1), x.shape)
 
     def exact(params):
-        weights = (params[name] for name in shapes)
-        kernels = [params[name] for name in shared] if fs else None
-        y, routing = dense_moe(x.reshape(-1, H), *weights, kernels, bias=bias, **how)
+        def made(prefix=""):
+            names = ("wi_0", "wi_1", "wo")
+            return fp8.ExpertKernels(**{name: params[prefix + name] for name in names})
+
+        given = x.reshape(-1, H), params["gate_kernel"], made(), made("shared_") if fs else None
+        y, routing = dense_moe(*given, bias=bias, **how)
         return y.reshape(x.shape), routing
 
     def loss(result):

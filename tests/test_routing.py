@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_fp8gemm._moe.routing import permute, route, unpermute
+from jax_fp8gemm import permute, route, unpermute
 
 P = PartitionSpec
 
@@ -25,11 +25,15 @@ def make_logits(key, t=37, e=8):
     return 2 * jax.random.normal(key, (t, e))
 
 
-@pytest.mark.parametrize("score, scores64", [("softmax", softmax64), ("sigmoid", sigmoid64)])
+@pytest.mark.parametrize(
+    "score_function, scores64", [("softmax", softmax64), ("sigmoid", sigmoid64)]
+)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_scores_choice_and_weights(key, score, scores64, normalize):
+def test_scores_choice_and_weights(key, score_function, scores64, normalize):
     logits = make_logits(key)
-    routing = route(logits, 3, score=score, normalize=normalize, scale=2.5)
+    routing = route(
+        logits, 3, score_function=score_function, normalize=normalize, routed_scaling_factor=2.5
+    )
     scores = scores64(logits)
     np.testing.assert_allclose(routing.scores, scores, rtol=1e-5)
     best = np.argsort(-scores, axis=1, kind="stable")[:, :3]
@@ -44,31 +48,35 @@ def test_bias_steers_the_choice_and_nothing_else(key):
     logits = make_logits(key)
     bias = jnp.zeros(8).at[5].set(10.0).at[2].set(-10.0)
     steered = route(logits, 2, score_function="sigmoid", bias=bias)
-    assert (steered.experts[:, 0] == 5).all() and not (steered.experts == 2).any()
-    chosen = np.take_along_axis(sigmoid64(logits), np.asarray(steered.experts), 1)
-    np.testing.assert_allclose(steered.weights, chosen / chosen.sum(1, keepdims=True), rtol=1e-5)
+    assert (steered.expert_index[:, 0] == 5).all() and not (steered.expert_index == 2).any()
+    chosen = np.take_along_axis(sigmoid64(logits), np.asarray(steered.expert_index), 1)
+    np.testing.assert_allclose(
+        steered.gate_weights, chosen / chosen.sum(1, keepdims=True), rtol=1e-5
+    )
     np.testing.assert_array_equal(steered.scores, route(logits, 2, score_function="sigmoid").scores)
-    grad = jax.grad(lambda bias: route(logits, 2, bias=bias).weights[:, 0].sum())(bias)
+    grad = jax.grad(lambda bias: route(logits, 2, bias=bias).gate_weights[:, 0].sum())(bias)
     assert not np.asarray(grad).any()
 
 
 def test_gradient_of_the_weights(key):
     logits = make_logits(key, t=5)
-    experts = route(logits, 2).experts
+    experts = route(logits, 2).expert_index
     towards = jax.random.normal(key, (5, 2))
 
     def by_hand(logits):
         powers = jnp.exp(jnp.take_along_axis(logits, experts, 1))
         return (powers / powers.sum(1, keepdims=True) * towards).sum()
 
-    grad = jax.grad(lambda logits: (route(logits, 2).weights * towards).sum())(logits)
+    grad = jax.grad(lambda logits: (route(logits, 2).gate_weights * towards).sum())(logits)
     np.testing.assert_allclose(grad, jax.grad(by_hand)(logits), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("score, scores64", [("softmax", softmax64), ("sigmoid", sigmoid64)])
-def test_losses_follow_their_formulas(key, score, scores64):
+@pytest.mark.parametrize(
+    "score_function, scores64", [("softmax", softmax64), ("sigmoid", sigmoid64)]
+)
+def test_losses_follow_their_formulas(key, score_function, scores64):
     logits = make_logits(key)
-    routing = route(logits, 3, score=score)
+    routing = route(logits, 3, score_function=score_function)
     shares = scores64(logits)
     shares = shares / shares.sum(1, keepdims=True)
     chosen = np.bincount(np.asarray(routing.expert_index).ravel(), minlength=8) / (37 * 3)
@@ -186,9 +194,12 @@ def test_sums_are_made_in_float32():
         (lambda: route(jnp.ones((3, 4)), 5), "top_k is 5, with 4 experts."),
         (lambda: route(jnp.ones((3, 4)), 0), "top_k is 0, with 4 experts."),
         (lambda: route(jnp.ones((2, 3, 4)), 1), "logits have the wrong rank."),
-        (lambda: route(jnp.ones((3, 4)), 1, score="tanh"), "unknown score."),
+        (lambda: route(jnp.ones((3, 4)), 1, score_function="tanh"), "score_function is unknown."),
         (lambda: route(jnp.ones((3, 4)), 1, bias=jnp.ones(3)), "bias does not fit the logits."),
-        (lambda: permute(jnp.ones((3, 4)), jnp.ones((2, 1), int), 4), "x and experts do not fit."),
+        (
+            lambda: permute(jnp.ones((3, 4)), jnp.ones((2, 1), int), 4),
+            "x and expert_index do not fit.",
+        ),
         (
             lambda: unpermute(
                 jnp.ones((4, 2)), permute(jnp.ones((3, 2)), jnp.ones((3, 1), int), 2)[1], 1
@@ -208,7 +219,7 @@ def test_golden_text_of_top_k():
         route(jnp.ones((16, 4)), 5)
     assert str(info.value) == (
         "route: top_k is 5, with 4 experts.\n"
-        "  got       top_k 5, logits f32[16, 4]\n"
-        "  expected  top_k in 1..4\n"
-        "  fix      choose fewer experts per token"
+        "  got       top_k=5, logits f32[16, 4]\n"
+        "  expected  an integer in 1..4\n"
+        "  fix       choose fewer experts per token"
     )

@@ -14,8 +14,12 @@ def is_manual() -> bool:
 
 
 def on_one_device(*arrays: jax.Array) -> bool:
-    """Whether what is traced here will not be cut up over devices, as far as can be told."""
-    return is_manual() or (_mesh_of(*arrays).size <= 1 and jax.device_count() == 1)
+    """Whether what is traced here will not be cut up over devices.
+
+    As far as the mesh in use and the arrays' types tell. A mesh that only jax.jit's in_shardings
+    name is not seen here.
+    """
+    return is_manual() or _mesh_of(*arrays).size <= 1
 
 
 def _varying(kind) -> frozenset[str]:

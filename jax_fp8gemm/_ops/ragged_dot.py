@@ -55,8 +55,9 @@ def fp8_ragged_dot(
       residuals: what is kept of lhs, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast bf16 weights themselves, without FP8 copies in memory:
         faster with few rows in a group, and the same numbers. None: where there are 512 rows or
-        fewer in a group on average, everything is bf16, and the program runs on one device or
-        inside shard_map.
+        fewer in a group on average, everything is bf16, and neither a mesh in use nor the types of
+        lhs and rhs name several devices; or inside shard_map. Pass False where only in_shardings
+        of jax.jit name them.
 
     Returns:
       [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
