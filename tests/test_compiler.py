@@ -13,10 +13,10 @@ import threading
 import time
 
 import pytest
-from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm import _native
 from jax_fp8gemm import config as configs
+from jax_fp8gemm._tools.shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 from jax_fp8gemm.variants import SCALES, VARIANTS
 
 pytestmark = pytest.mark.skipif(

@@ -6,9 +6,9 @@ import math
 import pathlib
 
 import pytest
-from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm import config as configs
+from jax_fp8gemm._tools.shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 from jax_fp8gemm.config import GemmConfig, Problem
 from jax_fp8gemm.variants import VARIANTS
 

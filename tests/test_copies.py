@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff, clamped, dequantized64
-from shapes import GROUPS
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm._tools.shapes import GROUPS
 from jax_fp8gemm.qarray import BLOCKS, ROW_BLOCKS
 from jax_fp8gemm.reference import grouped_tokens
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff, clamped, exact
-from shapes import GROUPS
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import reference
-from jax_fp8gemm.tuning import random_operand
+from jax_fp8gemm._tools.operands import random_operand
+from jax_fp8gemm._tools.shapes import GROUPS
 from jax_fp8gemm.variants import SCALES, VARIANTS
 
 N, K = 72, 272

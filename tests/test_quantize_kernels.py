@@ -31,9 +31,9 @@ from quantize_cases import (
     swiglu_cases,
     written,
 )
-from shapes import GROUPS, Groups
 
 from jax_fp8gemm import _native
+from jax_fp8gemm._tools.shapes import GROUPS, Groups
 from jax_fp8gemm.qarray import BLOCKS, FP8, ROW_BLOCKS
 from jax_fp8gemm.quantize_primitive import QuantizeStatic, _reference
 

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import sharding
+from jax_fp8gemm._tools.operands import random_operands
 from jax_fp8gemm.config import Problem
 from jax_fp8gemm.primitives import sharding_rule
-from jax_fp8gemm.tuning import random_operands
 from jax_fp8gemm.variants import SCALES, VARIANTS
 
 

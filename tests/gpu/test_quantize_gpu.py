@@ -21,10 +21,10 @@ from quantize_cases import (
     written,
 )
 from sanitizer import sanitize
-from shapes import GROUPS
 from test_gemm_gpu import poison
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm._tools.shapes import GROUPS
 from jax_fp8gemm.qarray import BLOCKS
 from jax_fp8gemm.quantize_primitive import quantize_p
 

@@ -1,0 +1,1 @@
+"""What tests, benchmarks and the tuner share: shapes, operands, a device clock, the tuning loop."""
