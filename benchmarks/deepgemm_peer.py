@@ -159,18 +159,21 @@ def compile_one(job: Job) -> float:
     return time.perf_counter() - start
 
 
+def processes(count: int) -> concurrent.futures.Executor:
+    """Returns a pool of new processes: a forked one could not use the GPU."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(count, mp_context=context)
+
+
 class Compiling:
     """Kernels that other processes compile meanwhile. `wait` before anything is timed."""
 
-    def __init__(self, jobs: list[Job], processes: int = PROCESSES):
-        self.jobs = jobs if library() else []
+    def __init__(self, jobs: list[Job], pool: concurrent.futures.Executor | None = None):
         self.futures: list[concurrent.futures.Future] = []
-        if self.jobs:
-            count = min(processes, os.cpu_count() or 1, len(self.jobs))
-            context = multiprocessing.get_context("spawn")
-            self.pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context)
+        if jobs and library():
+            self.pool = pool or processes(min(PROCESSES, os.cpu_count() or 1, len(jobs)))
             # Shapes that differ in m alone may share a kernel: let one compile it first.
-            jobs = sorted(self.jobs, key=lambda job: job.problem.m)
+            jobs = sorted(jobs, key=lambda job: job.problem.m)
             self.futures = [self.pool.submit(compile_one, job) for job in jobs]
 
     def wait(self) -> int:

@@ -32,11 +32,16 @@ def products(only: str) -> list[dict]:
     cases = [Case(f"grouped: {shape.name}", problem_of(shape), shape.sizes()) for shape in listed]
     compiling = ready(cases)
     rows = []
-    # One variant at a time: the operands of all would not fit.
-    for (variant, g), some in itertools.groupby(cases, lambda c: (c.problem.variant, c.problem.g)):
+    # One family at a time: the operands of all would not fit.
+    for family, some in itertools.groupby(cases, family_of):
         rows += measure(list(some), compiling, REPS)
-        progress(f"{variant}, {g} groups")
+        progress(" ".join(map(str, family)))
     return rows
+
+
+def family_of(case: Case) -> tuple:
+    p = case.problem
+    return (p.variant,) if p.variant == "masked" else (p.variant, p.g, "groups")
 
 
 def problem_of(shape: shapes.GroupedShape) -> configs.Problem:

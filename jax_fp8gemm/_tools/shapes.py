@@ -230,8 +230,9 @@ MOST_WORK = 3e12  # multiplications and additions of one launch: about 2 ms on a
 def drawn(seed: int = 0, count: int = 48) -> list[Shape]:
     """Returns dense shapes of LAYERS whose m is log-uniform between 1 and 16384.
 
-    The largest weights get fewer rows, so that no launch takes more than MOST_WORK. Every layer comes once before any comes twice. No (n, k) of LAYERS is in a tuned table, so these
-    rows tell how well a config is chosen where nobody measured.
+    The largest weights get fewer rows, so that no launch takes more than MOST_WORK. Every layer
+    comes once before any comes twice. No (n, k) of LAYERS is in a tuned table, so these rows tell
+    how well a config is chosen where nobody measured.
     """
     draw = np.random.default_rng(seed)
     found: dict[str, Shape] = {}
