@@ -137,6 +137,13 @@ class Job:
     problem: configs.Problem
     sizes: tuple[int, ...] | None = None
 
+    @property
+    def padded(self) -> "Job":
+        """The same job for ragged groups as for contiguous ones: DeepGEMM pads them alike."""
+        if self.problem.variant != "ragged":
+            return self
+        return Job(dataclasses.replace(self.problem, variant="contiguous"), self.sizes)
+
 
 def compile_one(job: Job) -> float:
     """Launches DeepGEMM once on zeros, which leaves the kernel in its cache; returns seconds."""
@@ -171,9 +178,9 @@ class Compiling:
     def __init__(self, jobs: list[Job], pool: concurrent.futures.Executor | None = None):
         self.futures: list[concurrent.futures.Future] = []
         if jobs and library():
-            self.pool = pool or processes(min(PROCESSES, os.cpu_count() or 1, len(jobs)))
             # Shapes that differ in m alone may share a kernel: let one compile it first.
-            jobs = sorted(jobs, key=lambda job: job.problem.m)
+            jobs = sorted({job.padded for job in jobs}, key=lambda job: job.problem.m)
+            self.pool = pool or processes(min(PROCESSES, os.cpu_count() or 1, len(jobs)))
             self.futures = [self.pool.submit(compile_one, job) for job in jobs]
 
     def wait(self) -> int:

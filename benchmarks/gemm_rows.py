@@ -52,13 +52,17 @@ def measure(cases: list[Case], compiling: Compiling, reps: int = REPS) -> list[d
             lambda c, own: made_up.compiled(c.problem, None, own), cases, operands
         )  # fmt: skip
         ours = dict(zip((c.op for c in cases), compiled, strict=True))
+        outs = list(pool.map(lambda run: jax.block_until_ready(run()), ours.values()))
         progress("ours compiled")
         compiling.wait()
         progress("the peer compiled")
         peers = {c.op: p for c, own in zip(cases, operands, strict=True) if (p := peer_of(c, own))}
-        outs = {op: (run(), peers[op].out() if op in peers else None) for op, run in ours.items()}
-        errors = dict(zip(ours, pool.map(errors_of, cases, operands, outs.values()), strict=True))
-        del outs
+        both = [
+            (out, peers[op].out() if op in peers else None)
+            for op, out in zip(ours, outs, strict=True)
+        ]
+        errors = dict(zip(ours, pool.map(errors_of, cases, operands, both), strict=True))
+        del outs, both
     progress("checked")
     for op in [op for op, (own, _) in errors.items() if not own <= WRONG]:
         print(f"WRONG, left out: {op}, error {errors[op][0]:.1e}", flush=True)

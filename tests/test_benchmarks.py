@@ -74,7 +74,7 @@ def test_every_family_is_timed_beside_a_live_deepgemm(load, monkeypatch):
     compiling = peer.Compiling(
         [case.job for case in cases], concurrent.futures.ThreadPoolExecutor(1)
     )  # fmt: skip
-    assert len(compiling.futures) == 7
+    assert len(compiling.futures) == 6  # ragged groups are padded to those of contiguous
     rows = script.measure(cases, compiling, reps=3)
     assert [row["op"] for row in rows] == [case.op for case in cases]
     for row in rows:  # ours is the GEMM alone; theirs is all that their call launches
