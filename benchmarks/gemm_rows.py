@@ -57,12 +57,10 @@ def measure(cases: list[Case], compiling: Compiling, reps: int = REPS) -> list[d
         compiling.wait()
         progress("the peer compiled")
         peers = {c.op: p for c, own in zip(cases, operands, strict=True) if (p := peer_of(c, own))}
-        both = [
-            (out, peers[op].out() if op in peers else None)
-            for op, out in zip(ours, outs, strict=True)
-        ]
+        theirs = [peers[op].out() if op in peers else None for op in ours]
+        both = list(zip(outs, theirs, strict=True))
         errors = dict(zip(ours, pool.map(errors_of, cases, operands, both), strict=True))
-        del outs, both
+        del outs, theirs, both
     progress("checked")
     for op in [op for op, (own, _) in errors.items() if not own <= WRONG]:
         print(f"WRONG, left out: {op}, error {errors[op][0]:.1e}", flush=True)
