@@ -38,7 +38,7 @@ gpu: $(VENV)/.test
 	for script in gemm grouped quantize moe_layer train_step; do \
 	$(RECORD) $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(RECORD) XLA_FLAGS=--xla_gpu_enable_command_buffer= \
-	$(BIN)/python benchmarks/gemm.py --host-only
+	$(BIN)/python benchmarks/gemm.py --only host
 	$(BIN)/python benchmarks/plot.py
 
 lint: $(VENV)/.test

@@ -1,14 +1,12 @@
-"""Times dense products on the GPU at hand, beside what else a JAX user has: device time, cold L2.
+"""Times dense GEMMs on the GPU at hand, in turn with what else there is: device time, cold L2.
 
 python benchmarks/gemm.py
 """
 
 import argparse
-import concurrent.futures
 import functools
 import itertools
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -18,28 +16,22 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-
-import shapes
-from protocol import ANCHORS, deepgemm, progress, row, runs, save, summary
+from deepgemm_peer import to_torch
+from gemm_rows import Case, measure, ready
+from protocol import beside, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import tuning
 from jax_fp8gemm._bind.native import TARGET
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._core.qarray import FP8
 from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import Problem, attributes
+from jax_fp8gemm._tools import operands as made_up
+from jax_fp8gemm._tools import shapes, timing
 
-REPS = 15
 CALLS = 200  # in a program whose host time is measured
 BESIDE_PEERS = ("ffn_up_m64", "ffn_up_m4096", "attention_out_m4096", "square")
-
-
-def all_shapes(only: str) -> list[shapes.Shape]:
-    found = [*shapes.DENSE, *shapes.WEIGHT_GRADIENT]
-    return [shape for shape in found if only in shape.name]
+KINDS = {"dense: ": shapes.DENSE, "gradient: ": shapes.WEIGHT_GRADIENT, "drawn: ": shapes.drawn()}
 
 
 def problem_of(shape: shapes.Shape) -> Problem:
@@ -47,12 +39,30 @@ def problem_of(shape: shapes.Shape) -> Problem:
     return Problem("dense", shape.m, shape.n, shape.k, 1, shape.scales, shape.out, device=kind)
 
 
+def products(only: str) -> list[dict]:
+    """Times the tuned shapes, weight gradients, and shapes that no table was tuned for."""
+    cases = [
+        Case(kind + shape.name, problem_of(shape))
+        for kind, listed in KINDS.items()
+        for shape in listed
+        if only in kind + shape.name
+    ]
+    return measure(cases, ready(cases))
+
+
+def beside_all(only: str) -> Iterator[list[dict]]:
+    for shape in shapes.DENSE:
+        if shape.name in BESIDE_PEERS and only in shape.name:
+            yield beside_peers(shape, problem_of(shape))
+
+
 def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
     """Returns what a JAX user has today, as jitted functions of the same operands."""
 
-    def dequantize_then_bf16(lhs, rhs):
-        left = reference.dequantize(lhs.qvalue, lhs.scale, lhs.tile).astype(jnp.bfloat16)
-        right = reference.dequantize(rhs.qvalue, rhs.scale, rhs.tile).astype(jnp.bfloat16)
+    def dequantise_then_bf16(lhs, rhs):
+        left, right = (
+            reference.dequantize(x.qvalue, x.scale, x.tile).astype(jnp.bfloat16) for x in (lhs, rhs)
+        )
         return jnp.einsum("mk,nk->mn", left, right)
 
     def cublaslt_per_tensor(lhs, rhs):  # an easier job: one scale, no promotion
@@ -64,83 +74,46 @@ def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
 
     left, right = jax.jit(bf16)(lhs, rhs)
     made = {
-        "dequantize, bf16 dot": (jax.jit(dequantize_then_bf16), (lhs, rhs)),
+        "dequantise, bf16 dot": (jax.jit(dequantise_then_bf16), (lhs, rhs)),
         "cuBLASLt, one scale": (jax.jit(cublaslt_per_tensor), (lhs, rhs)),
         "bf16 dot": (jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b)), (left, right)),
     }
     return {name: (lambda f=f, a=a: f(*a)) for name, (f, a) in made.items() if runs(name, f, a)}
 
 
-def products(only: str) -> Iterator[list[dict]]:
-    """Times every shape in bursts, flushed by writing and by reading; then beside the peers."""
-    listed = [(shape, problem_of(shape)) for shape in all_shapes(only)]
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda a: (a[0].name, tuning.random_operands(a[1])), listed)
-        operands = dict(found)
-        progress(f"{len(listed)} shapes, operands made")
-        made = pool.map(lambda a: tuning.compiled(a[1], None, operands[a[0].name]), listed)
-        contenders = dict(zip((shape.name for shape, _ in listed), made, strict=True))
-    progress("compiled")
-    write = tuning.device_microseconds(contenders, REPS, tuning.KERNEL, burst=True)
-    progress("timed, flushed by writing")
-    read = tuning.device_microseconds(contenders, 7, tuning.KERNEL, burst=True, flush="read")
-    progress("timed, flushed by reading")
-    rows = []
-    for shape, problem in listed:
-        peer = ANCHORS[shape.scales][str(shape.m)][f"{shape.n}x{shape.k}"]
-        extra = {
-            **deepgemm(peer),
-            "us_read_flush": round(statistics.median(read[shape.name]), 2),
-            "config": str(select(problem)),
-        }
-        name = "gradient: " if shape.scales == "1x128_1x128" else "dense: "
-        rows.append(row(problem, name + shape.name, write[shape.name], **extra))
-    yield rows
-    for shape, problem in listed:
-        if shape.name in BESIDE_PEERS:
-            yield beside_peers(shape, problem, contenders[shape.name], operands[shape.name])
-            yield beside_torch(shape, problem, statistics.median(write[shape.name]))
+def torch_peer(lhs: fp8.QArray, rhs: fp8.QArray):
+    """Returns torch's block-scaled product, which is cuBLASLt's, on the same operands."""
+    import torch
+
+    a, b = (to_torch(torch, x.qvalue) for x in (lhs, rhs))
+    # The scales of one column of blocks are next to each other.
+    a_scale = to_torch(torch, jax.block_until_ready(lhs.scale.T)).t()
+    b_scale = to_torch(torch, rhs.scale).t()
+
+    def run() -> None:
+        torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+
+    run()
+    return run
 
 
-def beside_peers(shape, problem, ours, operands) -> list[dict]:
+def beside_peers(shape: shapes.Shape, problem: Problem) -> list[dict]:
     """Times ours and the peers launch by launch in turn; ours is each row's `us`."""
+    operands = made_up.random_operands(problem)
     them = peers(*operands)
-    ran = tuning.device_microseconds({"ours": ours, **them}, 5)
+    try:
+        them["torch._scaled_mm, 1x128 by 128x128"] = torch_peer(*operands)
+    except Exception as error:  # no torch, or a cuBLASLt without these scales
+        print(f"torch._scaled_mm does not run here: {str(error)[:200]}", flush=True)
+    contenders = {"ours": made_up.compiled(problem, None, operands), **them}
+    ran = timing.device_kernels(contenders, 5)
+    ours = timing.sums(ran["ours"], timing.KERNEL)
     progress(f"{shape.name} beside {len(them)} peers")
     return [
-        row(problem, f"beside {name}: {shape.name}", ran["ours"], peer=name,
-            peer_us=round(statistics.median(ran[name]), 2))
+        row(problem, f"beside {name}: {shape.name}", ours, **beside(name, timing.sums(ran[name])))
         for name in them
-    ]  # fmt: skip
-
-
-def beside_torch(shape, problem, us: float) -> list[dict]:
-    """Times torch's block-scaled product (cuBLASLt's) by events, which include its launch."""
-    name = "torch._scaled_mm, 1x128 by 128x128"
-
-    def times() -> list[float]:
-        import torch
-
-        m, n, k = problem.m, problem.n, problem.k
-        a, b = (64 * torch.randn(rows, k, device="cuda") for rows in (m, n))
-        a, b = (x.clamp(-448, 448).to(torch.float8_e4m3fn) for x in (a, b))
-        a_scale = torch.rand(k // 128, m, device="cuda").t()  # rows next to each other
-        b_scale = torch.rand(n // 128, k // 128, device="cuda").t()
-        flush, found = torch.empty(tuning.FLUSH_BYTES, dtype=torch.uint8, device="cuda"), []
-        for _ in range(REPS + 1):
-            flush.zero_()
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=torch.bfloat16)
-            events[1].record()
-            torch.cuda.synchronize()
-            found.append(1e3 * events[0].elapsed_time(events[1]))
-        return found[1:]
-
-    if not runs(name, times, ()):
-        return []
-    peer_us = round(statistics.median(times()), 2)
-    return [row(problem, f"beside {name}: {shape.name}", [us], peer=name, peer_us=peer_us)]
+    ]
 
 
 def matmul() -> list[dict]:
@@ -151,24 +124,27 @@ def matmul() -> list[dict]:
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
     w = jax.random.normal(keys[1], (k, n), jnp.bfloat16)
     dy = jax.random.normal(keys[2], (m, n), jnp.bfloat16)
-    rows = []
+    contenders = {}
     for name, dot in (("fp8_matmul", fp8.fp8_matmul), ("bf16 dot", jnp.dot)):
         forward, both = jax.jit(dot), jax.jit(functools.partial(with_gradients, dot))
-        contenders = {
-            "forward": lambda f=forward: f(x, w),
-            "forward + backward": lambda f=both: f(x, w, dy),
+        contenders[name, "forward"] = functools.partial(forward, x, w)
+        contenders[name, "forward + backward"] = functools.partial(both, x, w, dy)
+    kinds = ("forward", "forward + backward")
+    bursts = [[("fp8_matmul", what), ("bf16 dot", what)] for what in kinds]
+    ran = timing.device_kernels(contenders, 7, burst=bursts)
+    rows = []
+    for what, count in zip(kinds, (1, 3), strict=True):
+        launches, theirs = ran["fp8_matmul", what], timing.sums(ran["bf16 dot", what])
+        total, ours = timing.sums(launches), timing.sums(launches, timing.KERNEL)
+        middle = statistics.median(ours)
+        extra = {
+            "us_products": round(middle, 2),
+            "us_casts": round(statistics.median(total) - middle, 2),
+            **beside("bf16 dot", theirs),
         }
-        for what, launches in tuning.device_kernels(contenders, 7, burst=True).items():
-            total = [sum(us for _, us in launch) for launch in launches]
-            ours = [
-                sum(us for kernel, us in launch if tuning.KERNEL in kernel) for launch in launches
-            ]
-            middle = statistics.median(ours)
-            extra = {"us_products": round(middle, 2)} if name == "fp8_matmul" else {}
-            if extra:
-                extra["us_casts"] = round(statistics.median(total) - middle, 2)
-            count = 3 if what == "forward + backward" else 1
-            rows.append(row(problem, f"jitted {name}: {what}", total, products=count, **extra))
+        op = f"jitted fp8_matmul: {what}"
+        rows.append(row(problem, op, total, products=count, **extra))
+        rows.append(row(problem, f"jitted bf16 dot: {what}", theirs, products=count))
     return rows
 
 
@@ -203,7 +179,7 @@ def host() -> list[dict]:
     nothing += [jnp.zeros(shape) for shape in (lhs_scale, rhs_scale)]
     graphs = "command_buffer=" not in os.environ.get("XLA_FLAGS", "")
     name = "host: in a CUDA graph" if graphs else "host: launched one by one"
-    contenders = {name: (chain, (*tuning.random_operands(problem), jnp.zeros((1, 8))))}
+    contenders = {name: (chain, (*made_up.random_operands(problem), jnp.zeros((1, 8))))}
     if not graphs:
         contenders[f"{name}, without rows"] = (without_rows, nothing)
     times = {name: [] for name in contenders}
@@ -244,22 +220,30 @@ print(made["origin"], made["seconds"])
     return rows
 
 
+PARTS = ("products", "peers", "matmul", "host", "compiling")
+
+
+def parts(options: argparse.Namespace) -> Iterator[list[dict]]:
+    if "products" in options.only:
+        yield products(options.rows)
+    if "peers" in options.only:
+        yield from beside_all(options.rows)
+    if not options.rows:
+        for part in (matmul, host, compiling):
+            if part.__name__ in options.only:
+                yield part()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="default: results/<card>.json")
-    parser.add_argument("--rows", default="", help="only shapes whose name contains this")
-    parser.add_argument("--host-only", action="store_true", help="only what a call costs the host")
+    parser.add_argument("--rows", default="", help="only shapes whose op contains this")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="default: all")
     options = parser.parse_args()
-    if options.host_only:
-        parts = iter([host()])
-    else:
-        parts = itertools.chain(
-            products(options.rows), (part() for part in (matmul, host, compiling))
-        )
-    for rows in parts:
+    for rows in parts(options):
         save(rows, options.out)
-        summary(rows, "dense: ")
-        summary(rows, "gradient: ")
+        for kind in KINDS:
+            summary(rows, kind)
         for r in rows:
             if "DeepGEMM" not in r.get("peer", ""):
                 print(r["op"], r["us"], "µs", r.get("peer_us", ""), r.get("us_casts", ""))

@@ -1,68 +1,52 @@
-"""Times grouped products on the GPU at hand, beside what else a JAX user has: device time, cold L2.
+"""Times grouped GEMMs on the GPU at hand, in turn with what else there is: device time, cold L2.
 
 python benchmarks/grouped.py
 """
 
 import argparse
-import concurrent.futures
+import dataclasses
 import functools
 import itertools
-import os
-import pathlib
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-
 import pallas_peer
-import shapes
-from protocol import ANCHORS, DEEPGEMM, deepgemm, progress, row, runs, save, summary
+from gemm_rows import Case, measure, ready
+from protocol import beside, progress, row, runs, save, summary
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import tuning
-from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import Problem
+from jax_fp8gemm._tools import operands as made_up
+from jax_fp8gemm._tools import shapes, timing
 
 REPS = 11
-PADDED = "DeepGEMM, contiguous: the same rows, padded (stored)"  # beside ragged
 GROUPS, ROWS = 8, 32768
 WEIGHTS = ((4096, 7168), (7168, 2048))
 
 
 def products(only: str) -> list[dict]:
-    """Times every shape in bursts, beside DeepGEMM's stored times."""
+    """Times every shape in turn with DeepGEMM."""
     listed = [shape for shape in shapes.GROUPED if only in shape.name]
-    times = {}
-    # One variant at a time: the operands of all would not fit.
-    for _, some in itertools.groupby(listed, lambda shape: (shape.variant, shape.g)):
-        times |= burst(list(some))
+    cases = [Case(f"grouped: {shape.name}", problem_of(shape), shape.sizes()) for shape in listed]
+    compiling = ready(cases)
     rows = []
-    for shape in listed:
-        problem = shape.problem()
-        total = None if shape.variant == "ragged_contracting" else shape.total
-        stored = "contiguous" if shape.variant == "ragged" else shape.variant
-        peer = ANCHORS[stored].get(f"{shape.g}x{shape.rows}", {}).get(f"{shape.n}x{shape.k}")
-        name = DEEPGEMM if stored == shape.variant else PADDED
-        extra = {"config": str(select(problem)), **deepgemm(peer, name)}
-        rows.append(row(problem, f"grouped: {shape.name}", times[shape.name], total, **extra))
+    # One family at a time: the operands of all would not fit.
+    for family, some in itertools.groupby(cases, family_of):
+        rows += measure(list(some), compiling, REPS)
+        progress(" ".join(map(str, family)))
     return rows
 
 
-def burst(listed: list) -> dict[str, list[float]]:
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        operands = list(pool.map(lambda shape: shape.operands(), listed))
-        made = pool.map(
-            lambda a: tuning.compiled(a[0].problem(), None, a[1]),
-            zip(listed, operands, strict=True),
-        )
-        contenders = dict(zip((shape.name for shape in listed), made, strict=True))
-    found = tuning.device_microseconds(contenders, REPS, tuning.KERNEL, burst=True)
-    progress(f"{listed[0].variant}, {listed[0].g} groups")
-    return found
+def family_of(case: Case) -> tuple:
+    p = case.problem
+    return (p.variant,) if p.variant == "masked" else (p.variant, p.g, "groups")
+
+
+def problem_of(shape: shapes.GroupedShape) -> Problem:
+    kind = jax.devices()[0].device_kind
+    return dataclasses.replace(shape.problem(), device=kind)
 
 
 # ---- beside the ragged dots that JAX has --------------------------------------------------------
@@ -89,7 +73,7 @@ def ragged_dot(n: int, k: int) -> list[dict]:
     keys = jax.random.split(jax.random.key(0))
     lhs = jax.random.normal(keys[0], (ROWS, k), jnp.bfloat16)
     rhs = jax.random.normal(keys[1], (GROUPS, k, n), jnp.bfloat16)
-    sizes = jnp.asarray(tuning.group_sizes(problem))
+    sizes = jnp.asarray(made_up.group_sizes(problem))
     weights = jax.jit(lambda w: fp8.quantize(jnp.swapaxes(w, 1, 2), (128, 128)))(rhs)
 
     @jax.jit
@@ -98,7 +82,7 @@ def ragged_dot(n: int, k: int) -> list[dict]:
 
     floats = lhs, rhs, sizes
     contenders = {
-        "weights quantized beforehand": functools.partial(ours, lhs, weights, sizes),
+        "weights quantised beforehand": functools.partial(ours, lhs, weights, sizes),
         "fp8_ragged_dot": functools.partial(jax.jit(fp8.fp8_ragged_dot), *floats),
     }
     for name, peer in peers().items():
@@ -106,8 +90,8 @@ def ragged_dot(n: int, k: int) -> list[dict]:
         if runs(name, jitted, floats):
             contenders[name] = functools.partial(jitted, *floats)
         progress(name)
-    times = tuning.device_microseconds(contenders, 3, burst=True)
-    mine = times.pop("weights quantized beforehand")
+    times = timing.device_microseconds(contenders, 3)  # all in turn
+    mine = times.pop("weights quantised beforehand")
     best = min((n for n in times if "Pallas" in n), key=lambda n: min(times[n]), default=None)
     rows = []
     for name, us in times.items():
@@ -115,23 +99,28 @@ def ragged_dot(n: int, k: int) -> list[dict]:
             print(f"{name}: {statistics.median(us):.0f} µs", flush=True)
             continue
         op = f"beside {name.split(' (')[0]}: 8x4096 {n}x{k}"
-        rows.append(row(problem, op, mine, peer=name, peer_us=round(statistics.median(us), 1)))
+        rows.append(row(problem, op, mine, **beside(name, us)))
     return rows
 
 
-def parts(only: str) -> Iterator[list[dict]]:
-    yield products(only)
-    if not only:
+def parts(options: argparse.Namespace) -> Iterator[list[dict]]:
+    if "products" in options.only:
+        yield products(options.rows)
+    if "peers" in options.only and not options.rows:
         for n, k in WEIGHTS:
             yield ragged_dot(n, k)
+
+
+PARTS = ("products", "peers")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--rows", default="", help="only shapes whose name contains this")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS, help="default: both")
     options = parser.parse_args()
-    for rows in parts(options.rows):
+    for rows in parts(options):
         save(rows, options.out)
         for variant in ("contiguous", "ragged_4", "ragged_8", "masked", "ragged_contracting"):
             summary(rows, f"grouped: {variant}")

@@ -1,6 +1,7 @@
 """The best grouped product in bf16 that JAX ships for Hopper: its Pallas kernels, tuned by hand.
 
-jax.lax.ragged_dot is expanded by XLA into a much larger dense product, so it is no fair peer alone.
+With a cuDNN before 9.22, XLA expands jax.lax.ragged_dot into a much larger dense GEMM. That makes
+it no fair peer alone.
 """
 
 import concurrent.futures
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm import tuning
+from jax_fp8gemm._tools import timing
 
 NAMES = ("block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n")
 BLOCKS = ((192, 128), (128, 192), (128, 128))
@@ -81,7 +82,7 @@ def tuned(m: int, k: int, n: int, g: int, reps: int = 3) -> Callable | None:
                 run = functools.partial(product, config=config)
                 made[name, config] = pool.submit(_compiled, run, operands)
     contenders = {key: future.result() for key, future in made.items() if future.result()}
-    times = tuning.device_microseconds(contenders, reps) if contenders else {}
+    times = timing.device_microseconds(contenders, reps) if contenders else {}
     best = {}
     for (name, config), us in sorted(times.items(), key=lambda item: statistics.median(item[1])):
         best.setdefault(name, (config, statistics.median(us)))

@@ -8,10 +8,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from protocol import HERE
 
-RESULTS = HERE / "results/nvidia-h200.json"  # DeepGEMM's times are of that card
+RESULTS = HERE / "results/nvidia-h200.json"
 
 KINDS = {  # how ops of stored rows begin: what a reader sees
     "dense: ": "dense",
+    "drawn: ": "dense,\nnot tuned",
     "gradient: ": "weight\ngradient",
     "grouped: contiguous": "contiguous",
     "grouped: ragged_4": "ragged",
@@ -38,19 +39,24 @@ def times_faster(row: dict) -> float:
     return row["us"] / row["peer_us"] if ours else row["peer_us"] / row["us"]
 
 
+def live(rows: list[dict]) -> dict[str, dict]:
+    """Returns rows by op whose peer ran in the same process; times of another day are no peer."""
+    return {row["op"]: row for row in rows if row.get("same_run")}
+
+
 def main() -> None:
-    rows = {row["op"]: row for row in json.loads(RESULTS.read_text())}
+    rows = live(json.loads(RESULTS.read_text()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2))
     names = list(dict.fromkeys(KINDS.values()))
     for prefix, name in KINDS.items():
-        found = [r for op, r in rows.items() if op.startswith(prefix) and "peer_us" in r]
+        found = [r for op, r in rows.items() if op.startswith(prefix)]
         at = names.index(name)
         spread = [at + 0.5 * (i / max(len(found) - 1, 1) - 0.5) for i in range(len(found))]
         left.scatter(spread, [r["peer_us"] / r["us"] for r in found], s=14, color="tab:blue")
     left.axhline(1, color="black", linewidth=0.8)
     left.set_xticks(range(len(names)), names)
     left.set_ylabel("speed, DeepGEMM = 1")
-    left.set_title("every shape of the tables, beside DeepGEMM (torch)")
+    left.set_title("every shape of the tables, in turn with DeepGEMM (torch)")
     shown = {label: times_faster(rows[op]) for op, label in PEERS.items() if op in rows}
     right.barh(list(shown), list(shown.values()), color="tab:orange")
     for at, ratio in enumerate(shown.values()):

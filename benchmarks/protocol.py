@@ -1,12 +1,12 @@
 """What every benchmark shares: the form of a row, the roofline, where results go."""
 
 import datetime
+import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import shutil
-import statistics
 import subprocess
 import time
 
@@ -15,10 +15,9 @@ import jax
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.choice import file_name
 from jax_fp8gemm._select.problem import Problem
+from jax_fp8gemm._tools.timing import spread
 
 HERE = pathlib.Path(__file__).parent
-ANCHORS = json.loads((HERE / "anchors.json").read_text())["us"]  # of an H200
-DEEPGEMM = "DeepGEMM (stored, benchmarks/anchors.json)"
 PEAK = 1763e12  # FLOP/s with promotion at the power limit, measured
 BANDWIDTH = 4.4e12  # B/s, read only, measured
 START = time.perf_counter()
@@ -29,11 +28,40 @@ def results() -> pathlib.Path:
     return HERE / f"results/{file_name(jax.devices()[0].device_kind)}.json"
 
 
-def deepgemm(us: float | None, peer: str = DEEPGEMM) -> dict:
-    """Returns what a row says of DeepGEMM's stored time; nothing on another card than its own."""
-    if us is None or "H200" not in jax.devices()[0].device_kind:
-        return {}
-    return {"peer": peer, "peer_us": us}
+def version(package: str) -> str:
+    """Returns the version of an installed package, "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def jax_version(cudnn: bool = False) -> str:
+    """Returns the version of JAX, and of cuDNN where that library decides which kernel runs."""
+    found = f"jax {jax.__version__}"
+    if cudnn:
+        # XLA gives ragged_dot a cuDNN kernel of its own from cuDNN 9.22 on.
+        number = version("nvidia-cudnn-cu13") or version("nvidia-cudnn-cu12") or "unknown"
+        found += f", cuDNN {number}"
+    return found
+
+
+def version_of(name: str) -> str:
+    """Returns the version that a row names for one of JAX's or torch's peers."""
+    if "torch" in name:
+        return f"torch {version('torch')}"
+    if "tokamax" in name:
+        return f"tokamax {version('tokamax')}"
+    return jax_version(cudnn="lax.ragged_dot" in name)
+
+
+def beside(peer: str, times: list[float], peer_version: str = "") -> dict:
+    """Returns what a row says of a peer that ran in the same process, launch by launch in turn."""
+    us, low, high = spread(times)
+    return {
+        "peer": peer, "peer_version": peer_version or version_of(peer), "peer_us": round(us, 2),
+        "peer_p10": round(low, 2), "peer_p90": round(high, 2), "same_run": True,
+    }  # fmt: skip
 
 
 def operations(p: Problem, rows: int) -> int:
@@ -70,8 +98,7 @@ def row(
     """
     if rows is None:
         rows = p.m * (p.g if p.variant in ("batched", "masked") else 1)
-    us = statistics.median(times)
-    low, high = (sorted(times)[round(q * (len(times) - 1))] for q in (0.1, 0.9))
+    us, low, high = spread(times)
     flops, nbytes = products * operations(p, rows), products * traffic(p, rows)
     roofline = 1e6 * max(flops / PEAK, nbytes / BANDWIDTH)
     return {
@@ -123,15 +150,25 @@ def save(rows: list[dict], out: str | None) -> None:
     )
 
 
-def summary(rows: list[dict], name: str) -> None:
-    """Prints how rows whose op begins with `name` compare with DeepGEMM's stored times."""
-    found = [r for r in rows if r["op"].startswith(name) and "DeepGEMM" in r.get("peer", "")]
+def summary(rows: list[dict], name: str, peer: str = "DeepGEMM") -> str:
+    """Prints, and returns, how rows whose op begins with `name` compare with a live peer."""
+    found = [
+        r
+        for r in rows
+        if r["op"].startswith(name) and r.get("same_run") and r["peer"].startswith(peer)
+    ]
     if not found:
-        return
+        return ""
     ratios = {r["op"]: r["peer_us"] / r["us"] for r in found}
     for r in found:
         print(f"{r['op']:44} {r['us']:8.2f} µs {r['tflops']:7.0f} TFLOP/s {ratios[r['op']]:6.3f}")
-    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
-    print(f"== {name} DeepGEMM µs / ours: geometric mean {mean:.3f}, {len(ratios)} rows; lowest: ")
-    lowest = sorted(ratios.items(), key=lambda item: item[1])[:6]
-    print("   " + ", ".join(f"{op.removeprefix(name)} {ratio:.3f}" for op, ratio in lowest))
+    mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+    slower = sum(ratio < 1 for ratio in ratios.values())
+    lowest = sorted(ratios.items(), key=lambda item: item[1])
+    text = (
+        f"== {name}{peer} µs / ours: geometric mean {mean:.3f}, worst {lowest[0][1]:.3f}, "
+        f"slower in {slower} of {len(ratios)} rows"
+    )
+    print(text + "; lowest:")
+    print("   " + ", ".join(f"{op.removeprefix(name)} {ratio:.3f}" for op, ratio in lowest[:6]))
+    return text

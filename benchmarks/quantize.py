@@ -1,4 +1,4 @@
-"""Times quantizing kernels, and products with all their casts: device time, cold L2.
+"""Times quantising kernels, and products with all their casts: device time, cold L2.
 
 python benchmarks/quantize.py
 """
@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pallas_peer import tuned
-from protocol import BANDWIDTH, progress, row, runs, save
+from protocol import BANDWIDTH, beside, progress, row, runs, save, version_of
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm import tuning
 from jax_fp8gemm._core import reference
-from jax_fp8gemm._core.layout import BLOCK, round_up
+from jax_fp8gemm._core.groups import grouped_tokens
+from jax_fp8gemm._core.layout import SCALE_BLOCK, round_up
 from jax_fp8gemm._select.problem import Problem
+from jax_fp8gemm._tools import operands as made_up
+from jax_fp8gemm._tools import timing
 
 REPS = 11
 TOKENS, WIDTH, EXPERTS = 16384, 7168, 8
@@ -27,17 +29,17 @@ KERNEL = "fp8_quantize"  # the entry point, csrc/quantize_spec.cpp
 
 
 def group_sizes() -> np.ndarray:
-    return tuning.group_sizes(Problem("ragged", TOKENS, 1, 1, EXPERTS))
+    return made_up.group_sizes(Problem("ragged", TOKENS, 1, 1, EXPERTS))
 
 
 def nbytes(tree) -> int:
     """Returns the bytes of all arrays; of copies by groups, those of every group's whole tiles."""
-    room = reference.grouped_tokens(TOKENS, EXPERTS)  # for any sizes
-    used = sum(round_up(int(size), BLOCK) for size in group_sizes())
+    room = grouped_tokens(TOKENS, EXPERTS)  # for any sizes
+    used = sum(round_up(int(size), SCALE_BLOCK) for size in group_sizes())
 
     def one(x) -> int:
         size = x.size * x.dtype.itemsize
-        return size * used // room if x.shape[-1] in (room, room // BLOCK) else size
+        return size * used // room if x.shape[-1] in (room, room // SCALE_BLOCK) else size
 
     return sum(map(one, jax.tree.leaves(tree)))
 
@@ -90,9 +92,9 @@ def time_casts() -> list[dict]:
         targets[name] = target
         contenders[name] = functools.partial(run, *operands)
     rows = []
-    ran = tuning.device_kernels(contenders, REPS, burst=True)
+    ran = timing.device_kernels(contenders, REPS, burst=True)
     ours = {name: run for name, run in contenders.items() if targets[name]}
-    read = tuning.device_microseconds(ours, 7, KERNEL, burst=True, flush="read")
+    read = timing.device_microseconds(ours, 7, KERNEL, burst=True, flush="read")
     for name, launches in ran.items():
         totals = sorted(sum(us for _, us in launch) for launch in launches)
         kernel = [sum(us for n, us in launch if KERNEL in n) for launch in launches]
@@ -133,23 +135,24 @@ def gradients(product: Callable) -> Callable:
 
 
 def compare(problem: Problem, op: str, contenders: dict, ours: str) -> list[dict]:
-    """Times whole programs; each contender is (jitted function, operands)."""
+    """Times whole programs in turn; each contender is (jitted function, operands).
+
+    A row of a peer has the peer's time as `us` and ours as `peer_us`.
+    """
     good = {name: c for name, c in contenders.items() if runs(name, *c)}
     started = {name: functools.partial(f, *a) for name, (f, a) in good.items()}
-    times = tuning.device_kernels(started, 5, burst=True)
-    totals = {
-        name: [sum(us for _, us in launch) for launch in launches]
-        for name, launches in times.items()
-    }
+    ran = timing.device_kernels(started, 5, burst=[list(started)])
+    totals = {name: timing.sums(launches) for name, launches in ran.items()}
     rows = []
     for name in good:
         own = row(problem, f"{op}: {name}", totals[name], products=3)
-        products = [sum(us for k, us in launch if tuning.KERNEL in k) for launch in times[name]]
+        products = statistics.median(timing.sums(ran[name], timing.KERNEL))
         own |= {"bytes_peak": peak_bytes(*good[name][:1], *good[name][1])}
-        if statistics.median(products):
-            own["us_products"] = round(statistics.median(products), 2)
+        if products:
+            own["us_products"] = round(products, 2)
         if name != ours:
-            own |= {"peer": ours, "peer_us": round(statistics.median(totals[ours]), 2)}
+            own |= beside(ours, totals[ours], "this package")
+            own |= {} if "fp8" in name else {"version": version_of(name)}
         rows.append(own)
         print(f"{own['op']:60} {own['us']:9.1f} µs, peak {own['bytes_peak'] / 2**20:7.0f} MiB "
               f"{statistics.median(totals[name]) / statistics.median(totals[ours]):.2f} × ours",
@@ -171,11 +174,11 @@ def matmul() -> list[dict]:
 
 
 def ragged_dot() -> list[dict]:
-    """The weights are quantized once, outside of what is timed."""
+    """The weights are quantised once, outside of what is timed."""
     m, k, n = 2 * TOKENS, WIDTH, 4096
     problem = Problem("ragged", m, n, k, EXPERTS)
     x, w = random(m, k), random(EXPERTS, k, n, seed=1)
-    sizes = jnp.asarray(tuning.group_sizes(problem))
+    sizes = jnp.asarray(made_up.group_sizes(problem))
     prepared = dataclasses.replace(jax.jit(fp8.prepare_weight)(w), w=None)
 
     def ours(x, w, prepared, sizes):

@@ -1,36 +1,194 @@
 """The benchmark scripts run: on a CPU, small, with a device clock that stands still."""
 
+import concurrent.futures
 import importlib
 import json
 import math
 import pathlib
+import subprocess
 import sys
 import types
 
+import deep_gemm_stub
 import jax
 import pytest
 
-from jax_fp8gemm import tuning
 from jax_fp8gemm._select.choice import file_name
+from jax_fp8gemm._select.problem import Problem
+from jax_fp8gemm._tools import shapes, timing
 
-SCRIPTS = "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm"
+SCRIPTS = (
+    "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm",
+    "gemm", "grouped", "gemm_rows", "deepgemm_peer", "plot", "before_after",
+)  # fmt: skip
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+OURS = [("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]
+THEIRS = [("void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u, 4096u>(float*)", 3.0), ("copy", 1.0)]
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """Returns a function that imports a script; times are 1 µs of casts and 2 µs of products."""
+    """Returns a function that imports a script; times are 1 µs of casts and 2 µs of GEMMs.
+
+    A peer's launch takes 3 µs, and 1 µs for what it launches besides.
+    """
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
-    def standing_clock(contenders, reps, **how):
+    def standing_clock(contenders, reps, burst=False, **how):
+        timing.launch_order(list(contenders), reps, burst)
         for run in contenders.values():
             jax.block_until_ready(run())
-        return {name: [[("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]] * reps for name in contenders}
+        return {
+            name: [THEIRS if isinstance(name, tuple) and name[1] == "peer" else OURS] * reps
+            for name in contenders
+        }
 
-    monkeypatch.setattr(tuning, "device_kernels", standing_clock)
+    monkeypatch.setattr(timing, "device_kernels", standing_clock)
     yield importlib.import_module
     for name in SCRIPTS:
         sys.modules.pop(name, None)
+
+
+def small_cases(script) -> list:
+    """Returns one case of every family, odd sizes among them."""
+    problem = Problem
+    grouped = [
+        problem("contiguous", 700, 136, 256, 3),
+        problem("ragged", 700, 136, 256, 3),
+        problem("masked", 90, 136, 256, 3),
+        problem("ragged_contracting", 72, 136, 1280, 3, "1x128_1x128", "f32"),
+    ]
+    sizes = script.made_up.group_sizes
+    return [
+        script.Case("dense", problem("dense", 67, 136, 272)),
+        script.Case("one row", problem("dense", 1, 352, 176)),
+        script.Case("gradient", problem("dense", 72, 136, 384, 1, "1x128_1x128", "f32")),
+        *(script.Case(p.variant, p, sizes(p)) for p in grouped),
+    ]
+
+
+def test_every_family_is_timed_beside_a_live_deepgemm(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", deep_gemm_stub.torch())
+    monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm_stub.deep_gemm())
+    script, peer = load("gemm_rows"), load("deepgemm_peer")
+    cases = small_cases(script)
+    compiling = peer.Compiling(
+        [case.job for case in cases], concurrent.futures.ThreadPoolExecutor(1)
+    )  # fmt: skip
+    assert len(compiling.futures) == 6  # ragged groups are padded to those of contiguous
+    rows = script.measure(cases, compiling, reps=3)
+    assert [row["op"] for row in rows] == [case.op for case in cases]
+    for row in rows:  # ours is the GEMM alone; theirs is all that their call launches
+        assert (row["us"], row["peer_us"], row["same_run"]) == (2.0, 4.0, True), row
+        assert row["peer_version"] == "tokenspeed-deepgemm 0.stub"
+        assert row["error"] < 1e-5 and row["peer_error"] < 1e-5, row
+    assert "padded" in {row["op"]: row["peer"] for row in rows}["ragged"]
+
+
+def test_without_deepgemm_the_rows_have_no_peer(load, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)  # an import of it fails
+    script = load("gemm_rows")
+    cases = small_cases(script)[:1]
+    (row,) = script.measure(cases, script.ready(cases), reps=3)
+    assert "peer" not in row and row["us"] == 2.0
+    assert "DeepGEMM is no peer here" in capsys.readouterr().out
+
+
+def test_a_wrong_peer_is_left_out(load, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", deep_gemm_stub.torch())
+    wrong = deep_gemm_stub.deep_gemm()
+    wrong.fp8_gemm_nt = lambda lhs, rhs, out, **how: None
+    monkeypatch.setitem(sys.modules, "deep_gemm", wrong)
+    script, peer = load("gemm_rows"), load("deepgemm_peer")
+    (row,) = script.measure(small_cases(script)[:1], peer.Compiling([]), reps=3)
+    assert "peer" not in row and "the peer is left out" in capsys.readouterr().out
+
+
+def test_both_sides_take_turns_in_a_burst_of_their_shape():
+    names = [("a", "ours"), ("a", "peer"), ("b", "ours")]
+    order = timing.launch_order(names, 2, [names[:2], names[2:]])
+    assert [name for name, _ in order] == [*names[:2], *names[:2], names[2], names[2]]
+    assert [rest for _, rest in order] == [True, False, False, False, True, False]
+    apart = timing.launch_order(names[:2], 2, True)
+    assert [name for name, _ in apart] == [names[0], names[0], names[1], names[1]]
+    together = timing.launch_order(names[:2], 2, False)
+    assert [name for name, _ in together] == names[:2] * 2
+    assert not any(rest for _, rest in together)
+    with pytest.raises(ValueError, match="one burst"):
+        timing.launch_order(names, 2, [names[:2]])
+
+
+def test_a_trace_is_cut_at_the_flushes():
+    flush, reading = ("loop_shift_left_fusion", 90.0), ("input_reduce_fusion", 80.0)
+    theirs = ("void deep_gemm::sm90_fp8_gemm_1d1d_impl<4096u>", 7.0)
+    events = [("wrapped_iota", 3.0), flush, ("fp8_gemm", 5.0), flush, theirs, ("fill", 1.0)]
+    launches = timing.between_flushes(events)
+    assert launches == [[("fp8_gemm", 5.0)], [theirs, ("fill", 1.0)]]
+    assert timing.sums(launches) == [5.0, 8.0]
+    assert timing.sums(launches, timing.KERNEL) == [5.0, 7.0]
+    small = ("input_reduce_fusion_1", 2.0)
+    events = [reading, small, ("fp8_gemm", 5.0), reading, small, ("fp8_gemm", 6.0)]
+    assert timing.sums(timing.between_flushes(events, "read")) == [5.0, 6.0]
+
+
+def test_drawn_shapes_are_in_no_tuned_table():
+    found = shapes.drawn()
+    assert found == shapes.drawn() and found != shapes.drawn(seed=1)
+    assert len({(s.m, s.n, s.k) for s in found}) == len(found) >= 40
+    assert all(s.k % 16 == s.n % 8 == 0 and 1 <= s.m <= shapes.MOST_ROWS for s in found)
+    assert sum(s.k % 128 > 0 for s in found) >= 3 and sum(s.n % 128 > 0 for s in found) >= 2
+    assert min(s.m for s in found) < 8 and max(s.m for s in found) > 8192
+    for card in shapes.CARDS:
+        path = pathlib.Path(__file__).parent / f"tuned/{file_name(card)}.json"
+        tuned = {(row["n"], row["k"]) for row in json.loads(path.read_text())}
+        assert not tuned & {(layer.n, layer.k) for layer in shapes.LAYERS}
+
+
+def test_a_summary_tells_the_mean_the_worst_and_how_often_slower(load, capsys):
+    protocol = load("protocol")
+    live = {"us": 2.0, "tflops": 1, "peer": "DeepGEMM", "same_run": True}
+    rows = [{"op": f"drawn: {i}", "peer_us": us, **live} for i, us in enumerate((1.0, 4.0, 4.0))]
+    rows.append({"op": "drawn: of another day", "peer_us": 9.0, **live, "same_run": False})
+    text = protocol.summary(rows, "drawn: ")
+    assert "geometric mean 1.260, worst 0.500, slower in 1 of 3 rows" in text
+    assert protocol.summary(rows, "dense: ") == ""
+    assert text in capsys.readouterr().out
+
+
+def test_the_picture_has_live_peers_alone(load):
+    pytest.importorskip("matplotlib")
+    rows = [{"op": "dense: a", "same_run": True}, {"op": "dense: b", "peer_us": 1.0}]
+    assert list(load("plot").live(rows)) == ["dense: a"]
+
+
+def test_the_version_of_cudnn_is_named_beside_ragged_dot(load):
+    protocol = load("protocol")
+    said = protocol.beside("jax.lax.ragged_dot", [3.0, 1.0, 2.0])
+    assert said["peer_us"] == 2.0 and said["peer_version"].startswith(
+        f"jax {jax.__version__}, cuDNN"
+    )
+    assert protocol.version_of("bf16 dot") == f"jax {jax.__version__}"
+
+
+def test_dense_shapes_are_timed(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    script = load("gemm")
+    rows = script.products("dense: kv_down_m64")
+    assert [row["op"] for row in rows] == ["dense: kv_down_m64"]
+    assert {"us", "p10", "p90", "tflops", "gbs", "roofline", "config", "scales"} <= set(rows[0])
+
+
+def test_two_checkouts_are_timed_in_turn(tmp_path):
+    out = tmp_path / "rows.json"
+    command = [sys.executable, str(BENCHMARKS / "before_after.py"), sys.executable, sys.executable]
+    command += ["--tiny", "--only", "gemm 16x", "--rounds", "2", "--reps", "2", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    rows = json.loads(out.read_text())
+    assert len(rows) == 4 and all(row["same_bits"] for row in rows)
+    assert all(
+        row["ratio"] == pytest.approx(row["old_us"] / row["new_us"], rel=0.02) for row in rows
+    )
+    assert "geometric mean" in done.stdout
 
 
 def test_casts_and_products_with_casts(load, monkeypatch):
@@ -61,11 +219,9 @@ def test_each_card_has_its_own_results(load, monkeypatch):
     protocol = load("protocol")
     assert protocol.results().name == "cpu.json"
     assert file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert protocol.deepgemm(1.0) == {}  # its times are those of an H200
     card = types.SimpleNamespace(device_kind="NVIDIA H200")
     monkeypatch.setattr(jax, "devices", lambda: [card])
     assert protocol.results().name == "nvidia-h200.json"
-    assert protocol.deepgemm(1.0)["peer_us"] == 1.0 and protocol.deepgemm(None) == {}
 
 
 def test_training_runs_are_stored_one_by_one_and_reported(load, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Products that cast their weights: the numbers of those that take FP8 copies."""
+"""GEMMs that cast their weights: the numbers of those that take FP8 copies."""
 
 import functools
 
@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._moe import weights as expert_weights
-from jax_fp8gemm._ops import weights as prepared
-from jax_fp8gemm._ops.gemm import gemm_casting
+from jax_fp8gemm._ops import weights as ops_weights
+from jax_fp8gemm._ops.gemm import multiply_casting
 
 P = PartitionSpec
 G, M = 3, 90
@@ -38,20 +37,20 @@ def equal(got, expected) -> None:
 
 @pytest.mark.parametrize("variant", ["ragged", "masked"])
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_is_the_product_of_quantized_weights(shape, variant):
+def test_is_the_gemm_of_quantized_weights(shape, variant):
     lhs, weights, whole = case(*shape, variant)
     sizes = jnp.asarray(SIZES)
-    casting = functools.partial(gemm_casting, transposed=shape[0], variant=variant)
+    casting = functools.partial(multiply_casting, transposed=shape[0], variant=variant)
     rhs = fp8.quantize(whole, (128, 128))
     equal(jax.jit(casting)(lhs, weights, sizes), fp8.gemm(lhs, rhs, sizes, variant=variant))
 
 
-def test_a_batch_of_masked_products_is_one_of_more_groups():
+def test_a_batch_of_masked_gemms_is_one_of_more_groups():
     shape = CASES[3]
     lhs, weights, _ = case(*shape, "masked", g=4)
     lhs, weights = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (lhs, weights))
     sizes = jnp.array([[10, 0], [50, 7]])
-    casting = functools.partial(gemm_casting, transposed=True, variant="masked")
+    casting = functools.partial(multiply_casting, transposed=True, variant="masked")
     got = jax.vmap(casting)(lhs, weights, sizes)
     each = [casting(*jax.tree.map(lambda x, i=i: x[i], (lhs, weights, sizes))) for i in range(2)]
     equal(got, jnp.stack(each))
@@ -59,14 +58,14 @@ def test_a_batch_of_masked_products_is_one_of_more_groups():
 
 def test_sizes_beyond_int32_are_clipped():
     lhs, weights, _ = case(*CASES[1])
-    casting = functools.partial(gemm_casting, transposed=True)
+    casting = functools.partial(multiply_casting, transposed=True)
     huge, most = np.array([2**32 - 2, 0, 0], np.uint32), np.array([M, 0, 0], np.int32)
     equal(casting(lhs, weights, jnp.asarray(huge)), casting(lhs, weights, jnp.asarray(most)))
 
 
 def test_weights_reach_the_kernel_as_they_are():
     lhs, weights, _ = case(*CASES[3])
-    run = jax.jit(functools.partial(gemm_casting, transposed=True))
+    run = jax.jit(functools.partial(multiply_casting, transposed=True))
     text = run.trace(lhs, weights, SIZES).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = [line for line in text.splitlines() if "@jax_fp8gemm_gemm_v1" in line]
     assert 'rhs = "bf16_transposed"' in call
@@ -83,7 +82,7 @@ CUTS = [((), ("x", None)), ((), (None, "x")), ((None, "x"), ()), (("x",), ("x", 
 def test_cut_up_over_devices(arrays, transposed, cut):
     lhs, weights, _ = case(transposed, arrays, 512, 512)
     lhs = jax.tree.map(lambda x: x[:88], lhs)
-    run = jax.jit(functools.partial(gemm_casting, transposed=transposed))
+    run = jax.jit(functools.partial(multiply_casting, transposed=transposed))
     expected = run(lhs, weights, SIZES)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     lhs_cut, weights_cut = (NamedSharding(mesh, P(*spec)) for spec in (cut[0], (None, *cut[1])))
@@ -119,23 +118,24 @@ def test_ragged_dot_gives_the_same_bits_either_way(residuals, monkeypatch):
 T, H, F, E, TOP_K = 48, 144, 256, 4, 2
 
 
-def both(x, routing, dy, *kernels, capacity=None):
+def both(x, routing, dy, kernels, **options):
     """Returns y and all gradients of an expert block."""
 
-    def block(x, weights, *kernels):
-        return fp8.expert_ffn(x, routing.expert_index, weights, *kernels, capacity=capacity)
+    def block(x, weights, kernels):
+        return fp8.expert_ffn(x, routing.expert_index, weights, kernels, **options)
 
-    y, pull = jax.vjp(block, x, routing.gate_weights, *kernels)
+    y, pull = jax.vjp(block, x, routing.gate_weights, kernels)
     return y, pull(dy)
 
 
-def operands(dtype=jnp.bfloat16):
+def operands():
     keys = jax.random.split(jax.random.key(1), 6)
     shapes = (T, H), (T, H), (E, H, F), (E, H, F), (E, F, H)
-    x, dy, *kernels = (
-        jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, shapes, strict=False)
+    x, dy, wi_0, wi_1, wo = (
+        jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=False)
     )
-    return x, fp8.route(jax.random.normal(keys[5], (T, E)), TOP_K), dy, *kernels
+    kernels = fp8.ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo)
+    return x, fp8.route(jax.random.normal(keys[5], (T, E)), TOP_K), dy, kernels
 
 
 def casts(run, *given) -> bool:
@@ -145,43 +145,42 @@ def casts(run, *given) -> bool:
 
 
 @pytest.mark.parametrize("capacity", [None, 20])
-def test_a_block_gives_the_same_bits_either_way(capacity, monkeypatch):
+def test_a_block_gives_the_same_bits_either_way(capacity):
     given = operands()
     run = functools.partial(both, capacity=capacity)
     assert not casts(run, *given)  # eight devices here, and no shard_map
-    copies = jax.jit(run)(*given)
-    monkeypatch.setattr(expert_weights, "cast_in_products", lambda *_, **__: True)
-    run = functools.partial(both, capacity=capacity)
-    assert casts(run, *given)
-    equal(jax.jit(run)(*given), copies)
+    wanted = functools.partial(run, cast_in_gemm=True)
+    assert casts(wanted, *given)
+    equal(jax.jit(wanted)(*given), jax.jit(run)(*given))
 
 
-def test_when_weights_are_cast_in_products(monkeypatch):
+def test_when_weights_are_cast_in_gemms(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    x, routing, _, *kernels = operands()
+    x, routing, _, kernels = operands()
 
-    def chosen(*kernels, scale_rounding="pow2"):
-        run = functools.partial(fp8.expert_ffn, scale=scale)
-        return casts(run, x, routing.expert_index, routing.gate_weights, *kernels)
+    def chosen(kernels, **options):
+        run = functools.partial(fp8.expert_ffn, **options)
+        return casts(run, x, routing.expert_index, routing.gate_weights, kernels)
 
-    assert chosen(*kernels)
-    assert not chosen(*kernels, scale_rounding="none")
-    assert not chosen(*(w.astype(jnp.float32) for w in kernels))
-    assert not chosen(kernels[0][..., :192], kernels[1][..., :192], kernels[2][:, :192])
-    assert not chosen(fp8.prepare_experts(*kernels))
-    monkeypatch.setattr(prepared, "CAST_ROWS", T * TOP_K // E - 1)
-    assert not chosen(*kernels)
+    assert chosen(kernels) and not chosen(kernels, cast_in_gemm=False)
+    assert not chosen(kernels, scale_rounding="none")
+    assert not chosen(jax.tree.map(lambda w: w.astype(jnp.float32), kernels))
+    wi_0, wi_1, wo = kernels.wi_0[..., :192], kernels.wi_1[..., :192], kernels.wo[:, :192]
+    assert not chosen(fp8.ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo))
+    assert not chosen(fp8.prepare_experts(kernels))
+    monkeypatch.setattr(ops_weights, "CAST_ROWS", T * TOP_K // E - 1)
+    assert not chosen(kernels)
 
 
 def test_inside_shard_map_weights_are_this_device_s():
-    x, _, _, *kernels = operands()
+    x, _, _, kernels = operands()
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     layer = functools.partial(fp8.moe, top_k=TOP_K, expert_axis="x")
     run = jax.shard_map(
         lambda *args: layer(*args)[0],
         mesh=mesh,
-        in_specs=(P("x"), P(), P("x"), P("x"), P("x")),
+        in_specs=(P("x"), P(), P("x")),
         out_specs=P("x"),
     )
     gate_kernel = jnp.ones((H, E))
-    assert casts(run, x, gate_kernel, *kernels)
+    assert casts(run, x, gate_kernel, kernels)

@@ -13,13 +13,13 @@ import threading
 import time
 
 import pytest
-from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm._bind import native as _native
 from jax_fp8gemm._core.variants import SCALES, VARIANTS
 from jax_fp8gemm._select import problem as problem_module
 from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import GemmConfig, Problem
+from jax_fp8gemm._tools.shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 pytestmark = pytest.mark.skipif(
     "error" in _native.nvrtc_facts(),

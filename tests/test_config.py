@@ -6,7 +6,6 @@ import math
 import pathlib
 
 import pytest
-from shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select import choice
@@ -14,6 +13,7 @@ from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.choice import file_name, select
 from jax_fp8gemm._select.cost import predicted_seconds
 from jax_fp8gemm._select.problem import GemmConfig, Problem, blocks, why_illegal
+from jax_fp8gemm._tools.shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
 TUNED = pathlib.Path(choice.__file__).parent / "tuned"
 

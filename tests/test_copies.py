@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff, clamped, dequantized64
-from shapes import GROUPS
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.groups import grouped_tokens
 from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS
+from jax_fp8gemm._tools.shapes import GROUPS
 
 
 def assert_same(a: fp8.QArray, b: fp8.QArray) -> None:

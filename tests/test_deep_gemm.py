@@ -9,7 +9,7 @@ from numerics import calc_diff, exact
 import jax_fp8gemm as fp8
 from jax_fp8gemm import deep_gemm
 from jax_fp8gemm._select.problem import Problem
-from jax_fp8gemm.tuning import random_operands
+from jax_fp8gemm._tools.operands import random_operands
 
 
 def pairs(*operands):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff, clamped, exact
-from shapes import GROUPS
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._core import reference
+from jax_fp8gemm._core.groups import group_of_row, group_of_step
 from jax_fp8gemm._core.variants import SCALES, VARIANTS
-from jax_fp8gemm.tuning import random_operand
+from jax_fp8gemm._tools.operands import random_operand
+from jax_fp8gemm._tools.shapes import GROUPS
 
 N, K = 72, 272
 GROUPED = [name for name, row in VARIANTS.items() if row.group_operand]
@@ -71,8 +71,8 @@ def test_every_scale_mode(variant, scales):
 
 def test_all_patterns_of_empty_groups():
     """Every one of the 2⁸ ways in which eight groups can be empty or not."""
-    rows = jax.jit(reference.group_of_row, static_argnums=1)
-    steps = jax.jit(reference.group_of_step, static_argnums=1)
+    rows = jax.jit(group_of_row, static_argnums=1)
+    steps = jax.jit(group_of_step, static_argnums=1)
     for pattern in itertools.product((0, 3), repeat=8):
         sizes = jnp.array(pattern, jnp.int32)
         expected = np.full(30, 8)

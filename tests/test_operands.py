@@ -49,7 +49,7 @@ def check(tmp_path_factory):
 
 
 def buffer(text: str) -> str:
-    """"e4m3 8 128" with the number of the type, and an address; "@1" is another one."""
+    """ "e4m3 8 128" with the number of the type, and an address; "@1" is another one."""
     kind, *sizes = text.split()
     address = 256 * int(sizes.pop()[1:]) if sizes[-1].startswith("@") else 256
     return f"{TYPES[kind]} {address} {' '.join(sizes)}"
@@ -192,4 +192,6 @@ def test_casts_take_their_buffers_and_no_others(check, name):
 def test_swiglu_needs_two_halves(check):
     operands = ["bf16 1 40 255", "f32 40"]
     results = ["e4m3 1 40 127", "f32 1 1 40"]
-    assert "two halves" in check("ffi_quantize", CAST_CALL | {"source": "swiglu"}, operands, results)
+    assert "two halves" in check(
+        "ffi_quantize", CAST_CALL | {"source": "swiglu"}, operands, results
+    )

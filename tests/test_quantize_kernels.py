@@ -31,12 +31,12 @@ from quantize_cases import (
     swiglu_cases,
     written,
 )
-from shapes import GROUPS, Groups
 
 from jax_fp8gemm._bind import native as _native
 from jax_fp8gemm._bind.quantize_op import QUANTIZE, CastSpec
 from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS
 from jax_fp8gemm._core.qarray import FP8
+from jax_fp8gemm._tools.shapes import GROUPS, Groups
 
 pytestmark = pytest.mark.skipif(
     "error" in _native.nvrtc_facts(),

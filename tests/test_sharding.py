@@ -17,7 +17,7 @@ from jax_fp8gemm._bind import partition as sharding
 from jax_fp8gemm._bind.gemm_op import sharding_rule
 from jax_fp8gemm._core.variants import SCALES, VARIANTS
 from jax_fp8gemm._select.problem import Problem
-from jax_fp8gemm.tuning import random_operands
+from jax_fp8gemm._tools.operands import random_operands
 
 
 @pytest.fixture(scope="module")

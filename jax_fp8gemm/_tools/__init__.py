@@ -1,1 +1,1 @@
-"""What benchmarks, tests and tuning share."""
+"""What tests, benchmarks and the tuner share: shapes, operands, a device clock, the tuning loop."""

@@ -13,7 +13,7 @@ from processes import losses_of_two
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._select.problem import Problem
-from jax_fp8gemm.tuning import random_operands
+from jax_fp8gemm._tools.operands import random_operands
 
 P = PartitionSpec
 B, S, K, N = 4, 256, 1024, 2048

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff, product64
-from shapes import DENSE, ODD, WEIGHT_GRADIENT
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.variants import SCALES
 from jax_fp8gemm._select.problem import GemmConfig, Problem, legal
-from jax_fp8gemm.tuning import compiled, random_operands, sample_error
+from jax_fp8gemm._tools.operands import compiled, random_operands, sample_error
+from jax_fp8gemm._tools.shapes import DENSE, ODD, WEIGHT_GRADIENT
 
 BOUND = {"bf16": 1e-5, "f32": 1e-6}  # calc_diff
 

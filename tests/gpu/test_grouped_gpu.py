@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import calc_diff, exact
-from shapes import GROUPED, GROUPS
 from test_gemm_gpu import BOUND, bits, poison
 from test_grouped import operands
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._select.problem import GemmConfig, Problem, legal
-from jax_fp8gemm.tuning import compiled, random_operands, sample_error
+from jax_fp8gemm._tools.operands import compiled, random_operands, sample_error
+from jax_fp8gemm._tools.shapes import GROUPED, GROUPS
 
 CONFIGS = {
     "ragged": [

@@ -57,7 +57,11 @@ def test_other_choices_between_two_runs_of_one_program():
     dy, x, routing, kernels = layer()
     first = both(dy, x, routing, kernels)[0]
     turned = fp8.Routing(
-        (routing.expert_index + 1) % E, routing.gate_weights, routing.scores, routing.aux_loss, routing.z_loss
+        (routing.expert_index + 1) % E,
+        routing.gate_weights,
+        routing.scores,
+        routing.aux_loss,
+        routing.z_loss,
     )
     other = both(dy, x, turned, [jnp.roll(w, 1, axis=0) for w in kernels])[0]
     np.testing.assert_array_equal(*(np.asarray(y, np.float32) for y in (first, other)))

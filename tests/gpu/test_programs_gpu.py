@@ -108,7 +108,7 @@ np.save(sys.argv[1], np.asarray(jnp.stack(outs).astype(jnp.float32)))
 SANITIZED = {"dense": """
 import jax, jax.numpy as jnp, jax_fp8gemm as fp8
 from jax_fp8gemm._select.problem import GemmConfig, Problem
-from jax_fp8gemm.tuning import compiled, random_operands
+from jax_fp8gemm._tools.operands import compiled, random_operands
 for shape in ((130, 136, 272), (5, 7, 384)):
     for config in (GemmConfig("persistent", 256, 128, 3, "lhs"),
                    GemmConfig("persistent", 128, 192, 3, "rhs"),
@@ -124,7 +124,7 @@ print("finished")
 """, "grouped": """
 import jax, jax.numpy as jnp, jax_fp8gemm as fp8
 from jax_fp8gemm._select.problem import GemmConfig, Problem
-from jax_fp8gemm.tuning import compiled, random_operands
+from jax_fp8gemm._tools.operands import compiled, random_operands
 wide = GemmConfig("persistent", 256, 128, 3, "lhs")
 for variant, configs in {
     "ragged": (wide, GemmConfig("few_rows", 64, 56, 4)),

@@ -21,13 +21,13 @@ from quantize_cases import (
     written,
 )
 from sanitizer import sanitize
-from shapes import GROUPS
 from test_gemm_gpu import poison
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._bind.op import bind_primitive
 from jax_fp8gemm._bind.quantize_op import QUANTIZE
 from jax_fp8gemm._core.layout import BLOCKS
+from jax_fp8gemm._tools.shapes import GROUPS
 
 
 @functools.partial(jax.jit, static_argnames="spec")
