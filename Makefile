@@ -1,9 +1,11 @@
 # make demo   sets everything up and trains a small language model in FP8 beside its bf16 twin
 # make test   sets everything up and runs the tests
+# make lint   checks form, types and C++ layout
 # make gpu    on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
+# What the tests bring (compilers for a GPU that is not there) must not disturb the demo.
+DEMO := .venv/demo
+TEST := .venv/test
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 # A GPU's own JAX where there is a GPU; else the CPU's.
@@ -11,51 +13,57 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cp
 
 .PHONY: demo test gpu lint clean
 
-demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/python examples/demo.py
 
 # The tests compile kernels and whole programs for a Hopper GPU, with or without one; kernels by the
 # compilers of CUDA 12, of CUDA 13 today, and of the oldest CUDA 13.
-NVRTC_13 := $(VENV)/lib/python*/site-packages/nvidia/cu13/lib/libnvrtc.so.13
-NVRTC_130 := $(VENV)/cuda-13.0/nvidia/cu13/lib/libnvrtc.so.13
-test: $(VENV)/.test $(NVRTC_130)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+NVRTC_13 := $(TEST)/lib/python*/site-packages/nvidia/cu13/lib/libnvrtc.so.13
+NVRTC_130 := $(TEST)/cuda-13.0/nvidia/cu13/lib/libnvrtc.so.13
+test: $(TEST)/.installed $(NVRTC_130)
+	$(TEST)/bin/python -m pytest -n 2 --dist worksteal
 	for nvrtc in $(NVRTC_13) $(NVRTC_130); do JAX_FP8GEMM_NVRTC=$$(ls $$nvrtc) \
-	$(BIN)/python -m pytest -n 2 -k no_spills \
+	$(TEST)/bin/python -m pytest -n 2 -k no_spills \
 	tests/test_compiler.py tests/test_quantize_kernels.py || exit 1; done
 
-$(NVRTC_130): $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/cuda-13.0 nvidia-cuda-nvrtc==13.0.88
+$(NVRTC_130): $(TEST)/bin/python
+	$(TEST)/bin/python -m pip install --quiet --no-deps --target $(TEST)/cuda-13.0 \
+	nvidia-cuda-nvrtc==13.0.88
 	touch $@
+
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
+lint: $(TEST)/.installed
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/clang-format --dry-run --Werror $(CPP)
+	$(TEST)/bin/pyright --pythonpath $(TEST)/bin/python
+	$(TEST)/bin/mypy
 
 # On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
-CARD = $$($(BIN)/python -c "import sys; sys.path.append('benchmarks'); \
+CARD = $$($(TEST)/bin/python -c "import sys; sys.path.append('benchmarks'); \
 	import protocol; print(protocol.results().with_suffix(''))")
 RECORD := JAX_FP8GEMM_COMMIT=$$(git rev-parse --short HEAD)
-gpu: $(VENV)/.test
+gpu: $(TEST)/.installed
 	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=$(CARD)-tests.json \
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest -n 8 tests/gpu
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(TEST)/bin/python -m pytest -n 8 tests/gpu
 	for script in gemm grouped quantize moe_layer train_step; do \
-	$(RECORD) $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(RECORD) $(TEST)/bin/python benchmarks/$$script.py || exit 1; done
 	$(RECORD) XLA_FLAGS=--xla_gpu_enable_command_buffer= \
-	$(BIN)/python benchmarks/gemm.py --only host
-	$(BIN)/python benchmarks/plot.py
+	$(TEST)/bin/python benchmarks/gemm.py --only host
+	$(TEST)/bin/python benchmarks/readme.py --write
+	$(TEST)/bin/python benchmarks/plot.py
 
-lint: $(VENV)/.test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+$(DEMO)/bin/python $(TEST)/bin/python:
+	$(PYTHON) -m venv $(@D)/..
+	$@ -m pip install --quiet --upgrade pip
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-
-$(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),plot]"
+$(DEMO)/.installed: $(DEMO)/bin/python $(SOURCES)
+	$< -m pip install --quiet --editable ".[$(EXTRA),plot]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),test,cross,plot]"
+$(TEST)/.installed: $(TEST)/bin/python $(SOURCES)
+	$< -m pip install --quiet --editable ".[$(EXTRA),test,lint,cross,plot]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf .venv build

@@ -40,31 +40,31 @@ def operands(experts: int, rows: int, width: int, hidden: int) -> tuple:
         (experts, width, hidden),
         (experts, hidden, width),
     )
-    x, *kernels = (
+    x, wi_0, wi_1, wo = (
         jax.random.normal(key, shape, jnp.bfloat16) * shape[-2] ** -0.5
         for key, shape in zip(keys[1:], shapes, strict=True)
     )
-    return x, routing, *kernels
+    return x, routing, fp8.ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo)
 
 
 def forward_and_backward(layer):
     """Returns a step of the loss Σ y² / 2. Its gradient is y: backward waits for forward."""
 
     @jax.jit
-    def both(x, routing, *kernels):
-        y, pull = jax.vjp(lambda x, *kernels: layer(x, routing, *kernels), x, *kernels)
+    def both(x, routing, kernels):
+        y, pull = jax.vjp(lambda x, kernels: layer(x, routing, kernels), x, kernels)
         return y, pull(y)
 
     return both
 
 
-def ours(x, routing, *kernels) -> jax.Array:
-    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, *kernels)
+def ours(x, routing, kernels) -> jax.Array:
+    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, kernels)
 
 
-def with_copies(x, routing, *kernels) -> jax.Array:
+def with_copies(x, routing, kernels) -> jax.Array:
     """The same, with FP8 copies of the weights whatever the number of rows."""
-    prepared = fp8.prepare_experts(*kernels)
+    prepared = fp8.prepare_experts(kernels)
     return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, prepared)
 
 

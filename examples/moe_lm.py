@@ -36,7 +36,7 @@ class Arm:
 
     Attributes:
       dot: (x [..., k], w [k, n]) -> [..., n].
-      experts: (x [t, h], Routing, wi_0, wi_1, wo) -> [t, h].
+      experts: (x [t, h], Routing, ExpertKernels) -> [t, h].
       dtype: of what is multiplied, as it comes in.
     """
 
@@ -76,19 +76,19 @@ def _fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return fp8.fp8_matmul(x, w, preferred_element_type=jnp.bfloat16)
 
 
-def _fp8_experts(x, routing: fp8.Routing, wi_0, wi_1, wo) -> jax.Array:
-    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, wi_0, wi_1, wo)
+def _fp8_experts(x: jax.Array, routing: fp8.Routing, kernels: fp8.ExpertKernels) -> jax.Array:
+    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, kernels)
 
 
 def plain_experts(ragged_dot: Callable = jax.lax.ragged_dot, dtype=jnp.bfloat16) -> Callable:
     """Returns the expert block in `dtype` around a ragged dot (lhs, rhs, group_sizes)."""
 
-    def experts(x, routing: fp8.Routing, wi_0, wi_1, wo) -> jax.Array:
-        top_k = routing.expert_index.shape[1]
-        rows, permutation = fp8.permute(x.astype(dtype), routing.expert_index, wi_0.shape[0])
+    def experts(x: jax.Array, routing: fp8.Routing, kernels: fp8.ExpertKernels) -> jax.Array:
+        wi_0, wi_1, wo = (w.astype(dtype) for w in (kernels.wi_0, kernels.wi_1, kernels.wo))
+        num_experts, top_k = wi_0.shape[0], routing.expert_index.shape[1]
+        rows, permutation = fp8.permute(x.astype(dtype), routing.expert_index, num_experts)
         sizes = permutation.group_sizes
         weights = routing.gate_weights.reshape(-1)[permutation.order][:, None]
-        wi_0, wi_1, wo = (w.astype(dtype) for w in (wi_0, wi_1, wo))
         gate, up = ragged_dot(rows, wi_0, sizes), ragged_dot(rows, wi_1, sizes)
         hidden = (jax.nn.silu(gate.astype(jnp.float32)) * up * weights).astype(dtype)
         return fp8.unpermute(ragged_dot(hidden, wo, sizes), permutation, top_k)
@@ -154,7 +154,8 @@ def layer(x: jax.Array, p: dict, size: Size, arm: Arm) -> tuple[jax.Array, jax.A
     x = x + arm.dot(mixed.reshape(b, s, w), p["out"])
     tokens = norm(x, arm.dtype, p["norms"][1]).reshape(-1, w)
     routing = fp8.route(tokens.astype(jnp.float32) @ p["gate_kernel"], size.top_k)
-    y = arm.experts(tokens, routing, p["wi_0"], p["wi_1"], p["wo"])
+    kernels = fp8.ExpertKernels(wi_0=p["wi_0"], wi_1=p["wi_1"], wo=p["wo"])
+    y = arm.experts(tokens, routing, kernels)
     return x + y.reshape(b, s, w), routing.aux_loss
 
 

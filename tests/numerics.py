@@ -40,6 +40,11 @@ def clamped(sizes, m: int) -> list[tuple[int, int]]:
     return ranges
 
 
+def by_name(variant: str, operand) -> dict:
+    """Returns the group operand as the keyword argument of gemm that takes it."""
+    return {"groups" if variant == "contiguous" else "group_sizes": operand}
+
+
 def exact(variant: str, lhs, rhs, groups=None, tiles=(None, None)) -> np.ndarray:
     """Returns the product of any variant in float64 by a loop over groups; NaN where undefined."""
     if groups is None:

@@ -13,6 +13,7 @@ import deep_gemm_stub
 import jax
 import pytest
 
+from jax_fp8gemm._select import choice
 from jax_fp8gemm._select.choice import file_name
 from jax_fp8gemm._select.problem import Problem
 from jax_fp8gemm._tools import shapes, timing
@@ -139,7 +140,7 @@ def test_drawn_shapes_are_in_no_tuned_table():
     assert sum(s.k % 128 > 0 for s in found) >= 3 and sum(s.n % 128 > 0 for s in found) >= 2
     assert min(s.m for s in found) < 8 and max(s.m for s in found) > 8192
     for card in shapes.CARDS:
-        path = pathlib.Path(__file__).parent / f"tuned/{file_name(card)}.json"
+        path = pathlib.Path(choice.__file__).parent / f"tuned/{file_name(card)}.json"
         tuned = {(row["n"], row["k"]) for row in json.loads(path.read_text())}
         assert not tuned & {(layer.n, layer.k) for layer in shapes.LAYERS}
 

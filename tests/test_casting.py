@@ -57,10 +57,11 @@ def test_a_batch_of_masked_gemms_is_one_of_more_groups():
 
 
 def test_sizes_beyond_int32_are_clipped():
-    lhs, weights, _ = case(*CASES[1])
-    casting = functools.partial(multiply_casting, transposed=True)
+    _, (w,), _ = case(*CASES[1])
+    x = jax.random.normal(jax.random.key(3), (M, w.shape[1]), jnp.bfloat16)
+    casting = functools.partial(fp8.fp8_ragged_dot, cast_in_gemm=True)
     huge, most = np.array([2**32 - 2, 0, 0], np.uint32), np.array([M, 0, 0], np.int32)
-    equal(casting(lhs, weights, jnp.asarray(huge)), casting(lhs, weights, jnp.asarray(most)))
+    equal(casting(x, w, jnp.asarray(huge)), casting(x, w, jnp.asarray(most)))
 
 
 def test_weights_reach_the_kernel_as_they_are():
@@ -97,14 +98,16 @@ def test_ragged_dot_gives_the_same_bits_either_way(residuals, monkeypatch):
     shapes = (M, 144), (G, 144, 80), (M, 80)
     x, w, dy = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
 
-    def run(x, w, sizes, dy):
-        y, pull = jax.vjp(lambda x, w: fp8.fp8_ragged_dot(x, w, sizes, residuals=residuals), x, w)
+    def run(x, w, sizes, dy, wanted=None):
+        multiply = functools.partial(fp8.fp8_ragged_dot, residuals=residuals, cast_in_gemm=wanted)
+        y, pull = jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)
         return y, *pull(dy)
 
     given = x, w, jnp.asarray(SIZES), dy
-    assert not casts(run, *given)
+    assert not casts(run, *given) and casts(functools.partial(run, wanted=True), *given)
     copies = jax.jit(run)(*given)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert not casts(functools.partial(run, wanted=False), *given)
     assert casts(lambda *a: run(*a), *given)
     equal(jax.jit(lambda *a: run(*a))(*given), copies)
     f32 = functools.partial(fp8.fp8_ragged_dot, preferred_element_type=jnp.float32)

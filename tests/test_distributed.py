@@ -21,13 +21,13 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 w = jax.device_put(jnp.arange(512.0 * 128).reshape(512, 128) % 7.3, NamedSharding(mesh, P("data")))
-for scale in sys.argv[2:]:
+for how in sys.argv[2:]:
     found = []
-    step = jax.jit(jax.grad(lambda w: (fp8.fp8_matmul(w.T, w, scale=scale) ** 2).sum()))
+    step = jax.jit(jax.grad(lambda w: (fp8.fp8_matmul(w.T, w, scale_rounding=how) ** 2).sum()))
     lowered = step.lower(w)
     jax.monitoring.register_event_listener(lambda name, found=found, **_: found.append(name))
     made = lowered.compile()
-    print(scale, sum(name.endswith("cache_hits") for name in found), float(made(w).sum()))
+    print(how, sum(name.endswith("cache_hits") for name in found), float(made(w).sum()))
 """
 FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 
@@ -41,10 +41,10 @@ def test_two_processes_match_one():
 
 def test_a_second_process_finds_a_sharded_program_in_the_persistent_cache(tmp_path):
     printed = []
-    for scales in (["pow2"], ["pow2", "float32"]):
-        process = start(CACHED, [str(tmp_path), *scales], **FOUR)
+    for roundings in (["pow2"], ["pow2", "none"]):
+        process = start(CACHED, [str(tmp_path), *roundings], **FOUR)
         out, error = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, error[-3000:]
         printed += [line.split() for line in out.splitlines()]
-    assert [line[:2] for line in printed] == [["pow2", "0"], ["pow2", "1"], ["float32", "0"]]
+    assert [line[:2] for line in printed] == [["pow2", "0"], ["pow2", "1"], ["none", "0"]]
     assert printed[0][2] == printed[1][2] != printed[2][2]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import calc_diff, clamped, exact
+from numerics import by_name, calc_diff, clamped, exact
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.groups import group_of_row, group_of_step
@@ -50,7 +50,8 @@ def test_against_the_loop(variant, groups):
     if variant == "masked" and len(groups.sizes) > 100:
         pytest.skip("512 matrices of float64: tested on fewer")
     lhs, rhs, sizes, tiles = operands(variant, groups)
-    out = fp8.gemm(lhs, rhs, sizes, variant=variant, out_dtype=jnp.float32)
+    given = by_name(variant, sizes)
+    out = fp8.gemm(lhs, rhs, **given, variant=variant, out_dtype=jnp.float32)
     expected = exact(variant, lhs, rhs, sizes, tiles)
     defined = ~np.isnan(expected)
     assert calc_diff(np.asarray(out)[defined], expected[defined]) < 1e-12
@@ -63,7 +64,8 @@ def test_every_scale_mode(variant, scales):
     if variant == "ragged_contracting" and scales == "1x128_128x128":
         return
     lhs, rhs, sizes, tiles = operands(variant, GROUPS[3], scales)
-    out = np.asarray(fp8.gemm(lhs, rhs, sizes, variant=variant, out_dtype=jnp.float32))
+    given = by_name(variant, sizes)
+    out = np.asarray(fp8.gemm(lhs, rhs, **given, variant=variant, out_dtype=jnp.float32))
     expected = exact(variant, lhs, rhs, sizes, tiles)
     defined = ~np.isnan(expected)
     assert calc_diff(out[defined], expected[defined]) < 1e-12

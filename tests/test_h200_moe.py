@@ -28,15 +28,19 @@ split, tokens = P("x"), int(sys.argv[3])
 layer = functools.partial(fp8.moe, top_k=4, expert_axis="x", exchange=sys.argv[2])
 run = jax.shard_map(
     lambda *args: layer(*args)[0], mesh=mesh,
-    in_specs=(split, P(), split, split, split), out_specs=split,
+    in_specs=(split, P(), split), out_specs=split,
 )
 def step(dy, *args):
     y, pull = jax.vjp(run, *args)
     return y, pull(dy)
 
+kernels = fp8.ExpertKernels(
+    wi_0=shape(split, 16, 1024, 512), wi_1=shape(split, 16, 1024, 512),
+    wo=shape(split, 16, 512, 1024),
+)
 made = jax.jit(step).lower(
     shape(split, tokens, 1024), shape(split, tokens, 1024), shape(P(), 1024, 16, dtype=jnp.float32),
-    shape(split, 16, 1024, 512), shape(split, 16, 1024, 512), shape(split, 16, 512, 1024),
+    kernels,
 ).compile()
 text = made.as_text()
 for target in ("gemm", "quantize"):
@@ -48,7 +52,7 @@ print("back", any(dtype == "bf16" for dtype, _ in travels))
 
 
 # Tokens, and quantizing kernels: x, gate and up, down, SwiGLU's input and its result; dy, and dy
-# turned; x turned, SwiGLU's gradient. With few rows for each expert the products cast the weights.
+# turned; x turned, SwiGLU's gradient. With few rows for each expert the GEMMs cast the weights.
 @pytest.mark.parametrize("tokens, casts", [(4096, 9), (1024, 7)])
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
 def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tokens, casts, tmp_path):
@@ -63,7 +67,7 @@ def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tokens, casts,
     command = [sys.executable, "-c", CODE, str(TARGET), exchange, str(tokens)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    # Two products and their five gradients.
+    # Two GEMMs and their five gradients.
     expected = f"gemm 7 quantize {casts} sent True back True"
     assert done.stdout.split() == expected.split(), done.stdout
 
@@ -81,16 +85,17 @@ at = NamedSharding(Mesh(np.array(topology.devices), ("x",)), P())
 def shape(*dims, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=at)
 
-def step(x, experts, weights, *kernels):
-    def layer(x, *kernels):
-        return fp8.expert_ffn(x, experts, weights, *kernels)
-    y, pull = jax.vjp(layer, x, *kernels)
+def step(x, expert_index, gate_weights, kernels):
+    def layer(x, kernels):
+        return fp8.expert_ffn(x, expert_index, gate_weights, kernels)
+    y, pull = jax.vjp(layer, x, kernels)
     return y, pull(y)
 
+kernels = fp8.ExpertKernels(
+    wi_0=shape(32, 7168, 2048), wi_1=shape(32, 7168, 2048), wo=shape(32, 2048, 7168)
+)
 made = jax.jit(step).lower(
-    shape(1024, 7168), shape(1024, 8, dtype=jnp.int32),
-    shape(1024, 8, dtype=jnp.float32), shape(32, 7168, 2048), shape(32, 7168, 2048),
-    shape(32, 2048, 7168),
+    shape(1024, 7168), shape(1024, 8, dtype=jnp.int32), shape(1024, 8, dtype=jnp.float32), kernels,
 ).compile()
 print(made.memory_analysis().temp_size_in_bytes)
 """

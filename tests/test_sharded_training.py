@@ -246,20 +246,22 @@ def test_moe_on_explicit_axes(key, spec):
     mesh = mesh_of(AxisType.Explicit)
     sizes = ((64, 256), (256, 4), (4, 256, 128), (4, 256, 128), (4, 128, 256))
     keys = jax.random.split(key, len(sizes))
-    x, *kernels = (jax.random.normal(k, s) / 8 for k, s in zip(keys, sizes, strict=True))
+    made = (jax.random.normal(k, s) / 8 for k, s in zip(keys, sizes, strict=True))
+    x, gate_kernel, wi_0, wi_1, wo = made
+    kernels = fp8.ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo)
 
-    def loss(x, *kernels):
-        y, routing = fp8.moe(x, *kernels, top_k=2)
+    def loss(x, gate_kernel, kernels):
+        y, routing = fp8.moe(x, gate_kernel, kernels, top_k=2)
         return (y**2).sum() + routing.aux_loss, y
 
-    run = jax.jit(jax.value_and_grad(loss, tuple(range(len(sizes))), has_aux=True))
-    expected = run(x, *kernels)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    expected = run(x, gate_kernel, kernels)
     with jax.set_mesh(mesh):
-        placed = (*place(mesh, (x,), spec), *place(mesh, kernels, *[()] * len(kernels)))
+        placed = place(mesh, (x, gate_kernel, kernels), spec, (), ())
         got = run(*placed)
     assert near(got, expected, 1e-3)
     assert got[0][1].sharding.is_equivalent_to(placed[0].sharding, 2)
-    for gradient, like in zip(got[1], placed, strict=True):
+    for gradient, like in zip(jax.tree.leaves(got[1]), jax.tree.leaves(placed), strict=True):
         assert gradient.sharding.is_equivalent_to(like.sharding, gradient.ndim)
 
 

@@ -11,9 +11,10 @@ import pytest
 from collectives import count, gathered, mesh_of, near, place
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numerics import by_name
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._bind import partition as sharding
+from jax_fp8gemm._bind import partition
 from jax_fp8gemm._bind.gemm_op import sharding_rule
 from jax_fp8gemm._core.variants import SCALES, VARIANTS
 from jax_fp8gemm._select.problem import Problem
@@ -25,11 +26,11 @@ def mesh():
     return mesh_of(AxisType.Auto)
 
 
-# ---- Products of FP8 operands -------------------------------------------------------------------
+# ---- GEMMs of FP8 operands ----------------------------------------------------------------------
 
 multiply = functools.partial(fp8.gemm, out_dtype=jnp.float32)
 
-PRODUCTS = {
+GEMMS = {
     "data": (("data",), (), {}),
     "columns": ((), ("model",), {}),
     "rows_of_w": ((None, "model"), (None, "model"), {"all-reduce": 1}),
@@ -39,9 +40,9 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_a_product_costs_these_collectives(mesh, name):
-    lhs_spec, rhs_spec, expected = PRODUCTS[name]
+@pytest.mark.parametrize("name", GEMMS)
+def test_a_gemm_costs_these_collectives(mesh, name):
+    lhs_spec, rhs_spec, expected = GEMMS[name]
     lhs, rhs = random_operands(Problem("dense", 32, 256, 512))
     run = jax.jit(multiply).lower(*place(mesh, (lhs, rhs), lhs_spec, rhs_spec)).compile()
     assert count(run.as_text()) == expected
@@ -99,10 +100,15 @@ CUTS = [
 
 
 @pytest.mark.parametrize("variant, lhs_spec, rhs_spec, expected", CUTS)
-def test_grouped_products(mesh, variant, lhs_spec, rhs_spec, expected):
+def test_grouped_gemms(mesh, variant, lhs_spec, rhs_spec, expected):
     scales = "1x128_1x128" if variant == "ragged_contracting" else "1x128_128x128"
     lhs, rhs, *groups = random_operands(Problem(variant, 256, 256, 512, 2, scales))
-    run = jax.jit(functools.partial(multiply, variant=variant))
+
+    @jax.jit
+    def run(lhs, rhs, *groups):
+        named = by_name(variant, *groups) if groups else {}
+        return multiply(lhs, rhs, **named, variant=variant)
+
     placed = place(mesh, (lhs, rhs), lhs_spec, rhs_spec)
     assert count(run.lower(*placed, *groups).compile().as_text()) == expected
     got, want = run(*placed, *groups), run(lhs, rhs, *groups)
@@ -135,7 +141,7 @@ def test_every_mode_of_scales(mesh, scales):
 
 
 def test_a_split_block_is_replicated_with_one_warning(mesh):
-    sharding._warn_once.cache_clear()
+    partition._warn_once.cache_clear()
     lhs, rhs = random_operands(Problem("dense", 32, 256, 384))
     qvalues = place(mesh, (lhs.qvalue, rhs.qvalue), (None, "model"), (None, "model"))
     placed = [fp8.QArray(q, x.scale) for q, x in zip(qvalues, (lhs, rhs), strict=True)]
@@ -150,7 +156,7 @@ def test_a_split_block_is_replicated_with_one_warning(mesh):
 
 def test_a_part_of_an_axis_is_no_sharding():
     """768 rows are 6 blocks: over 4 devices Shardy offers to cut them in 2."""
-    sharding._warn_once.cache_clear()
+    partition._warn_once.cache_clear()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     x, w = jnp.sin(jnp.arange(768.0 * 256).reshape(768, 256)), jnp.ones((256, 256))
     run = jax.jit(jax.value_and_grad(lambda w, x: (fp8.fp8_matmul(x, w) ** 2).sum()))

@@ -95,11 +95,6 @@ class GemmConfig:
     split_k: int = 1
     group_m: int = 8
 
-    def fields(self) -> tuple[str, int, int, int, str, int, int]:
-        """Returns the config as the extension's functions take it."""
-        sizes = (self.block_m, self.block_n, self.stages)
-        return (self.kernel, *sizes, self.multicast, self.split_k, self.group_m)
-
 
 def computed(problem: Problem) -> dict[str, int | str]:
     """Returns the attributes of the custom call that say what is computed, whatever the config."""
@@ -138,15 +133,20 @@ def attributes(
     return {name: x if isinstance(x, str) else np.int64(x) for name, x in found.items()}
 
 
+def _fields(c: GemmConfig) -> tuple[str, int, int, int, str, int, int]:
+    """Returns the config as the extension's functions take it."""
+    return c.kernel, c.block_m, c.block_n, c.stages, c.multicast, c.split_k, c.group_m
+
+
 def why_illegal(problem: Problem, config: GemmConfig) -> str | None:
     """Returns why `config` cannot run `problem`, or None."""
-    reason, *_ = extension.plan(computed(problem), [config.fields()], problem.steps)[0]
+    reason, *_ = extension.plan(computed(problem), [_fields(config)], problem.steps)[0]
     return reason
 
 
 def deepest(problem: Problem, configs: list[GemmConfig]) -> list[GemmConfig]:
     """Returns each config with as many stages as fit, up to its own; without those that do not."""
-    fields = [config.fields() for config in configs]
+    fields = [_fields(config) for config in configs]
     stages = extension.deepest(computed(problem), fields, problem.steps)
     return [
         config if own == config.stages else dataclasses.replace(config, stages=own)

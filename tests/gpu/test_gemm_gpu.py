@@ -10,7 +10,7 @@ from numerics import calc_diff, product64
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.variants import SCALES
-from jax_fp8gemm._select.problem import GemmConfig, Problem, legal
+from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
 from jax_fp8gemm._tools.operands import compiled, random_operands, sample_error
 from jax_fp8gemm._tools.shapes import DENSE, ODD, WEIGHT_GRADIENT
 
@@ -63,7 +63,7 @@ def check(problem: Problem, config: GemmConfig | None = None, seed: int = 0) -> 
 @pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
 def test_every_kind_of_config_on_odd_shapes(shape, config):
     problem = Problem("dense", shape.m, shape.n, shape.k)
-    if legal(problem, config) is None:
+    if why_illegal(problem, config) is None:
         check(problem, config)
 
 
@@ -78,7 +78,7 @@ def test_every_scale_mode_with_the_chosen_config(shape, scales, out):
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=str)
 def test_other_scale_modes_on_every_kernel(scales, config):
     problem = Problem("dense", 200, 312, 400, 1, scales, "f32")
-    if legal(problem, config) is None:
+    if why_illegal(problem, config) is None:
         check(problem, config)
 
 
@@ -87,7 +87,7 @@ def test_other_scale_modes_on_every_kernel(scales, config):
 def test_batched(scales, config):
     for m, n, k in ((130, 136, 272), (3, 200, 112), (257, 65, 128)):
         problem = Problem("batched", m, n, k, 3, scales, "bf16")
-        if legal(problem, config) is None:
+        if why_illegal(problem, config) is None:
             check(problem, config)
 
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import calc_diff, exact
+from numerics import by_name, calc_diff, exact
 from test_gemm_gpu import BOUND, bits, poison
 from test_grouped import operands
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._select.problem import GemmConfig, Problem, legal
+from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
 from jax_fp8gemm._tools.operands import compiled, random_operands, sample_error
 from jax_fp8gemm._tools.shapes import GROUPED, GROUPS
 
@@ -48,7 +48,13 @@ def compare(variant, operands, tiles, out_dtype, config=None, init=None):
     lhs, rhs, sizes = operands
     run = jax.jit(
         lambda lhs, rhs, sizes, init: fp8.gemm(
-            lhs, rhs, sizes, variant=variant, out_dtype=out_dtype, config=config, init=init
+            lhs,
+            rhs,
+            **by_name(variant, sizes),
+            variant=variant,
+            out_dtype=out_dtype,
+            config=config,
+            init=init,
         )
     )
     poison()
@@ -132,7 +138,7 @@ def test_nan_past_the_groups_and_in_one_group_reaches_nothing_else():
 
 
 def test_new_group_sizes_between_two_runs_of_one_program():
-    """Eight products, captured into a CUDA graph by default; the sizes are read on the device."""
+    """Eight GEMMs, captured into a CUDA graph by default; the sizes are read on the device."""
     lhs, rhs, _, tiles = operands("ragged", GROUPS[3])
     run = jax.jit(lambda lhs, rhs, sizes: [
         fp8.gemm(lhs, rhs, jnp.roll(sizes, i), variant="ragged") for i in range(8)
@@ -180,4 +186,4 @@ def test_configs_are_legal():
         problem = Problem(variant, 300, 72, 272, 6, out="bf16")
         if variant == "ragged_contracting":
             problem = dataclasses.replace(problem, scales="1x128_1x128", out="f32")
-        assert config is None or legal(problem, config) is None, config
+        assert config is None or why_illegal(problem, config) is None, config
