@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from emulation import emulate
 
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._core.layout import BLOCKS
 from jax_fp8gemm._select.problem import GemmConfig, Problem, attributes
@@ -34,7 +34,7 @@ def build(rhs: str, folder) -> ctypes.CDLL:
         config = GemmConfig("persistent", 128, 128, 2)
         wanted = attributes(problem, config)
         wanted = {k: v if isinstance(v, str) else int(v) for k, v in wanted.items()}
-        text = _native.compile(wanted)["source"]
+        text = native.compile(wanted)["source"]
         head = text[text.index("namespace") : text.index("}  // namespace")]
         spec = head[: head.index("__device__")] + "}\n"
         emulate.compile_program(

@@ -27,9 +27,9 @@ def test_k_differs_in_fp8_matmul():
     x, w = jnp.ones((256, 512), jnp.bfloat16), jnp.ones((384, 512), jnp.bfloat16)
     assert raised(ValueError, fp8.fp8_matmul, x, w) == (
         "fp8_matmul: dim k differs between x and w.\n"
-        "  got       x bf16[256, 512], w bf16[384, 512]\n"
+        "  got       x bf16[256, 512] (m=256, k=512), w bf16[384, 512] (k=384, n=512)\n"
         "  expected  w [512, n]\n"
-        "  fix      if w is stored [n, k], pass w.T"
+        "  fix       if w is stored [n, k], pass w.T"
     )
 
 
@@ -38,7 +38,7 @@ def test_k_differs_in_gemm():
         "gemm: dim k differs between lhs and rhs.\n"
         "  got       lhs e4m3[4, 256], rhs e4m3[8, 128]\n"
         "  expected  rhs [..., n, 256]\n"
-        "  fix      both operands have k last; if rhs is stored [k, n], quantize its transpose"
+        "  fix       both operands have k last; if rhs is stored [k, n], quantize its transpose"
     )
 
 
@@ -47,7 +47,7 @@ def test_k_no_multiple_of_16():
         "gemm: dim k is not a multiple of 16.\n"
         "  got       lhs e4m3[4, 100], rhs e4m3[8, 100]\n"
         "  expected  k % 16 == 0\n"
-        "  fix      pad k to 112 with zeros, as fp8_matmul does"
+        "  fix       pad k to 112 with zeros, as fp8_matmul does"
     )
 
 
@@ -56,7 +56,7 @@ def test_wrong_rank():
         "gemm: rhs has the wrong rank.\n"
         "  got       rhs e4m3[2, 8, 128], scale f32[2, 8, 1]\n"
         "  expected  rhs [n, k]\n"
-        "  fix      reshape rhs to rhs [n, k]"
+        "  fix       reshape rhs to rhs [n, k]"
     )
 
 
@@ -67,7 +67,7 @@ def test_scale_of_the_wrong_shape():
         "  got       lhs [4, 256] with scale [3, 2], rhs [8, 256] with scale [1, 2]\n"
         "  expected  [4, 2] and [1, 2] or [4, 2] and [8, 2] or [4, 1] and [8, 1] or "
         "[1, 1] and [1, 1]\n"
-        "  fix      quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
+        "  fix       quantize(lhs) with tile (1, 128), quantize(rhs, (128, 128))"
     )
     assert "fits no tile" in raised(ValueError, lambda: lhs.tile)
 
@@ -84,7 +84,7 @@ def test_scale_of_the_wrong_shape():
         (
             TypeError,
             lambda: fp8.gemm(q(4, 128), q(8, 128), out_dtype=jnp.int8),
-            "unknown out_dtype.",
+            "out_dtype is unknown.",
         ),
         (
             TypeError,
@@ -96,27 +96,35 @@ def test_scale_of_the_wrong_shape():
             lambda: fp8.gemm(q(4, 128), q(8, 128), init=jnp.ones((8, 4)), out_dtype=F32),
             "init has the wrong shape.",
         ),
-        (ValueError, lambda: fp8.gemm(q(4, 128), q(8, 128), variant="sparse"), "unknown variant."),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(4, 128), q(8, 128), variant="sparse"),
+            "variant is unknown.",
+        ),
         (
             ValueError,
             lambda: fp8.gemm(q(2, 4, 128), q(3, 8, 128), variant="batched"),
             "dim g differs between lhs and rhs.",
         ),
         (TypeError, lambda: fp8.quantize(jnp.ones((4, 128), jnp.int32)), "x has the wrong dtype."),
-        (ValueError, lambda: fp8.quantize(jnp.ones((4, 128)), (64, 64)), "unknown tile."),
-        (ValueError, lambda: fp8.quantize(jnp.ones((4, 128)), scale="log"), "unknown scale."),
-        (ValueError, lambda: fp8.quantize(jnp.ones(128)), "x is no matrix."),
+        (ValueError, lambda: fp8.quantize(jnp.ones((4, 128)), (64, 64)), "tile is unknown."),
+        (
+            ValueError,
+            lambda: fp8.quantize(jnp.ones((4, 128)), scale_rounding="log"),
+            "scale_rounding is unknown.",
+        ),
+        (ValueError, lambda: fp8.quantize(jnp.ones(128)), "x is not a matrix."),
         (
             ValueError,
             lambda: fp8.quantize_transposed(jnp.ones((4, 128)), (1, None)),
-            "no transposed copy in this tile.",
+            "tile is unknown.",
         ),
         (
             TypeError,
             lambda: fp8.swiglu_quantize(jnp.ones((4, 256)), jnp.ones(4)),
             "h has the wrong dtype.",
         ),
-        (TypeError, lambda: fp8.swiglu_quantize(q(4, 256), jnp.ones(4)), "h is no array of floats"),
+        (TypeError, lambda: fp8.swiglu_quantize(q(4, 256), jnp.ones(4)), "h is not an array."),
         (TypeError, lambda: fp8.requantize(jnp.ones((4, 256))), "q is not quantized."),
         (
             TypeError,
@@ -128,20 +136,24 @@ def test_scale_of_the_wrong_shape():
             lambda: fp8.swiglu_quantize(
                 jnp.ones((4, 256), jnp.bfloat16), jnp.ones(4), group_sizes=jnp.ones((2, 1), int)
             ),
-            "group_sizes and index are for rows of tokens.",
+            "group_sizes has the wrong rank.",
         ),
-        (ValueError, lambda: fp8.gemm(q(4, 128), q(8, 128), num_sms=-5), "num_sms is below 1."),
+        (
+            ValueError,
+            lambda: fp8.gemm(q(4, 128), q(8, 128), num_sms=-5),
+            "num_sms is not a positive integer.",
+        ),
         (
             ValueError,
             lambda: fp8.gemm(q(4, 128), q(8, 128), expected_rows=0),
-            "expected_rows is below 1.",
+            "expected_rows is not a positive integer.",
         ),
         (
             TypeError,
             lambda: fp8.fp8_matmul(
                 jnp.ones((4, 8)), jnp.ones((8, 8)), preferred_element_type=jnp.int8
             ),
-            "no such result.",
+            "the result cannot have this dtype.",
         ),
         (
             TypeError,
@@ -174,10 +186,25 @@ def ragged(sizes, variant="ragged"):
     "error, call, words",
     [
         (ValueError, ragged(None), "ragged needs group_sizes."),
-        (ValueError, ragged(jnp.ones(3, jnp.int32)), "group_sizes do not fit the operands."),
-        (ValueError, ragged(jnp.ones((2, 1), jnp.int32)), "group_sizes do not fit the operands."),
+        (ValueError, ragged(jnp.ones(3, jnp.int32)), "group_sizes does not fit the operands."),
+        (ValueError, ragged(jnp.ones((2, 1), jnp.int32)), "group_sizes does not fit the operands."),
         (TypeError, ragged(jnp.ones(2)), "group_sizes must be integers."),
-        (ValueError, ragged(jnp.ones(7, jnp.int32), "contiguous"), "do not fit the operands."),
+        (
+            ValueError,
+            lambda: fp8.gemm(*GROUPS_OF_TWO, groups=jnp.ones(7, int), variant="contiguous"),
+            "groups does not fit the operands.",
+        ),
+        (ValueError, ragged(jnp.ones(8, jnp.int32), "contiguous"), "takes no group_sizes."),
+        (
+            ValueError,
+            lambda: fp8.gemm(*GROUPS_OF_TWO, groups=jnp.ones(2, int), variant="ragged"),
+            "ragged takes no groups.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.gemm(*GROUPS_OF_TWO, variant="contiguous"),
+            "contiguous needs groups.",
+        ),
         (
             ValueError,
             lambda: fp8.gemm(q(8, 128), q(8, 128), jnp.ones(2, jnp.int32)),
@@ -191,7 +218,7 @@ def ragged(sizes, variant="ragged"):
         (
             ValueError,
             lambda: fp8.fp8_ragged_dot(jnp.ones((8, 4)), jnp.ones((4, 4)), jnp.ones(2, int)),
-            "wrong ranks.",
+            "an operand has the wrong rank.",
         ),
         (
             ValueError,
@@ -222,7 +249,7 @@ def ragged(sizes, variant="ragged"):
             (
                 ValueError,
                 lambda call=call: call(group_sizes=jnp.ones(2, int)),
-                "group_sizes and index are for rows of tokens.",
+                "group_sizes need rows of tokens.",
             )
             for call in (
                 functools.partial(fp8.quantize_rows, jnp.ones((2, 8, 4))),
@@ -249,8 +276,8 @@ def test_bad_groups_are_named(error, call, words):
 def test_misaligned_map_of_rows_is_named_where_it_is_known(rows, got):
     lhs, rhs = q(256, 128), q(2, 16, 128, tile=(128, 128))
     rows = np.array(rows)
-    assert got in raised(ValueError, lambda: fp8.gemm(lhs, rhs, rows, variant="contiguous"))
-    fp8.gemm(lhs, rhs, jnp.asarray(rows), variant="contiguous")  # on the device: trusted
+    assert got in raised(ValueError, lambda: fp8.gemm(lhs, rhs, groups=rows, variant="contiguous"))
+    fp8.gemm(lhs, rhs, groups=jnp.asarray(rows), variant="contiguous")  # on the device: trusted
 
 
 def test_block_scales_are_no_scales_of_a_product_cut_along_k():
@@ -265,19 +292,88 @@ def test_illegal_config_is_an_error_when_lowering():
     run = jax.jit(lambda a, b: fp8.gemm(a, b, config=config))
     traced = run.trace(q(4, 128), q(8, 128))
     text = raised(ValueError, traced.lower, lowering_platforms=("cuda",))
-    assert "the config cannot run this product" in text and "shared memory" in text
+    assert "the config cannot run this GEMM" in text and "shared memory" in text
 
 
 def test_what_is_no_array_is_named():
     x, w = jnp.ones((4, 256)), q(8, 256, tile=(128, 128))
     text = raised(TypeError, fp8.fp8_matmul, x, w)
     assert text == (
-        "fp8_matmul: w is no array of floats.\n"
+        "fp8_matmul: w is not an array.\n"
         "  got       QArray\n"
         "  expected  a bf16, f16 or f32 array\n"
-        "  fix      convert it by jnp.asarray, or an FP8 weight by prepare_weight"
+        "  fix       call jnp.asarray(w); for an FP8 weight, use prepare_weight"
     )
     assert "got       list" in raised(TypeError, fp8.quantize, [[1.0] * 128])
+
+
+X, W, MANY = jnp.ones((8, 128)), jnp.ones((128, 8)), jnp.ones((2, 128, 8))
+SIZES = jnp.ones(2, int)
+KERNELS = fp8.ExpertKernels(
+    wi_0=jnp.ones((2, 128, 8)), wi_1=jnp.ones((2, 128, 8)), wo=jnp.ones((2, 8, 128))
+)
+FFN = X, jnp.zeros((8, 1), int), jnp.ones((8, 1)), KERNELS
+OPTIONS = {
+    "quantize": (fp8.quantize, (X,), ("scale_rounding",)),
+    "quantize_rows": (fp8.quantize_rows, (X,), ("scale_rounding",)),
+    "quantize_transposed": (fp8.quantize_transposed, (X,), ("scale_rounding",)),
+    "quantize_both": (fp8.quantize_both, (X,), ("scale_rounding",)),
+    "requantize": (fp8.requantize, (q(8, 128),), ("scale_rounding",)),
+    "prepare_weight": (fp8.prepare_weight, (W,), ("scale_rounding",)),
+    "fp8_matmul": (fp8.fp8_matmul, (X, W), ("scale_rounding", "residuals")),
+    "fp8_ragged_dot": (fp8.fp8_ragged_dot, (X, MANY, SIZES), ("scale_rounding", "residuals")),
+    "prepare_experts": (fp8.prepare_experts, (KERNELS,), ("scale_rounding",)),
+    "expert_ffn": (fp8.expert_ffn, FFN, ("scale_rounding",)),
+    "route": (fp8.route, (X, 1), ("score_function",)),
+    "moe": (
+        functools.partial(fp8.moe, top_k=1),
+        (X, jnp.ones((128, 2)), KERNELS),
+        ("scale_rounding", "score_function", "exchange", "wire"),
+    ),
+    "gemm": (fp8.gemm, (q(8, 128), q(8, 128)), ("variant",)),
+}
+
+
+@pytest.mark.parametrize("op", OPTIONS)
+def test_options_are_checked_under_the_name_that_was_called(op):
+    function, arguments, options = OPTIONS[op]
+    for option in options:
+        for value in ("x", None, 2.0, ["pow2"]):
+            text = raised(ValueError, function, *arguments, **{option: value})
+            assert text.startswith(f"{op}: {option} is unknown.\n  got       {option}={value!r}\n")
+
+
+@pytest.mark.parametrize(
+    "function, former, today",
+    [
+        (functools.partial(fp8.quantize, X), {"scale": "pow2"}, "scale_rounding"),
+        (functools.partial(fp8.fp8_matmul, X, W), {"scale": "pow2"}, "scale_rounding"),
+        (functools.partial(fp8.route, X, 1), {"scale": 2.5}, "routed_scaling_factor"),
+        (functools.partial(fp8.route, X, 1), {"score": "sigmoid"}, "score_function"),
+        (functools.partial(fp8.moe, X, W), {"scale": "pow2"}, "scale_rounding (of FP8 numbers)"),
+        (functools.partial(fp8.moe, X, W), {"wi_0": MANY}, "kernels=ExpertKernels"),
+        (functools.partial(fp8.expert_ffn, X), {"experts": SIZES}, "expert_index"),
+        (functools.partial(fp8.expert_ffn, X), {"weights": SIZES}, "gate_weights"),
+        (functools.partial(fp8.permute, X), {"experts": SIZES}, "expert_index"),
+    ],
+)
+def test_a_former_name_of_an_argument_is_answered_with_todays(function, former, today):
+    text = raised(TypeError, function, **former)
+    (name,) = former
+    assert f"there is no argument {name!r}." in text and f"fix       pass {today}" in text
+
+
+def test_what_a_gemm_cannot_cast_is_named():
+    text = raised(ValueError, fp8.fp8_ragged_dot, X, MANY, SIZES, cast_in_gemm=True)
+    assert text.startswith("fp8_ragged_dot: the GEMM cannot cast this rhs.")
+    half = [a.astype(jnp.bfloat16) for a in (X, jnp.ones((2, 128, 9)))]
+    text = raised(ValueError, fp8.fp8_ragged_dot, *half, SIZES, cast_in_gemm=True)
+    assert "their dims are not multiples of 16" in text
+    text = raised(ValueError, fp8.expert_ffn, *FFN, cast_in_gemm=True)
+    assert text.startswith("expert_ffn: ") and "they are not bf16" in text
+    prepared = fp8.prepare_experts(KERNELS)
+    text = raised(ValueError, fp8.expert_ffn, *FFN[:3], prepared, cast_in_gemm=True)
+    assert "prepared kernels" in text
 
 
 def test_second_derivative_is_a_clear_error(key):

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 
 PLUGIN = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(
     "jax_plugins.xla_cuda12"
 )
 pytestmark = [
     pytest.mark.skipif(not PLUGIN, reason="pip install jax-cuda12-plugin jax-cuda12-pjrt"),
-    pytest.mark.skipif("error" in _native.nvrtc_facts(), reason="NVRTC is not installed"),
+    pytest.mark.skipif("error" in native.nvrtc_facts(), reason="NVRTC is not installed"),
 ]
 TARGET = pathlib.Path(__file__).parent / "data/h200_target_config.txtpb"
 

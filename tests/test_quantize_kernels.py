@@ -32,14 +32,14 @@ from quantize_cases import (
     written,
 )
 
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 from jax_fp8gemm._bind.quantize_op import QUANTIZE, CastSpec
 from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS
 from jax_fp8gemm._core.qarray import FP8
 from jax_fp8gemm._tools.shapes import GROUPS, Groups
 
 pytestmark = pytest.mark.skipif(
-    "error" in _native.nvrtc_facts(),
+    "error" in native.nvrtc_facts(),
     reason="NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12",
 )
 
@@ -154,5 +154,5 @@ SIZES = [(spec, 512) for spec in COMPILED] + [(spec, 509) for spec in COMPILED[:
     ids=lambda wanted: "-".join(map(str, wanted.values())),
 )
 def test_kernels_have_no_stack_and_no_spills(wanted):
-    log = _native.compile(wanted)["log"]
+    log = native.compile(wanted)["log"]
     assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_fp8gemm._bind import meshes
@@ -164,7 +165,10 @@ def _attributes(spec: GemmSpec, operands: Arrays) -> dict:
             f"a legal config for {problem}",
             "leave config out",
         )
-    return attributes(problem, config, pair=spec.pair)
+    found = attributes(problem, config, pair=spec.pair)
+    if jax.export.is_symbolic_dim(spec.sizes(operands)["n"]):
+        found["aligned"] = np.int64(0)  # whatever n will be
+    return found
 
 
 def problem_of(spec: GemmSpec, operands: Sequence) -> Problem:

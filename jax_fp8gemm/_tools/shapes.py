@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from jax_fp8gemm._core.types import OutName, ScalesName, VariantName
 from jax_fp8gemm._select.problem import Problem
 from jax_fp8gemm._tools import operands
 
@@ -29,8 +30,8 @@ class Shape:
     m: int
     n: int
     k: int
-    scales: str = "1x128_128x128"
-    out: str = "bf16"
+    scales: ScalesName = "1x128_128x128"
+    out: OutName = "bf16"
 
 
 DENSE = [
@@ -98,7 +99,7 @@ class GroupedShape:
       spread: sizes are drawn from this range of multiples of the mean.
     """
 
-    variant: str
+    variant: VariantName
     g: int
     rows: int
     total: int

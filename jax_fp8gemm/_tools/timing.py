@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ PAUSE = 0.1  # s between bursts, for the clock to recover
 KERNEL = "fp8_gemm"  # entry point of our GEMM kernels, csrc/gemm_spec.cpp
 OURS = "fp8_"  # all our entry points begin like this
 
-Contender = Callable[[], object]  # starts work; returns arrays to wait for, or waits itself
+Contender = Callable[[], Any]  # starts work; returns arrays to wait for, or waits itself
 Event = tuple[str, float]  # name of a kernel, µs
 Bursts = bool | Sequence[Sequence[Hashable]]
 

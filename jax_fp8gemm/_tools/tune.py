@@ -92,9 +92,9 @@ def tune(problems: list[Problem], totals: list, count: int, reps: int) -> list[T
             ]
             for problem, own in zip(problems, operands, strict=True)
         ]
-        trials = [[future.result() for future in futures] for futures in made]
-        progress(f"{sum(map(len, trials))} configs compiled")
-        trials = list(itertools.chain(*pool.map(right, trials, operands)))
+        compiled_trials = [[future.result() for future in futures] for futures in made]
+        progress(f"{sum(map(len, compiled_trials))} configs compiled")
+        trials = list(itertools.chain(*pool.map(right, compiled_trials, operands)))
     progress("checked")
     times = device_microseconds({index: t.run for index, t in enumerate(trials)}, reps, KERNEL)
     for index, trial in enumerate(trials):

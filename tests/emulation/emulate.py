@@ -17,7 +17,7 @@ import subprocess
 
 import numpy as np
 
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 from jax_fp8gemm._bind.quantize_op import QUANTIZE, CastSpec, attributes
 
 HERE = pathlib.Path(__file__).parent
@@ -47,7 +47,7 @@ Params = params_type()
 
 
 def specification(spec: CastSpec, dtype, m: int, k: int) -> dict[str, int | str]:
-    """Returns the attributes as `_native.compile` takes them."""
+    """Returns the attributes as `native.compile` takes them."""
     found = attributes(spec, dtype, m, k)
     return {k: v if isinstance(v, str) else int(v) for k, v in found.items()}
 
@@ -58,7 +58,7 @@ def build(spec: CastSpec, operands, folder: pathlib.Path) -> ctypes.CDLL:
     wanted = specification(spec, operands[0].dtype, m, k)
     own = folder / "_".join(map(str, wanted.values()))
     if not own.exists():
-        text = _native.compile(wanted)["source"]
+        text = native.compile(wanted)["source"]
         compile_program(f'#include "ptx.cuh"\n{text}\n#include "launch.h"\n', own)
     return load(own)
 

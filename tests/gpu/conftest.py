@@ -6,12 +6,12 @@ import pathlib
 
 import pytest
 
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 
 
 def hopper() -> str | None:
     """Returns why these tests cannot run, or None."""
-    facts = _native.device_facts()
+    facts = native.device_facts()
     if os.environ.get("JAX_FP8GEMM_TEST_GPU") != "1":
         return "set JAX_FP8GEMM_TEST_GPU=1 to run on the GPU"
     if "error" in facts or not facts["devices"]:

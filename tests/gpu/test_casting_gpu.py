@@ -1,4 +1,4 @@
-"""Kernels that cast their weights: bit for bit the products of weights that were cast before."""
+"""Kernels that cast their weights: bit for bit the GEMMs of weights that were cast before."""
 
 import functools
 
@@ -12,7 +12,7 @@ from test_casting import case as small_case
 from test_gemm_gpu import bits, poison
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._ops.gemm import gemm_casting
+from jax_fp8gemm._ops.gemm import multiply_casting
 from jax_fp8gemm._select.problem import GemmConfig
 
 # As the casting kernels: both of these add up along k in one order.
@@ -28,7 +28,7 @@ def defined(out, sizes, variant: str) -> np.ndarray:
 
 
 def check(lhs, weights, whole, sizes, transposed: bool, variant: str) -> None:
-    casting = jax.jit(functools.partial(gemm_casting, transposed=transposed, variant=variant))
+    casting = jax.jit(functools.partial(multiply_casting, transposed=transposed, variant=variant))
     rhs = jax.jit(lambda w: fp8.quantize(w, (128, 128)))(whole)
     expected = fp8.gemm(lhs, rhs, sizes, variant=variant, config=CONFIG)
     poison()
@@ -88,7 +88,7 @@ def test_numbers_of_all_sizes(transposed):
 def test_group_sizes_change_between_runs_of_one_program():
     lhs, weights, whole = small_case(*CASES[3])
     rhs = fp8.quantize(whole, (128, 128))
-    run = jax.jit(functools.partial(gemm_casting, transposed=True))
+    run = jax.jit(functools.partial(multiply_casting, transposed=True))
     for sizes in ([40, 0, 33], [0, 90, 0], [1, 2, 3], [90, 90, 90]):
         sizes = jnp.array(sizes)
         equal(run(lhs, weights, sizes), fp8.gemm(lhs, rhs, sizes, variant="ragged", config=CONFIG))
@@ -96,11 +96,11 @@ def test_group_sizes_change_between_runs_of_one_program():
 
 # No more steps of k than stages: where a stage is filled a second time, the race check reports the
 # copies of lhs scales beside the consumers' reads of them, which a barrier (`empty`) separates, and
-# which it does not report of the same code in products of FP8 weights. Why, is not known.
+# which it does not report of the same code in GEMMs of FP8 weights. Why, is not known.
 CODE = """
 import jax, jax.numpy as jnp
 import jax_fp8gemm as fp8
-from jax_fp8gemm._ops.gemm import gemm_casting
+from jax_fp8gemm._ops.gemm import multiply_casting
 
 @jax.jit
 def run(key):
@@ -108,9 +108,9 @@ def run(key):
     lhs = fp8.quantize(jax.random.normal(keys[0], (700, 384), jnp.bfloat16))
     weights = [jax.random.normal(k, (4, 256, 384), jnp.bfloat16) for k in keys[1:]]
     sizes = jnp.array([300, 0, 17, 260])
-    down = gemm_casting(lhs, (weights[0],), sizes, transposed=False)
+    down = multiply_casting(lhs, (weights[0],), sizes, transposed=False)
     wide = fp8.quantize(down)
-    return gemm_casting(wide, tuple(weights), sizes, transposed=True)
+    return multiply_casting(wide, tuple(weights), sizes, transposed=True)
 
 assert jnp.isfinite(run(jax.random.key(0)).astype(jnp.float32)).all()
 print("finished")

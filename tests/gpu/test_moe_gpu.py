@@ -1,5 +1,6 @@
 """The expert block and prepared weights on the GPU, beside the reference on the CPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,20 +17,21 @@ T, H, F, E, TOP_K = 300, 256, 384, 6, 2
 def layer(dtype=jnp.bfloat16, t=T, h=H, f=F, e=E):
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = (t, h), (t, h), (e, h, f), (e, h, f), (e, f, h)
-    dy, x, *kernels = (
+    dy, x, wi_0, wi_1, wo = (
         jax.random.normal(key, shape).astype(dtype) * shape[-2] ** -0.5
         for key, shape in zip(keys[:5], shapes, strict=True)
     )
+    kernels = fp8.ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo)
     return dy, x, fp8.route(2 * jax.random.normal(keys[5], (t, e)), TOP_K), kernels
 
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def both(dy, x, routing, kernels, capacity=None):
-    def block(x, weights, *kernels):
-        return fp8.expert_ffn(x, routing.expert_index, weights, *kernels, capacity=capacity)
+    def block(x, weights, kernels):
+        return fp8.expert_ffn(x, routing.expert_index, weights, kernels, capacity=capacity)
 
-    y, pull = jax.vjp(block, x, routing.gate_weights, *kernels)
-    return y, *pull(dy)
+    y, pull = jax.vjp(block, x, routing.gate_weights, kernels)
+    return y, *jax.tree.leaves(pull(dy))
 
 
 @pytest.mark.parametrize("capacity", [None, 64])
@@ -56,21 +58,15 @@ def test_other_choices_between_two_runs_of_one_program():
     """Group sizes live on the device: one executable, captured or not, serves them all."""
     dy, x, routing, kernels = layer()
     first = both(dy, x, routing, kernels)[0]
-    turned = fp8.Routing(
-        (routing.expert_index + 1) % E,
-        routing.gate_weights,
-        routing.scores,
-        routing.aux_loss,
-        routing.z_loss,
-    )
-    other = both(dy, x, turned, [jnp.roll(w, 1, axis=0) for w in kernels])[0]
+    turned = dataclasses.replace(routing, expert_index=(routing.expert_index + 1) % E)
+    other = both(dy, x, turned, jax.tree.map(lambda w: jnp.roll(w, 1, axis=0), kernels))[0]
     np.testing.assert_array_equal(*(np.asarray(y, np.float32) for y in (first, other)))
 
 
 @pytest.mark.parametrize("residuals", ["fp8_t", "fp8", "input"])
 def test_residuals_and_prepared_weights(residuals):
     dy, x, _, kernels = layer()
-    w, dy = kernels[0][0], jnp.ones((T, F), jnp.bfloat16)
+    w, dy = kernels.wi_0[0], jnp.ones((T, F), jnp.bfloat16)
 
     @jax.jit
     def gradients(x, w):

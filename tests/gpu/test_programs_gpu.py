@@ -12,7 +12,7 @@ from numerics import calc_diff
 from sanitizer import sanitize
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 
 
 def operands(m=512, k=384, n=640, dtype=jnp.bfloat16):
@@ -79,7 +79,7 @@ def test_an_exported_program_takes_any_number_of_rows(key):
 
 
 def test_a_chain_in_a_cuda_graph_gives_the_same_bits(tmp_path):
-    """Eight products in a row: captured by default, launched one by one without command buffers."""
+    """Eight GEMMs in a row: captured by default, launched one by one without command buffers."""
     code = """
 import jax, jax.numpy as jnp, numpy as np, sys, jax_fp8gemm as fp8
 x = jax.random.normal(jax.random.key(0), (256, 256), jnp.bfloat16)
@@ -174,9 +174,9 @@ print(sum(name.endswith("cache_hits") for name in hits))
 def test_second_process_compiles_no_kernel(tmp_path):
     code = """
 import jax.numpy as jnp, jax_fp8gemm as fp8
-from jax_fp8gemm._bind import native as _native
+from jax_fp8gemm._bind import native
 fp8.fp8_matmul(jnp.ones((256, 256)), jnp.ones((256, 256))).block_until_ready()
-print(_native.cache_facts()["compiled"], _native.cache_facts()["from_disk"])
+print(native.cache_facts()["compiled"], native.cache_facts()["from_disk"])
 """
     environment = {**os.environ, "JAX_FP8GEMM_CACHE_DIR": str(tmp_path)}
     outputs = []
@@ -190,7 +190,7 @@ print(_native.cache_facts()["compiled"], _native.cache_facts()["from_disk"])
         )
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append(done.stdout.split())
-    assert outputs == [["3", "0"], ["0", "3"]]  # two casts and a product
+    assert outputs == [["3", "0"], ["0", "3"]]  # two casts and a GEMM
 
 
 def test_check_command_says_that_the_kernels_run():
@@ -198,4 +198,4 @@ def test_check_command_says_that_the_kernels_run():
         [sys.executable, "-m", "jax_fp8gemm"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and "kernels run on this GPU" in done.stdout
-    assert _native.device_facts()["devices"][0]["name"] in done.stdout
+    assert native.device_facts()["devices"][0]["name"] in done.stdout
