@@ -4,8 +4,8 @@
 # make gpu    on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 # What the tests bring (compilers for a GPU that is not there) must not disturb the demo.
-DEMO := .venv/demo
-TEST := .venv/test
+DEMO := .make/demo
+TEST := .make/test
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 # A GPU's own JAX where there is a GPU; else the CPU's.
@@ -66,4 +66,4 @@ $(TEST)/.installed: $(TEST)/bin/python $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf .venv build
+	rm -rf .make build

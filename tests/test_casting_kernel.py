@@ -1,4 +1,4 @@
-"""What casts weights in a product, run on the CPU by tests/emulation: to the bit."""
+"""What casts weights in a GEMM, run on the CPU by tests/emulation: to the bit."""
 
 import ctypes
 import shutil

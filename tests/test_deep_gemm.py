@@ -60,7 +60,7 @@ def test_number_of_multiprocessors_reaches_the_program():
         assert "num_sms = 20" in traced.lower(lowering_platforms=("cuda",)).as_text()
     finally:
         deep_gemm.set_num_sms(None)
-    with pytest.raises(ValueError, match="num_sms is below 1"):
+    with pytest.raises(ValueError, match="num_sms is not a positive integer"):
         deep_gemm.set_num_sms(0)
 
 

@@ -1,4 +1,4 @@
-"""Runs quantizing kernels, and the cast in products, on the CPU: what they compute and touch.
+"""Runs quantizing kernels, and the cast in GEMMs, on the CPU: what they compute and touch.
 
 The text that NVRTC gets is compiled by g++ instead, with ptx.cuh of this folder in the place of the
 kernels' own: every instruction of a GPU is there, as plain C++. fibers.h runs the threads of a
