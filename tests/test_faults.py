@@ -1,5 +1,6 @@
 """Small inputs that gave wrong values, or errors from deep inside: what is right for each kind."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,10 +10,11 @@ import pytest
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import nnx as fp8_nnx
+from jax_fp8gemm._core.checks import as_int32
 
 # ---- integers -----------------------------------------------------------------------------------
 
-NARROW = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+TYPES = ("int8", "uint8", "int16", "uint16", "uint32", "int64", "uint64")
 
 
 def kernels(e: int, h: int, f: int) -> fp8.ExpertKernels:
@@ -74,7 +76,7 @@ def same(got, want) -> None:
 
 
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", TYPES)
 def test_integers_of_any_type_mean_the_same(dtype, x64):
     m = 256  # above the largest int8, and of uint8
     calls = takes_integers(m)
@@ -85,27 +87,30 @@ def test_integers_of_any_type_mean_the_same(dtype, x64):
     }
     with jax.enable_x64(x64):
         for kind, values in given.items():
-            for name, call in calls[kind].items():
-                want = call(values.astype(np.int32))
-                got = call(values.astype(dtype))
-                same(got, want), name
+            for call in map(jax.jit, calls[kind].values()):
+                narrow, typed = values.astype(np.int32), values.astype(dtype)
                 if x64 or "64" not in dtype:
-                    same(call(jnp.asarray(values.astype(dtype))), want)
+                    same(call(jnp.asarray(typed)), call(narrow))
+    # NumPy's wide integers reach the door only outside of jit.
+    if "64" in dtype:
+        door = functools.partial(as_int32, "f", "i")
+        for values in given.values():
+            same(door(values.astype(dtype)), values.astype(np.int32))
 
 
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("value", [2**32, 2**32 + 1, -(2**32), 2**62])
 def test_upper_bits_of_wide_integers_count(value, x64):
-    calls = takes_integers(32)
     far = 2**31 - 1 if value > 0 else -(2**31)
     with jax.enable_x64(x64):
-        for call in calls["sizes"].values():
-            same(call(np.array([value, 5])), call(np.array([far, 5], np.int32)))
-        for call in calls["experts"].values():
-            wide, narrow = (np.full((32, 1), one) for one in (value, far))
-            same(call(wide), call(narrow.astype(np.int32)))
-        for call in calls["index"].values():
-            same(call(np.full(32, value)), call(np.full(32, far).astype(np.int32)))
+        assert as_int32("f", "i", np.array([value, 5])).tolist() == [far, 5]
+        assert as_int32("f", "i", [value, 5]).tolist() == [far, 5]
+        if x64:
+            assert as_int32("f", "i", jnp.array([value, 5])).tolist() == [far, 5]
+        x, w = jnp.ones((32, 16), jnp.float32), jnp.ones((2, 16, 8), jnp.float32)
+        rows = fp8.fp8_ragged_dot(x, w, np.array([value, 5]))
+        assert bool((rows[0] != 0).all()) == (value > 0)  # a group of all rows, or of none
+        assert not fp8.permute(x, np.full((32, 1), value), 2)[1].group_sizes.any()
 
 
 def test_what_is_no_integer_is_named():
@@ -195,18 +200,25 @@ EMPTY = {
     "matmul, no rows": (lambda: fp8.fp8_matmul(jnp.ones((0, 16)), jnp.ones((16, 8))), (0, 8)),
     "matmul, no k": (lambda: fp8.fp8_matmul(jnp.ones((4, 0)), jnp.ones((0, 8))), (4, 8)),
     "matmul, no columns": (lambda: fp8.fp8_matmul(jnp.ones((4, 16)), jnp.ones((16, 0))), (4, 0)),
-    "matmul, no batch": (lambda: fp8.fp8_matmul(jnp.ones((0, 4, 16)), jnp.ones((16, 8))), (0, 4, 8)),
+    "matmul, no batch": (
+        lambda: fp8.fp8_matmul(jnp.ones((0, 4, 16)), jnp.ones((16, 8))),
+        (0, 4, 8),
+    ),
     "ragged, no rows": (
-        lambda: fp8.fp8_ragged_dot(jnp.ones((0, 16)), jnp.ones((2, 16, 8)), [0, 0]), (0, 8)
+        lambda: fp8.fp8_ragged_dot(jnp.ones((0, 16)), jnp.ones((2, 16, 8)), [0, 0]),
+        (0, 8),
     ),
     "ragged, no k": (
-        lambda: fp8.fp8_ragged_dot(jnp.ones((4, 0)), jnp.ones((2, 0, 8)), [2, 2]), (4, 8)
+        lambda: fp8.fp8_ragged_dot(jnp.ones((4, 0)), jnp.ones((2, 0, 8)), [2, 2]),
+        (4, 8),
     ),
     "ragged, no columns": (
-        lambda: fp8.fp8_ragged_dot(jnp.ones((4, 16)), jnp.ones((2, 16, 0)), [2, 2]), (4, 0)
+        lambda: fp8.fp8_ragged_dot(jnp.ones((4, 16)), jnp.ones((2, 16, 0)), [2, 2]),
+        (4, 0),
     ),
     "ragged, no groups": (
-        lambda: fp8.fp8_ragged_dot(jnp.ones((4, 16)), jnp.ones((0, 16, 8)), []), (4, 8)
+        lambda: fp8.fp8_ragged_dot(jnp.ones((4, 16)), jnp.ones((0, 16, 8)), []),
+        (4, 8),
     ),
     "dot_general, no rows": (
         lambda: fp8.fp8_dot_general(jnp.ones((0, 16)), jnp.ones((16, 8)), (((1,), (0,)), ((), ()))),
@@ -228,21 +240,33 @@ EMPTY = {
         lambda: fp8.moe(jnp.ones((0, 16)), jnp.ones((16, 2)), kernels(2, 16, 8), top_k=1)[0],
         (0, 16),
     ),
-    "permute, no tokens": (lambda: fp8.permute(jnp.ones((0, 4)), jnp.ones((0, 2), int), 3)[0], (0, 4)),
-    "permute, no experts": (lambda: fp8.permute(jnp.ones((3, 4)), jnp.zeros((3, 1), int), 0)[0], (3, 4)),
+    "permute, no tokens": (
+        lambda: fp8.permute(jnp.ones((0, 4)), jnp.ones((0, 2), int), 3)[0],
+        (0, 4),
+    ),
+    "permute, no experts": (
+        lambda: fp8.permute(jnp.ones((3, 4)), jnp.zeros((3, 1), int), 0)[0],
+        (3, 4),
+    ),
     "quantize, no rows": (lambda: fp8.quantize(jnp.ones((0, 16))).qvalue, (0, 16)),
     "quantize, no columns": (lambda: fp8.quantize(jnp.ones((4, 0))).qvalue, (4, 0)),
-    "quantize_both, no rows": (lambda: fp8.quantize_both(jnp.ones((0, 16))).transposed.qvalue, (16, 0)),
+    "quantize_both, no rows": (
+        lambda: fp8.quantize_both(jnp.ones((0, 16))).transposed.qvalue,
+        (16, 0),
+    ),
     "gather, no rows": (
-        lambda: fp8.quantize_rows(jnp.ones((0, 16)), index=np.zeros(0, int)).qvalue, (0, 16)
+        lambda: fp8.quantize_rows(jnp.ones((0, 16)), index=np.zeros(0, int)).qvalue,
+        (0, 16),
     ),
     "swiglu, no rows": (
-        lambda: fp8.swiglu_quantize(jnp.ones((0, 16), jnp.bfloat16), jnp.ones(0)).qvalue, (0, 8)
+        lambda: fp8.swiglu_quantize(jnp.ones((0, 16), jnp.bfloat16), jnp.ones(0)).qvalue,
+        (0, 8),
     ),
     "gemm, no rows": (
-        lambda: fp8.gemm(fp8.quantize(jnp.ones((0, 16))), fp8.quantize(jnp.ones((8, 16)))), (0, 8)
+        lambda: fp8.gemm(fp8.quantize(jnp.ones((0, 16))), fp8.quantize(jnp.ones((8, 16)))),
+        (0, 8),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EMPTY)
@@ -283,6 +307,25 @@ def test_empty_things_give_zeros_of_the_right_shape(name):
 def test_empty_things_without_a_meaning_are_errors_of_four_parts(call):
     with pytest.raises(ValueError, match=r"(?s)^\w+: .*\n  got .*\n  expected .*\n  fix "):
         call()
+
+
+def test_more_rows_than_kernels_count_are_refused_before_they_run():
+    def shape(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    most = 2**31 - 2**11
+    for rows, fits in ((most, True), (most + 1, False), (2**31 - 1, False), (2**33, False)):
+        for call, operands in (
+            (fp8.quantize, (shape(rows, 16),)),
+            (lambda x: fp8.quantize(x), (shape(2, rows // 2 + (not fits), 16),)),
+            (fp8.fp8_matmul, (shape(rows, 16), shape(16, 16))),
+        ):
+            traced = jax.jit(call).trace(*operands)
+            if fits:
+                traced.lower(lowering_platforms=("cuda",))
+            else:
+                with pytest.raises(ValueError, match="there are too many rows or columns"):
+                    traced.lower(lowering_platforms=("cuda",))
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -387,27 +430,44 @@ def every_function() -> dict:
         "prepare_weight": lambda: fp8.fp8_matmul(x, fp8.prepare_weight(w)),
         "route": lambda: fp8.route(x @ gate.astype(x.dtype), 1, bias=jnp.ones(2, jnp.float32)),
         "permute": lambda: fp8.permute(x, jnp.zeros((256, 1), int), 2),
-        "moe": lambda: grad(lambda x, k: fp8.moe(x, gate, k, top_k=1, bias=jnp.ones(2, jnp.float32)), x, part),
+        "moe": lambda: grad(
+            lambda x, k: fp8.moe(x, gate, k, top_k=1, bias=jnp.ones(2, jnp.float32)), x, part
+        ),
         "moe capacity": lambda: grad(
             lambda x, k: fp8.moe(x, gate, k, top_k=2, capacity_factor=1.0), x, part
         ),
         "moe sigmoid shared": lambda: fp8.moe(
-            x, gate, part, top_k=2, score_function="sigmoid",
+            x,
+            gate,
+            part,
+            top_k=2,
+            score_function="sigmoid",
             shared=fp8.ExpertKernels(wi_0=w, wi_1=w, wo=w.T),
         ),
         "vmap": lambda: jax.vmap(fp8.fp8_matmul)(jnp.stack([x, x]), many),
-    }  # fmt: skip
+    }
+
+
+def several(*modes):
+    """Returns a context in which several of JAX's modes hold at once."""
+    stack = contextlib.ExitStack()
+    for mode in modes:
+        stack.enter_context(mode)
+    return stack
 
 
 MODES = {
-    "strict dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "debug_nans": lambda: jax.debug_nans(True),
-    "transfer guard": lambda: jax.transfer_guard_device_to_host("disallow"),
+    "strict": lambda: several(
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.transfer_guard("disallow"),
+    ),
     "leak check": lambda: jax.checking_leaks(),
-    "disable_jit": lambda: jax.disable_jit(),
     "x64": lambda: jax.enable_x64(True),
+    "disable_jit": lambda: jax.disable_jit(),
 }
+UNJITTED = ("quantize_both", "fp8_matmul", "fp8_ragged_dot", "route", "gemm masked")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -415,7 +475,9 @@ def test_every_function_works_in_every_mode_of_jax(mode):
     calls = every_function()
     with MODES[mode]():
         for name, call in calls.items():
+            if mode == "disable_jit" and name not in UNJITTED:
+                continue
             try:
-                jax.block_until_ready(call())
+                jax.block_until_ready(jax.jit(call)())
             except Exception as error:
                 raise AssertionError(f"{name} under {mode}") from error

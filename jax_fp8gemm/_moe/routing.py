@@ -94,7 +94,7 @@ def route(
     logits = logits.astype(jnp.float32)
     softmax = score_function == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
-    steered = scores if bias is None else scores + bias.astype(jnp.float32)
+    steered = scores if bias is None else scores + bias.astype(jnp.float32)[None]
     expert_index = jax.lax.top_k(jax.lax.stop_gradient(steered), top_k)[1]
     weights = jnp.take_along_axis(scores, expert_index, axis=1)
     if normalize:
@@ -130,7 +130,9 @@ def _aux_loss(
     scores: jax.Array, expert_index: jax.Array, softmax: bool, axis: str | None
 ) -> jax.Array:
     e, top_k = scores.shape[1], expert_index.shape[1]
-    chosen = (expert_index[:, :, None] == jnp.arange(e)).sum(1, dtype=jnp.float32) / top_k
+    chosen = (expert_index[:, :, None] == jnp.arange(e)[None, None]).sum(
+        1, dtype=jnp.float32
+    ) / top_k
     sums = scores.sum(1, keepdims=True) + SMALLEST_SUM
     shares = scores if softmax else scores / sums
     return e * jnp.sum(_mean(chosen, axis) * _mean(shares, axis))

@@ -46,7 +46,8 @@ def spec_of(
 
 
 def result_dtype(op: str, lhs: Any, rhs: Any, preferred: DTypeLike | None) -> jnp.dtype:
-    dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
+    with jax.numpy_dtype_promotion("standard"):  # floats go into FP8: nothing else is promoted
+        dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
     if dtype not in FLOATS:
         got, fix = f"preferred_element_type {dtype}", "choose one of these, and cast the result"
         fail(op, "the result cannot have this dtype.", got, "bf16, f16 or f32", fix, TypeError)
