@@ -76,8 +76,8 @@ def bind(
     if nothing is not None:
         return nothing
     rule = op.rule(spec, operands)
-    call = _vmappable(op, spec, rule, meshes.is_manual())
-    return meshes.enter(rule, call, operands, out_sharding)
+    make = functools.partial(_vmappable, op, spec, rule)
+    return meshes.enter(rule, make, operands, out_sharding)
 
 
 def rebind(op: Op, spec: Hashable, operands: Arrays) -> Arrays:

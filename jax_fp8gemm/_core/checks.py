@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.qarray import FP8, QArray
-from jax_fp8gemm._core.types import options_of
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 HALVES = (jnp.bfloat16, jnp.float16)
@@ -43,7 +42,7 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def check_option(op: str, name: str, value: object, literal: object) -> None:
     """Checks that `value` is one of the strings of a Literal of types.py."""
-    options = options_of(literal)
+    options = get_args(literal)
     if not isinstance(value, str) or value not in options:
         expected = " or ".join(f'"{one}"' for one in options)
         fail(op, f"{name} is unknown.", f"{name}={value!r}", expected, f"choose a {name} of these")
