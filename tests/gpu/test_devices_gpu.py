@@ -16,7 +16,7 @@ from jax_fp8gemm._select.problem import Problem
 from jax_fp8gemm._tools.operands import random_operands
 
 P = PartitionSpec
-B, S, K, N = 4, 256, 1024, 2048
+B, S, K, N = 8, 256, 1024, 2048
 TOKENS, H, F, EXPERTS, TOP_K = 512, 256, 384, 8, 2
 
 
