@@ -88,7 +88,9 @@ def cache_folder() -> CacheFolder:
         "jax_fp8gemm",
         f"kernels are not cached where {name} says.",
         got=f"{name} {path!r}",
-        expected="an absolute path" if parent == "/" else "an absolute path in a folder that exists",
+        expected="an absolute path"
+        if parent == "/"
+        else "an absolute path in a folder that exists",
         fix="set JAX_FP8GEMM_CACHE_DIR to such a path; until then kernels are kept "
         + (f"in {fallback}" if fallback else "in memory alone"),
     )
