@@ -494,7 +494,7 @@ print(ext.compile(attributes)["origin"])
 
 
 @pytest.mark.skipif("error" in native.nvrtc_facts(), reason="NVRTC is not installed")
-@pytest.mark.parametrize("delay", [0.05, 0.15, 0.3, 0.5])
+@pytest.mark.parametrize("delay", [0.1, 0.35])
 def test_a_child_compiles_whatever_nvrtc_was_doing(delay):
     """NVRTC 13 has locks of its own: a child that was forked at a bad time waited for ever."""
     code = FORK.replace("time.sleep(0.1)", f"time.sleep({delay})").replace("knobs", "# knobs")

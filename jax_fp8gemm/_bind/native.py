@@ -91,7 +91,7 @@ def cache_folder() -> CacheFolder:
         expected="an absolute path"
         if parent == "/"
         else "an absolute path in a folder that exists",
-        fix="set JAX_FP8GEMM_CACHE_DIR to such a path; until then kernels are kept "
+        fix="set JAX_FP8GEMM_CACHE_DIR to an absolute path; until then kernels are kept "
         + (f"in {fallback}" if fallback else "in memory alone"),
     )
     return CacheFolder(fallback, warning)
