@@ -34,9 +34,9 @@ std::string shape_text(ffi::AnyBuffer::Dimensions dims) {
 bool fits_ints(ffi::AnyBuffer::Dimensions dims) {
   int64_t rows = 1;
   for (size_t i = 0; i < dims.size(); ++i) {
-    if (dims[i] > INT32_MAX) return false;
+    if (dims[i] > kMostCount) return false;
     if (i + 1 < dims.size()) rows *= dims[i];
-    if (rows > INT32_MAX) return false;
+    if (rows > kMostCount) return false;
   }
   return true;
 }
@@ -102,7 +102,7 @@ Buffer Buffers::check(const ffi::AnyBuffer& buffer, const char* name, ffi::DataT
 Buffer Buffers::mismatch(const char* name, const std::string& got, ffi::DataType type,
                          const Shape& shape) {
   fail(std::string(name) + " does not fit", got,
-       type_text(type) + shape.text() + ", with fewer than 2^31 rows and columns");
+       type_text(type) + shape.text() + ", with at most 2^31 - 2048 rows and columns");
   return {};
 }
 

@@ -53,7 +53,7 @@ class Buffers {
   Buffers(const char* op, ffi::RemainingArgs operands, ffi::RemainingRets results)
       : op_(op), operands_(operands), results_(results) {}
 
-  // The next one. All dims but the last multiply to less than 2^31, and so does the last.
+  // The next one. All dims but the last multiply to kMostCount at most, and so does the last.
   Buffer operand(const char* name, ffi::DataType type, const Shape& shape);
   Buffer result(const char* name, ffi::DataType type, const Shape& shape);
 

@@ -113,10 +113,9 @@ void read_operands(const GemmCall& call, Buffers& buffers, Operands& o) {
     o.group_data = buffers.operand("the sizes of groups", ffi::S32, {o.groups});
   }
   if (spec.accumulate) read_init(spec, buffers, o);
+  // NOTE: a cluster may have more CTAs than k has steps, where an exported program takes any k: some
+  // then add zeros. why_illegal() refuses it only since it is slow.
   buffers.require_end();
-  if (const char* reason = why_illegal(spec, int(ceil_div(o.k, kBlockK)))) {
-    buffers.fail(reason, "k " + std::to_string(o.k), "a config for these operands");
-  }
 }
 
 TensorMapShape bf16_tile_shape(const Buffer& stored) {

@@ -61,7 +61,9 @@ void read_operands(const QuantizeSpec& spec, Buffers& buffers, QuantizeParams& p
     const Buffer sizes = buffers.operand("the sizes of groups", ffi::S32, {kAnySize});
     p.group_data = sizes.pointer<int32_t>(), p.groups = int32_t(sizes.columns);
   }
-  if (k > INT32_MAX) buffers.fail("x has too many columns", std::to_string(k), "below 2^31");
+  if (k > kMostCount) {
+    buffers.fail("x has too many columns", std::to_string(k), "at most 2^31 - 2048");
+  }
   p.m = int32_t(m), p.k = int32_t(k), p.x_rows = int32_t(x_rows), p.batch = int32_t(batch);
 }
 

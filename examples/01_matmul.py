@@ -1,4 +1,4 @@
-"""One FP8 product in a jitted function, and what it costs in accuracy."""
+"""One FP8 matrix multiplication in a jitted function, and what it costs in accuracy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A jitted training step of a two-layer network whose products, all five, run in FP8."""
+"""A jitted training step of a two-layer network whose five GEMMs run in FP8."""
 
 import jax
 import jax.numpy as jnp

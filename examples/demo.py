@@ -83,8 +83,8 @@ def plot(losses: dict[str, list[float]], path: str) -> None:
     print(f"  curves: {path}")
 
 
-def one_product(m: int = 1024, n: int = 1024, k: int = 2048) -> None:
-    """Prints one product's error and its time as the host sees it."""
+def one_gemm(m: int = 1024, n: int = 1024, k: int = 2048) -> None:
+    """Prints the error of one GEMM and its time as the host sees it."""
     keys = jax.random.split(jax.random.key(1))
     x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
     w = jax.random.normal(keys[1], (k, n), jnp.bfloat16)
@@ -109,7 +109,7 @@ def main(steps: int, picture: str) -> int:
     gap = last / float(np.mean(losses["bf16"][-20:])) - 1
     print(f"  loss {first:.3f} -> {last:.3f}; the FP8 twin ends {100 * gap:+.2f} % from bf16")
     plot(losses, picture)
-    one_product()
+    one_gemm()
     return 0 if last < first and abs(gap) < 0.05 else 1
 
 

@@ -1,5 +1,6 @@
 """Flax linen layers in FP8, with the parameters of the layers they stand in for."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 
+from jax_fp8gemm._core.errors import fail, message
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
@@ -48,9 +50,10 @@ class Fp8Dense(nn.Dense):
     the other. With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
 
     Attributes:
-      quantized: for inference. In place of `kernel` [in, out] the parameters are `qvalue` e4m3
-        [out, in] and `scale` f32 [out/128, in/128], rounded up, as block-FP8 checkpoints hold
-        them; `quantize_kernels` makes them of a float kernel. They have no gradient.
+      quantized: for inference. In place of the parameter `kernel` [in, out] there are, in the
+        collection "quantized", `qvalue` e4m3 [out, in] and `scale` f32 [out/128, in/128], rounded
+        up, as block-FP8 checkpoints hold them. `quantize_kernels` makes them of a float kernel.
+        They have no gradient, and no optimizer sees them.
 
     Example:
       y = Fp8Dense(512, dtype=jnp.bfloat16)(x)
@@ -65,8 +68,9 @@ class Fp8Dense(nn.Dense):
         if not self.quantized:
             return super().__call__(inputs)
         shape = (self.features, jnp.shape(inputs)[-1])
-        qvalue = self.param("qvalue", nn.initializers.zeros, shape, FP8)
-        scale = self.param("scale", nn.initializers.ones, scale_shape(shape, BLOCKS))
+        scales = scale_shape(shape, BLOCKS)
+        qvalue = self.variable("quantized", "qvalue", lambda: jnp.zeros(shape, FP8)).value
+        scale = self.variable("quantized", "scale", lambda: jnp.ones(scales, jnp.float32)).value
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[:1], self.param_dtype)
@@ -99,8 +103,8 @@ Fp8DenseGeneral.__name__ = nn.DenseGeneral.__name__
 
 def quantize_kernels(
     params: Mapping[str, Any], where: Callable[[tuple[str, ...]], bool] = lambda path: True
-) -> dict[str, Any]:
-    """Returns params with FP8 weights where there were float kernels [in, out].
+) -> dict[str, dict[str, Any]]:
+    """Returns the variables of a model that holds FP8 weights where it had float kernels [in, out].
 
     Args:
       params: nested dicts of arrays, boxes taken off (`nn.meta.unbox`).
@@ -108,20 +112,46 @@ def quantize_kernels(
         `Fp8Dense(quantized=True)`. Kernels of other ranks stay.
 
     Returns:
-      A new tree: `kernel` [in, out] became `qvalue` e4m3 [out, in] and `scale` f32 of 128x128.
+      {"params": what stays, "quantized": for each `kernel` [in, out] its `qvalue` e4m3 [out, in]
+      and its `scale` f32 of 128x128}, for `model.apply`. FP8 weights are not parameters, so no
+      optimizer touches them.
+
+    Raises:
+      TypeError: params is not a dict. A warning says if nothing was converted.
+
+    Example:
+      y = Fp8Dense(512, quantized=True).apply(quantize_kernels(params), x)
     """
+    if not isinstance(params, Mapping):
+        got, fix = type(params).__name__, 'pass variables["params"]'
+        op = "quantize_kernels"
+        fail(op, "params is not a dict.", got, "nested dicts of arrays", fix, TypeError)
+    left: list[str] = []
 
-    def convert(node, path):
-        if not isinstance(node, Mapping):
-            return node
-        kernel = node.get("kernel")
-        if kernel is None or jnp.ndim(kernel) != 2 or not where(path):
-            return {name: convert(value, (*path, name)) for name, value in node.items()}
-        q = quantize(kernel.T, BLOCKS)
-        rest = {name: value for name, value in node.items() if name != "kernel"}
-        return {**rest, "qvalue": q.qvalue, "scale": q.scale}
+    def split(node, path):
+        """Returns what stays of a dict, and its FP8 weights."""
+        stays, held = {}, {}
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                stays[name], below = split(value, (*path, name))
+                held |= {name: below} if below else {}
+            elif name == "kernel" and jnp.ndim(value) == 2 and where(path):
+                q = quantize(value.T, BLOCKS)
+                held |= {"qvalue": q.qvalue, "scale": q.scale}
+            else:
+                stays[name] = value
+                left.extend(["/".join((*path, name))] * (name == "kernel"))
+        return stays, held
 
-    return convert(params, ())
+    stays, held = split(params, ())
+    if not held:
+        got = f"kernels that stay: {', '.join(left) or 'none'}"
+        expected, fix = "a kernel [in, out] that `where` says yes to", "look at the paths of params"
+        text = message(
+            "quantize_kernels", "nothing was quantized.", got=got, expected=expected, fix=fix
+        )
+        warnings.warn(text, stacklevel=2)
+    return {"params": stays, "quantized": held}
 
 
 class Fp8MoE(nn.Module):

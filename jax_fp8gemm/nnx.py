@@ -1,5 +1,6 @@
 """Flax nnx layers in FP8, with the parameters of the layers they stand in for."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Self
@@ -11,7 +12,7 @@ from flax.nnx.nn import dtypes
 from flax.typing import Dtype, Initializer
 
 from jax_fp8gemm._core.checks import check_quantized
-from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import BLOCKS
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
@@ -153,13 +154,33 @@ def convert(
         Subclasses of nnx.Linear, and nnx.LinearGeneral, are no nnx.Linear.
       where: of path and layer, whether to convert it. Heads are best left alone:
         `where=lambda path, linear: "head" not in path`.
+
+    Returns:
+      A new model. A warning says if nothing was converted, and which kinds of layers stay.
+
+    Example:
+      model = convert(model, lambda path, linear: "head" not in path)
     """
+    converted: list[tuple] = []
+    left: set[str] = set()
 
     def one(path, node):
-        wanted = type(node) is nnx.Linear and where(path, node)
-        return Fp8Linear.from_linear(node) if wanted else node
+        if type(node) is nnx.Linear and where(path, node):
+            converted.append(path)
+            return Fp8Linear.from_linear(node)
+        if isinstance(node, nnx.Module) and node is not model:
+            left.add(type(node).__name__)
+        return node
 
-    return nnx.recursive_map(one, model)
+    result = nnx.recursive_map(one, model)
+    if not converted:
+        got = f"{type(model).__name__} with {', '.join(sorted(left)) or 'no layers'}"
+        fix = "let `where` say yes, or replace such layers by hand"
+        text = message(
+            "convert", "nothing was converted.", got=got, expected="an nnx.Linear", fix=fix
+        )
+        warnings.warn(text, stacklevel=2)
+    return result
 
 
 class Fp8MoE(nnx.Module):

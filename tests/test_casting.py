@@ -73,6 +73,10 @@ def test_weights_reach_the_kernel_as_they_are():
     assert call.count("tensor<3x80x256xbf16>") == 2  # both halves
 
 
+def two_devices():
+    return jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+
+
 # What is cut of lhs [m, k], and of the last two dims of the weights.
 CUTS = [((), ("x", None)), ((), (None, "x")), ((None, "x"), ()), (("x",), ("x", None))]
 
@@ -85,7 +89,7 @@ def test_cut_up_over_devices(arrays, transposed, cut):
     lhs = jax.tree.map(lambda x: x[:88], lhs)
     run = jax.jit(functools.partial(multiply_casting, transposed=transposed))
     expected = run(lhs, weights, SIZES)
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = two_devices()
     lhs_cut, weights_cut = (NamedSharding(mesh, P(*spec)) for spec in (cut[0], (None, *cut[1])))
     placed = jax.device_put(lhs, lhs_cut), jax.device_put(weights, weights_cut)
     got = np.asarray(run(*placed, SIZES), np.float32)
@@ -93,7 +97,7 @@ def test_cut_up_over_devices(arrays, transposed, cut):
 
 
 @pytest.mark.parametrize("residuals", ["fp8_t", "fp8", "input"])
-def test_ragged_dot_gives_the_same_bits_either_way(residuals, monkeypatch):
+def test_ragged_dot_gives_the_same_bits_either_way(residuals):
     keys = jax.random.split(jax.random.key(2), 3)
     shapes = (M, 144), (G, 144, 80), (M, 80)
     x, w, dy = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True))
@@ -103,17 +107,23 @@ def test_ragged_dot_gives_the_same_bits_either_way(residuals, monkeypatch):
         y, pull = jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)
         return y, *pull(dy)
 
-    given = x, w, jnp.asarray(SIZES), dy
-    assert not casts(run, *given) and casts(functools.partial(run, wanted=True), *given)
-    copies = jax.jit(run)(*given)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert not casts(functools.partial(run, wanted=False), *given)
-    assert casts(lambda *a: run(*a), *given)
-    equal(jax.jit(lambda *a: run(*a))(*given), copies)
+    given, plain = (x, w, jnp.asarray(SIZES), dy), functools.partial(run, wanted=False)
+    assert casts(run, *given) and not casts(plain, *given)
+    equal(jax.jit(run)(*given), jax.jit(plain)(*given))
     f32 = functools.partial(fp8.fp8_ragged_dot, preferred_element_type=jnp.float32)
-    assert not casts(f32, x, w, given[2]) and not casts(
-        fp8.fp8_ragged_dot, x, w[..., :72], given[2]
-    )
+    assert not casts(f32, x, w, given[2])
+    assert not casts(fp8.fp8_ragged_dot, x, w[..., :72], given[2])
+
+
+def test_a_program_on_several_devices_gathers_fp8_copies():
+    _, weights, _ = case(*CASES[1])
+    given = jnp.ones((M, 144), jnp.bfloat16), *weights, jnp.asarray(SIZES)
+    mesh = two_devices()
+    placed = jax.device_put(given, NamedSharding(mesh, P()))
+    assert casts(fp8.fp8_ragged_dot, *given) and not casts(fp8.fp8_ragged_dot, *placed)
+    assert casts(functools.partial(fp8.fp8_ragged_dot, cast_in_gemm=True), *placed)
+    with jax.set_mesh(mesh):
+        assert not casts(fp8.fp8_ragged_dot, *given)
 
 
 # ---- The expert block ---------------------------------------------------------------------------
@@ -143,29 +153,29 @@ def operands():
 
 def casts(run, *given) -> bool:
     """Whether no copies of the weights are made."""
-    jaxpr = str(jax.make_jaxpr(run)(*given))
-    return "bf16_transposed" in jaxpr
+    return "bf16_transposed" in str(jax.jit(lambda *args: run(*args)).trace(*given).jaxpr)
 
 
 @pytest.mark.parametrize("capacity", [None, 20])
 def test_a_block_gives_the_same_bits_either_way(capacity):
     given = operands()
-    run = functools.partial(both, capacity=capacity)
-    assert not casts(run, *given)  # eight devices here, and no shard_map
-    wanted = functools.partial(run, cast_in_gemm=True)
-    assert casts(wanted, *given)
-    equal(jax.jit(wanted)(*given), jax.jit(run)(*given))
+    casting, plain = (
+        functools.partial(both, capacity=capacity, cast_in_gemm=wanted) for wanted in (True, False)
+    )
+    assert casts(casting, *given) and not casts(plain, *given)
+    equal(jax.jit(casting)(*given), jax.jit(plain)(*given))
 
 
 def test_when_weights_are_cast_in_gemms(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     x, routing, _, kernels = operands()
 
     def chosen(kernels, **options):
         run = functools.partial(fp8.expert_ffn, **options)
         return casts(run, x, routing.expert_index, routing.gate_weights, kernels)
 
-    assert chosen(kernels) and not chosen(kernels, cast_in_gemm=False)
+    assert chosen(kernels)
+    with jax.set_mesh(two_devices()):
+        assert not chosen(kernels) and chosen(kernels, cast_in_gemm=True)
     assert not chosen(kernels, scale_rounding="none")
     assert not chosen(jax.tree.map(lambda w: w.astype(jnp.float32), kernels))
     wi_0, wi_1, wo = kernels.wi_0[..., :192], kernels.wi_1[..., :192], kernels.wo[:, :192]

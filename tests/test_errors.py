@@ -302,7 +302,7 @@ def test_what_is_no_array_is_named():
         "fp8_matmul: w is not an array.\n"
         "  got       QArray\n"
         "  expected  a bf16, f16 or f32 array\n"
-        "  fix       call jnp.asarray(w); for an FP8 weight, use prepare_weight"
+        "  fix       for an FP8 weight, use prepare_weight(w)"
     )
     assert "got       list" in raised(TypeError, fp8.quantize, [[1.0] * 128])
 

@@ -158,15 +158,24 @@ def test_weights_held_in_fp8(x):
     params = layer.init(jax.random.key(0), x)["params"]
     params["bias"] += 0.5
     held = quantize_kernels({"up": params, "other": {"kernel": jnp.ones((3, 3))}}, _is_up)
-    assert held["other"]["kernel"].shape == (3, 3)
+    assert held["params"]["other"]["kernel"].shape == (3, 3)
     inference = Fp8Dense(200, dtype=jnp.bfloat16, quantized=True)
-    like = inference.init(jax.random.key(0), x)["params"]
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), held["up"]) == jax.tree.map(
+    own = {name: tree["up"] for name, tree in held.items()}
+    like = inference.init(jax.random.key(0), x)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), own) == jax.tree.map(
         lambda a: (a.shape, a.dtype), like
     )
-    assert "kernel" not in held["up"] and held["up"]["qvalue"].dtype == jnp.float8_e4m3fn
-    got = jax.jit(inference.apply)({"params": held["up"]}, x)
+    assert set(own["params"]) == {"bias"}  # nothing else is for an optimizer
+    assert own["quantized"]["qvalue"].dtype == jnp.float8_e4m3fn
+    got = jax.jit(inference.apply)(own, x)
     np.testing.assert_array_equal(got, jax.jit(layer.apply)({"params": params}, x))
+
+
+def test_quantizing_nothing_is_said():
+    with pytest.warns(UserWarning, match="(?s)nothing was quantized.*kernels that stay: up/kernel"):
+        quantize_kernels({"up": {"kernel": jnp.ones((3, 3))}}, lambda path: False)
+    with pytest.raises(TypeError, match="quantize_kernels: params is not a dict"):
+        quantize_kernels(jnp.ones((3, 3)))
 
 
 def _is_up(path):

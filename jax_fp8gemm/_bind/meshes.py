@@ -34,6 +34,8 @@ def vary_alike(*trees):
     Outside of one, does nothing. Its transpose sums gradients over the axes that an array gains, so
     it belongs outside of a custom_vjp.
     """
+    if not is_manual():
+        return trees
     arrays, tree = jax.tree.flatten(trees)
     own = [_varying(jax.typeof(x)) for x in arrays]
     every = frozenset().union(*own)
@@ -60,12 +62,15 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     return sharding if _explicit_axes(sharding.mesh) else None
 
 
-def enter(rule: Rule, function: Callable, operands, out_sharding=None):
-    """Calls `function`, with Explicit axes made Auto inside, and varying types made alike.
+def enter(rule: Rule, make: Callable[[bool], Callable], operands, out_sharding=None):
+    """Calls a function, with Explicit axes made Auto inside, and varying types made alike.
+
+    make: of whether this is inside a shard_map, returns the function.
 
     On a mesh with Explicit axes its results are sharded as the operands say, unless out_sharding is
     given. Rows of a GEMM win over its columns.
     """
+    function = make(is_manual())
     mesh = _mesh_of(*operands)
     axes = _explicit_axes(mesh)
     if axes:

@@ -10,10 +10,12 @@ bind            nothing to compute? Explicit mesh axes made Auto; inside shard_m
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
@@ -22,7 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._bind.partition import Rule, Total, partitioned
-from jax_fp8gemm._core.errors import message
+from jax_fp8gemm._core.errors import describe, fail, message
+from jax_fp8gemm._core.layout import MOST_COUNT
 
 Arrays = Sequence[jax.Array]
 Shape = tuple[int, ...]
@@ -73,8 +76,8 @@ def bind(
     if nothing is not None:
         return nothing
     rule = op.rule(spec, operands)
-    call = _vmappable(op, spec, rule, meshes.is_manual())
-    return meshes.enter(rule, call, operands, out_sharding)
+    make = functools.partial(_vmappable, op, spec, rule)
+    return meshes.enter(rule, make, operands, out_sharding)
 
 
 def rebind(op: Op, spec: Hashable, operands: Arrays) -> Arrays:
@@ -144,6 +147,16 @@ def spread(size: int, batched: Sequence[bool], operands: Arrays) -> list[jax.Arr
     return [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in pairs]
 
 
+def _check_counts(op: str, arrays: Arrays) -> None:
+    """Checks that kernels can count rows and columns of what they read and write."""
+    for x in arrays:
+        sizes = [size for size in x.shape if not jax.export.is_symbolic_dim(size)]
+        if max((math.prod(sizes[:-1]), *sizes[-1:]), default=0) > MOST_COUNT:
+            got, expected = describe("an array", x), f"at most {MOST_COUNT} rows and columns"
+            fix = "split the rows, or shard them over devices"
+            fail(op, "there are too many rows or columns.", got, expected, fix)
+
+
 @functools.cache
 def primitive(op: Op) -> Primitive:
     """Makes the primitive. It runs under jax.disable_jit() too: it brings its own jit."""
@@ -172,6 +185,7 @@ def primitive(op: Op) -> Primitive:
         return op.reference(spec, operands)
 
     def lower_cuda(ctx, *operands, spec):
+        _check_counts(op.name, (*ctx.avals_in, *ctx.avals_out))
         aliases = op.aliases(spec) or None
         rule = jax.ffi.ffi_lowering(op.target, operand_output_aliases=aliases)
         return rule(ctx, *operands, **op.attributes(spec, ctx.avals_in))

@@ -162,7 +162,7 @@ def _reference(spec: CastSpec, operands: Arrays) -> Arrays:
         reference.copies, tile=spec.tile, rounding=spec.scale_rounding, group_sizes=sizes
     )
     if spec.source == "swiglu":
-        x = reference.swiglu(x)[3] * named["row_weight"][:, None]
+        x = reference.swiglu(x)[3] * named["row_weight"][None, :, None]
     if not spec.is_backward:
         return made(x, rows=spec.rows, transposed=spec.transposed)
     dh, activation, parts = reference.swiglu_gradients(

@@ -24,6 +24,15 @@ def save(q: QArray, name: str) -> Bits:
     return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
 
+def named(q: QArray, name: str) -> tuple[QArray, Bits]:
+    """Returns q as read from its named bytes, and these.
+
+    Who reads q this way needs no second cast where a jax.checkpoint policy saves the name.
+    """
+    bits = save(q, name)
+    return from_bits(bits), bits
+
+
 def from_bits(bits: Bits) -> QArray:
     return QArray(jax.lax.bitcast_convert_type(bits[0], FP8), bits[1])
 

@@ -11,6 +11,7 @@ K_STEP = 128  # of k that the tensor core sums before the promotion to float32; 
 TOKEN_MULTIPLE = 128  # groups of a transposed copy begin at multiples of it: one step of k each
 K_MULTIPLE = 16  # bytes: what the copy engine (TMA) wants of a row of FP8 numbers
 SCALE_MULTIPLE = 4  # float32 scales: likewise
+MOST_COUNT = 2**31 - 2**11  # rows of all matrices, and columns: csrc/kernels/plan.cuh, kMostCount
 
 Tile = tuple[int | None, int | None]
 

@@ -38,7 +38,7 @@ def exportable(name: str | None = None) -> Callable[[type[Container]], type[Cont
 
 
 @exportable()
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QArray:
     """An array in FP8 with scales: real[i, j] = qvalue[i, j] · scale[i // rows, j // columns].
 

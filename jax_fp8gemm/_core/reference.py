@@ -167,7 +167,7 @@ def _ragged_contracting(lhs, rhs, group_sizes):
 
 
 def _masked(lhs, rhs, group_sizes):
-    rows = jnp.arange(lhs.shape[1])[:, None] < group_sizes[:, None, None]
+    rows = jnp.arange(lhs.shape[1])[None, :, None] < group_sizes[:, None, None]
     return jnp.where(rows, _product(lhs, rhs), 0)
 
 

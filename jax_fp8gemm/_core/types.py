@@ -1,6 +1,6 @@
 """The words that options may be."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 # Scales rounded up to powers of two, or max / 448 as it is.
 ScaleRounding = Literal["pow2", "none"]
@@ -23,8 +23,3 @@ KernelName = Literal["persistent", "few_rows"]
 MulticastName = Literal["none", "lhs", "rhs"]
 # What a cast reads.
 SourceName = Literal["float", "fp8", "swiglu", "swiglu_backward"]
-
-
-def options_of(literal: object) -> tuple[str, ...]:
-    """Returns the strings of a Literal."""
-    return get_args(literal)

@@ -50,11 +50,11 @@ def make_slots(expert_index: jax.Array, per_device: int, devices: int, capacity:
     """Returns slots for int [t, top_k] choices; a device's tokens past `capacity` get none."""
     t, top_k = expert_index.shape
     device = jnp.where(expert_index >= 0, expert_index // per_device, devices)
-    goes = (device[:, :, None] == jnp.arange(devices)).any(1)  # [t, devices]
+    goes = (device[:, :, None] == jnp.arange(devices)[None, None]).any(1)  # [t, devices]
     position = jnp.cumsum(goes, 0, dtype=jnp.int32) - 1
     place = jnp.take_along_axis(position, jnp.minimum(device, devices - 1), 1)
     same = device[:, :, None] == device[:, None, :]
-    again = (same & jnp.tri(top_k, k=-1, dtype=bool)).any(2)  # an earlier choice went there
+    again = (same & jnp.tri(top_k, k=-1, dtype=bool)[None]).any(2)  # an earlier choice went there
     nowhere = devices * capacity
     kept = (device < devices) & ~again & (place < capacity)
     slot = jnp.where(kept, device * capacity + place, nowhere).astype(jnp.int32)

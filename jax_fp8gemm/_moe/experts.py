@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
-from jax_fp8gemm._core.bits import from_bits, map_rows, save
+from jax_fp8gemm._core.bits import from_bits, map_rows, named, save
 from jax_fp8gemm._core.checks import (
-    check_float,
-    check_integers,
+    as_float,
+    as_int32,
+    check_bool,
     check_option,
     check_positive,
     renamed,
@@ -36,7 +37,7 @@ from jax_fp8gemm._moe.routing import (
 )
 from jax_fp8gemm._moe.weights import (
     ExpertKernels,
-    check_kernels,
+    as_kernels,
     multiply_by,
     operand,
     ready,
@@ -98,8 +99,10 @@ def expert_ffn(
     """
     op = "expert_ffn"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
-    check_kernels(op, "kernels", kernels)
-    expert_index = jnp.asarray(expert_index)
+    kernels = as_kernels(op, "kernels", kernels)
+    x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
+    expert_index = as_int32(op, "expert_index", expert_index)
+    check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     check_tokens(op, x, expert_index, gate_weights, kernels)
     check_positive(op, "capacity", capacity)
     if capacity is not None:
@@ -146,10 +149,12 @@ def run_experts(
 
 
 def check_tokens(
-    op: str, x: Any, expert_index: Any, gate_weights: Any, kernels: ExpertKernels
+    op: str,
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
 ) -> None:
-    check_float(op, "x", x)
-    check_float(op, "gate_weights", gate_weights)
     named = {"x": x, "expert_index": expert_index, "gate_weights": gate_weights}
     got = ", ".join(
         describe(name, value) for name, value in (named | {"wi_0": kernels.wi_0}).items()
@@ -166,7 +171,6 @@ def check_tokens(
     if x.shape[1] != kernels.wi_0.shape[1]:
         expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
         fail(op, "dim h differs between x and wi_0.", got, expected, fix)
-    check_integers(op, "expert_index", expert_index)
 
 
 # ---- the custom_vjp -----------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
     """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; kernels, in FP8 if copies
     were made; who goes where."""
     top_k, e = expert_index.shape[1], kernels.wi_0.shape[0]
-    xq = _received(_pad_h(x), slots, spec)
+    xq, saved_x = named(_received(_pad_h(x), slots, spec), "moe_x")
     permutation = permutation_of(expert_index, e)
     if spec.capacity is not None:
         permutation = cut(permutation, spec.capacity)
@@ -190,7 +194,7 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
     matrices = operand(kernels, "up"), operand(kernels, "down")
     y, hq = gemms(xq, token, row_weight, permutation.group_sizes, matrices, spec)
     y = _collected(y, permutation, top_k, slots, x, spec)
-    saved = save(xq, "moe_x"), save(hq, "moe_h")
+    saved = saved_x, save(hq, "moe_h")
     back = operand(kernels, "down_back"), operand(kernels, "up_back")
     # Empty arrays that remember dtypes and shapes.
     like = [a[:0] for a in (x, kernels.wi_0, kernels.wi_1, kernels.wo)]

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm._bind.meshes import vary_alike
-from jax_fp8gemm._core.checks import check_float, check_option, renamed
+from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.exchange import TokenExchange, axis_size, make_slots, send
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
 from jax_fp8gemm._moe.routing import Routing, route
-from jax_fp8gemm._moe.weights import ExpertKernels, check_kernels, ready
+from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
 from jax_fp8gemm._ops.matmul import fp8_matmul
 
 # What layers pass on.
@@ -99,12 +99,13 @@ def moe(
     for name, literal in options.items():
         check_option("moe", name, given[name], literal)
     check_option("moe", "scale_rounding", scale_rounding, ScaleRounding)
-    check_float("moe", "x", x)
-    check_float("moe", "gate_kernel", gate_kernel)
-    check_kernels("moe", "kernels", kernels)
+    check_bool("moe", "normalize", normalize)
+    check_bool("moe", "cast_in_gemm", cast_in_gemm, or_none=True)
+    x, gate_kernel = as_float("moe", "x", x), as_float("moe", "gate_kernel", gate_kernel)
+    kernels = as_kernels("moe", "kernels", kernels)
     _check_capacity(capacity_factor)
     if shared is not None:
-        check_kernels("moe", "shared", shared, ndim=2)
+        shared = as_kernels("moe", "shared", shared, ndim=2)
     devices = _check_experts(x, gate_kernel, kernels, expert_axis)
     rows = math.prod(x.shape[:-1]) * top_k
     kernels = ready(

@@ -6,9 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.meshes import automatic
-from jax_fp8gemm._core.checks import check_integers, check_option, is_integer, renamed
+from jax_fp8gemm._core.checks import (
+    as_float,
+    as_int32,
+    check_bool,
+    check_option,
+    is_integer,
+    renamed,
+)
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.qarray import exportable
@@ -18,7 +26,7 @@ SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scor
 
 
 @exportable()
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Routing:
     """What a router decided for t tokens.
 
@@ -80,11 +88,13 @@ def route(
       routing = route(x @ gate_kernel, top_k=8, score_function="sigmoid", bias=bias)
     """
     check_option("route", "score_function", score_function, ScoreFunction)
+    check_bool("route", "normalize", normalize)
+    logits = as_float("route", "logits", logits)
     _check_route(logits, top_k, bias)
     logits = logits.astype(jnp.float32)
     softmax = score_function == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
-    steered = scores if bias is None else scores + bias.astype(jnp.float32)
+    steered = scores if bias is None else scores + bias.astype(jnp.float32)[None]
     expert_index = jax.lax.top_k(jax.lax.stop_gradient(steered), top_k)[1]
     weights = jnp.take_along_axis(scores, expert_index, axis=1)
     if normalize:
@@ -120,7 +130,9 @@ def _aux_loss(
     scores: jax.Array, expert_index: jax.Array, softmax: bool, axis: str | None
 ) -> jax.Array:
     e, top_k = scores.shape[1], expert_index.shape[1]
-    chosen = (expert_index[:, :, None] == jnp.arange(e)).sum(1, dtype=jnp.float32) / top_k
+    chosen = (expert_index[:, :, None] == jnp.arange(e)[None, None]).sum(
+        1, dtype=jnp.float32
+    ) / top_k
     sums = scores.sum(1, keepdims=True) + SMALLEST_SUM
     shares = scores if softmax else scores / sums
     return e * jnp.sum(_mean(chosen, axis) * _mean(shares, axis))
@@ -130,7 +142,7 @@ def _aux_loss(
 
 
 @exportable()
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Permutation:
     """Rows by expert: each of t · top_k (token, choice) pairs is one row.
 
@@ -175,7 +187,7 @@ def cut(permutation: Permutation, capacity: int) -> Permutation:
 
 @renamed(experts="expert_index")
 def permute(
-    x: jax.Array, expert_index: jax.Array, num_experts: int
+    x: jax.Array, expert_index: ArrayLike, num_experts: int
 ) -> tuple[jax.Array, Permutation]:
     """Copies each token's row once for each of its experts, sorted by expert.
 
@@ -199,8 +211,11 @@ def permute(
       rows, permutation = permute(x, routing.expert_index, 64)
       y = unpermute(fp8_ragged_dot(rows, w, permutation.group_sizes), permutation, top_k)
     """
-    expert_index = jnp.asarray(expert_index)
+    expert_index = as_int32("permute", "expert_index", expert_index)
     _check_permute("permute", x, expert_index)
+    if not is_integer(num_experts) or num_experts < 0:
+        got, fix = f"num_experts={num_experts!r}", "pass the number of experts"
+        fail("permute", "num_experts is not a count.", got, "an integer, 0 or more", fix)
 
     def run(x, expert_index):
         permutation = permutation_of(expert_index, num_experts)
@@ -224,8 +239,9 @@ def unpermute(rows: jax.Array, permutation: Permutation, top_k: int) -> jax.Arra
       ValueError: the number of rows differs from the permutation's, or is no multiple of top_k.
     """
     count = permutation.order.shape[0]
-    if rows.ndim != 2 or rows.shape[0] != count or top_k < 1 or count % top_k:
-        got = f"{describe('rows', rows)}, a permutation of {count} rows, top_k {top_k}"
+    fits = is_integer(top_k) and top_k >= 1 and count % top_k == 0
+    if rows.ndim != 2 or rows.shape[0] != count or not fits:
+        got = f"{describe('rows', rows)}, a permutation of {count} rows, top_k={top_k!r}"
         expected, fix = "rows [t * top_k, h]", "pass what permute returned for these tokens"
         fail("unpermute", "rows do not fit the permutation.", got, expected, fix)
     return automatic(lambda *operands: _collect(*operands, top_k), rows)(rows, permutation)
@@ -237,7 +253,6 @@ def _check_permute(op: str, x: Any, expert_index: jax.Array) -> None:
         expected = "x [t, h], expert_index [t, top_k]"
         fix = "reshape them to one row per token"
         fail(op, "x and expert_index do not fit.", got, expected, fix)
-    check_integers(op, "expert_index", expert_index)
 
 
 def rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm._core.bits import Bits, from_bits, save
-from jax_fp8gemm._core.checks import check_float, check_option, renamed
+from jax_fp8gemm._core.checks import as_float, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, SCALE_BLOCK
 from jax_fp8gemm._core.qarray import QArray, exportable
@@ -20,7 +20,7 @@ Matrix = Bits | tuple[jax.Array, ...]  # an FP8 copy, or the float weights that 
 
 
 @exportable("PreparedExperts")
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertKernels:
     """The matrices of experts: gate, up and down. `prepare_experts` adds their FP8 copies.
 
@@ -63,7 +63,7 @@ def prepare_experts(
       y = expert_ffn(x, routing.expert_index, routing.gate_weights, prepared)
     """
     check_option("prepare_experts", "scale_rounding", scale_rounding, ScaleRounding)
-    check_kernels("prepare_experts", "kernels", kernels)
+    kernels = as_kernels("prepare_experts", "kernels", kernels)
     return _with_copies(kernels, scale_rounding)
 
 
@@ -129,20 +129,23 @@ def multiply_by(
     return multiply_casting(lhs, matrix, sizes, transposed=transposed, variant=variant)
 
 
-def check_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> None:
-    """Checks experts' matrices; ndim: 3, or 2 for an expert that sees every token."""
+def as_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> ExpertKernels:
+    """Returns experts' matrices, checked; ndim: 3, or 2 for an expert that sees every token."""
     dims = "[e, h, f], [e, h, f], [e, f, h]" if ndim == 3 else "[h, f], [h, f], [f, h]"
     if not isinstance(kernels, ExpertKernels):
         got, fix = type(kernels).__name__, f"{name}=ExpertKernels(wi_0=, wi_1=, wo=)"
         expected = f"ExpertKernels with wi_0, wi_1, wo {dims}"
         fail(op, f"{name} is not an ExpertKernels.", got, expected, fix, TypeError)
-    named = {"wi_0": kernels.wi_0, "wi_1": kernels.wi_1, "wo": kernels.wo}
-    for matrix, w in named.items():
-        check_float(op, matrix, w)
+    given = {"wi_0": kernels.wi_0, "wi_1": kernels.wi_1, "wo": kernels.wo}
+    named = {matrix: as_float(op, matrix, w) for matrix, w in given.items()}
+    kernels = dataclasses.replace(kernels, **named)
     got = ", ".join(describe(matrix, w) for matrix, w in named.items())
     if any(w.ndim != ndim for w in named.values()):
         fix = "stack the experts along dim 0" if ndim == 3 else "pass one expert's matrices"
         fail(op, f"{name} have the wrong rank.", got, f"wi_0, wi_1, wo {dims}", fix)
+    if 0 in kernels.wi_0.shape[:-2]:
+        expected, fix = "1 expert or more", "leave the layer out where there are none"
+        fail(op, "there are no experts.", got, expected, fix)
     *lead, h, f = kernels.wi_0.shape
     if kernels.wi_1.shape != (*lead, h, f) or kernels.wo.shape != (*lead, f, h):
         expected = f"wi_1 {[*lead, h, f]}, wo {[*lead, f, h]}"
@@ -150,3 +153,4 @@ def check_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> None:
     if kernels.wi_0.dtype != kernels.wi_1.dtype:
         what = "wi_0 and wi_1 differ in dtype."
         fail(op, what, got, "one dtype", "cast one of them", TypeError)
+    return kernels

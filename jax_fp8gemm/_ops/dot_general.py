@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jax_fp8gemm._core.checks import check_float
+from jax_fp8gemm._core.checks import as_float
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.recipe import result_dtype
@@ -54,9 +54,7 @@ def fp8_dot_general(
       layer = nnx.Linear(256, 512, dot_general=fp8_dot_general, rngs=rngs)
     """
     del precision
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        check_float(OP, name, x)
+    lhs, rhs = as_float(OP, "lhs", jnp.asarray(lhs)), as_float(OP, "rhs", jnp.asarray(rhs))
     (contract, rhs_contract), (batch, rhs_batch) = dimension_numbers
     contract, batch = _normal(contract, lhs.ndim), _normal(batch, lhs.ndim)
     rhs_contract, rhs_batch = _normal(rhs_contract, rhs.ndim), _normal(rhs_batch, rhs.ndim)

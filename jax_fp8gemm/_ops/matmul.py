@@ -7,8 +7,8 @@ import jax
 from jax.typing import DTypeLike
 
 from jax_fp8gemm._bind.meshes import vary_alike
-from jax_fp8gemm._core.bits import from_bits, save
-from jax_fp8gemm._core.checks import check_float, renamed
+from jax_fp8gemm._core.bits import from_bits, named, save
+from jax_fp8gemm._core.checks import as_float, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import TOKEN_MULTIPLE
 from jax_fp8gemm._core.types import Residuals, ScaleRounding
@@ -17,8 +17,8 @@ from jax_fp8gemm._ops.gemm import multiply
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
 from jax_fp8gemm._ops.weights import (
     Weight,
+    as_weight,
     both_copies,
-    check_weight,
     describe_weight,
     forward_copy,
     split,
@@ -63,8 +63,7 @@ def fp8_matmul(
       y = jax.jit(fp8_matmul)(x, w)
     """
     op = "fp8_matmul"
-    check_float(op, "x", x)
-    check_weight(op, "w", w)
+    x, w = as_float(op, "x", x), as_weight(op, "w", w)
     if w.ndim != 2 or x.ndim < 1:
         got = f"{describe('x', x)}, {describe_weight('w', w)}"
         fail(op, "w or x has the wrong rank.", got, "x [..., k], w [k, n]", "reshape them")
@@ -89,6 +88,7 @@ def _forward(x, w, copies, spec: MatmulSpec):
     """Residuals: x as `spec` says, w's FP8 copy, and what the gradients are to be like."""
     kn, nk = both_copies(w, copies, spec.scale_rounding)
     rows, saved = keep(_tokens(x), spec)
+    nk, _ = named(nk, f"{spec.name}_w")
     y = multiply(rows, nk, spec.dtype).reshape(*x.shape[:-1], nk.shape[0])
     return y, (saved, save(kn, f"{spec.name}_w"), Like.of(x), Like.of(w))
 

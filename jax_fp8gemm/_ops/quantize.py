@@ -9,8 +9,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_fp8gemm._bind.meshes import automatic
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._core.checks import (
+    as_float,
+    as_groups,
     as_int32,
-    check_float,
     check_option,
     check_quantized,
     is_integer,
@@ -60,7 +61,7 @@ def quantize(
     op = "quantize"
     _check_tile(op, tile, TILES)
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
-    _check_matrix(op, x)
+    x = _as_matrix(op, x)
     if tile == TENSOR:  # a reduction and a cast: no kernel could do it in one pass
         return QArray(*reference.quantize(x, tile, scale_rounding))
     return cast_rows(x, tile, scale_rounding=scale_rounding)
@@ -94,7 +95,7 @@ def quantize_rows(
     """
     op = "quantize_rows"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
-    _check_matrix(op, x)
+    x = _as_matrix(op, x)
     rows = _check_rows(op, x, ROW_BLOCKS, group_sizes=group_sizes, index=index)
     return cast_rows(x, ROW_BLOCKS, scale_rounding=scale_rounding, **rows)
 
@@ -124,7 +125,7 @@ def quantize_transposed(
     """
     op = "quantize_transposed"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
-    _check_matrix(op, x)
+    x = _as_matrix(op, x)
     _check_tokens(op, x, tile, token_dims)
     rows = _check_rows(op, x, tile, group_sizes=group_sizes)
     return cast_transposed(
@@ -173,15 +174,16 @@ def quantize_both(
       rows, transposed = quantize_both(jnp.ones((300, 512)))  # [300, 512] and [512, 384]
     """
     op = "quantize_both"
-    matrices = x if isinstance(x, tuple) else (x,)
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
-    for one in matrices:
-        _check_matrix(op, one)
+    matrices = tuple(_as_matrix(op, one) for one in (x if isinstance(x, tuple) else (x,)))
     if isinstance(x, tuple):
         _check_pair(op, matrices)
     _check_tokens(op, matrices[0], tile, token_dims)
     rows = _check_rows(op, matrices[0], tile, group_sizes=group_sizes, index=index)
-    return cast_both(x, tile, scale_rounding=scale_rounding, token_dims=int(token_dims), **rows)
+    operand = matrices[0] if len(matrices) == 1 else (matrices[0], matrices[1])
+    return cast_both(
+        operand, tile, scale_rounding=scale_rounding, token_dims=int(token_dims), **rows
+    )
 
 
 @renamed(scale="scale_rounding")
@@ -253,10 +255,11 @@ def _check_tile(op: str, tile: Tile, tiles: tuple[Tile, ...]) -> None:
         fail(op, "tile is unknown.", f"tile={tile}", expected, "choose a tile of these")
 
 
-def _check_matrix(op: str, x: Any) -> None:
-    check_float(op, "x", x)
+def _as_matrix(op: str, x: Any) -> jax.Array:
+    x = as_float(op, "x", x)
     if x.ndim < 2:
         fail(op, "x is not a matrix.", describe("x", x), "rank 2 or more", "pass x[None, :]")
+    return x
 
 
 def _check_pair(op: str, x: tuple[jax.Array, ...]) -> None:
@@ -285,11 +288,15 @@ def _check_rows(
     op: str, x: jax.Array, tile: Tile, **operands: ArrayLike | None
 ) -> dict[str, jax.Array]:
     """Returns group_sizes and index as int32, as far as they are given."""
-    given = {name: as_int32(op, name, one) for name, one in operands.items() if one is not None}
+    doors = {"group_sizes": as_groups, "index": as_int32}
+    given = {name: doors[name](op, name, one) for name, one in operands.items() if one is not None}
     if given and (x.ndim != 2 or tile == BLOCKS or any(one.ndim != 1 for one in given.values())):
         named = [describe(name, one) for name, one in given.items()]
         got = ", ".join([describe("x", x), f"tile={tile}", *named])
         fix = "leave the tile at (1, 128); for more dims use jax.vmap"
         expected = "x [m, k], tile (1, 128), " + " and ".join(f"{name} of rank 1" for name in given)
         fail(op, f"{' and '.join(given)} need rows of tokens.", got, expected, fix)
+    if "index" in given and not x.shape[0] and given["index"].shape[0]:
+        got = f"{describe('x', x)}, {describe('index', given['index'])}"
+        fail(op, "index points into no rows.", got, "x of 1 row or more", "leave index empty too")
     return given

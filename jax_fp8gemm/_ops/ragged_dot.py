@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_fp8gemm._bind.meshes import vary_alike
-from jax_fp8gemm._core.bits import from_bits, save
-from jax_fp8gemm._core.checks import as_int32, check_float, check_integers, renamed
+from jax_fp8gemm._core.bits import from_bits, named, save
+from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_ends
 from jax_fp8gemm._core.types import Residuals, ScaleRounding
@@ -19,8 +19,8 @@ from jax_fp8gemm._ops.gemm import multiply, multiply_casting
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
 from jax_fp8gemm._ops.weights import (
     Weight,
+    as_weight,
     both_copies,
-    check_weight,
     describe_weight,
     forward_copy,
     split,
@@ -76,10 +76,10 @@ def fp8_ragged_dot(
       y = fp8_ragged_dot(x, w, jnp.array([3, 0, 5]))
     """
     op = "fp8_ragged_dot"
-    check_float(op, "lhs", lhs)
-    check_weight(op, "rhs", rhs)
-    _check_ragged(op, lhs, rhs, jnp.asarray(group_sizes))
+    lhs, rhs = as_float(op, "lhs", lhs), as_weight(op, "rhs", rhs)
     sizes = as_int32(op, "group_sizes", group_sizes)
+    check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
+    _check_ragged(op, lhs, rhs, sizes)
     spec = spec_of(op, lhs, rhs, preferred_element_type, scale_rounding, residuals)
     if not rhs.shape[0]:
         return jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
@@ -116,7 +116,6 @@ def _check_ragged(op: str, lhs: jax.Array, rhs: Weight, group_sizes: jax.Array) 
     if rhs.shape[0] != group_sizes.shape[0]:
         expected = f"group_sizes [{rhs.shape[0]}]"
         fail(op, "the number of groups differs.", got, expected, "pass one size for each matrix")
-    check_integers(op, "group_sizes", group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -136,6 +135,7 @@ def _forward(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
         y = multiply_casting(rows, (rhs,), group_sizes, transposed=True)
         return y, (saved, rhs, *like)
     kn, nk = both_copies(rhs, copies, spec.scale_rounding)
+    nk, _ = named(nk, f"{spec.name}_w")
     y = multiply(rows, nk, spec.dtype, group_sizes, variant="ragged")
     return y, (saved, save(kn, f"{spec.name}_w"), *like)
 

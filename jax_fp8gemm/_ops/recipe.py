@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jax_fp8gemm._bind.meshes import explicit_sharding
-from jax_fp8gemm._core.bits import from_bits, save
+from jax_fp8gemm._core.bits import from_bits, named, save
 from jax_fp8gemm._core.checks import FLOATS, check_option
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.qarray import QArray
@@ -46,7 +46,8 @@ def spec_of(
 
 
 def result_dtype(op: str, lhs: Any, rhs: Any, preferred: DTypeLike | None) -> jnp.dtype:
-    dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
+    with jax.numpy_dtype_promotion("standard"):  # floats go into FP8: nothing else is promoted
+        dtype = jnp.dtype(preferred or jnp.result_type(lhs.dtype, rhs.dtype))
     if dtype not in FLOATS:
         got, fix = f"preferred_element_type {dtype}", "choose one of these, and cast the result"
         fail(op, "the result cannot have this dtype.", got, "bf16, f16 or f32", fix, TypeError)
@@ -54,15 +55,20 @@ def result_dtype(op: str, lhs: Any, rhs: Any, preferred: DTypeLike | None) -> jn
 
 
 def keep(x: jax.Array, spec: MatmulSpec, group_sizes: jax.Array | None = None):
-    """Returns x's FP8 rows, and what is kept for the backward pass."""
+    """Returns x's FP8 rows, and what is kept for the backward pass.
+
+    Rows have the name, too: under jax.checkpoint the forward GEMM reads what the policy saved.
+    """
     name, rounding = f"{spec.name}_x", spec.scale_rounding
     if spec.residuals == "fp8_t":
         rows, transposed = cast_both(
             x, scale_rounding=rounding, group_sizes=group_sizes, token_dims=x.ndim - 1
         )
-        return rows, save(transposed, name)
+        return named(rows, name)[0], save(transposed, name)
     rows = cast_rows(x, scale_rounding=rounding, group_sizes=group_sizes)
-    return rows, save(rows, name) if spec.residuals == "fp8" else checkpoint_name(x, name)
+    if spec.residuals == "fp8":
+        return named(rows, name)
+    return rows, checkpoint_name(x, name)
 
 
 def kept_transposed(saved: Any, spec: MatmulSpec, group_sizes: jax.Array | None = None) -> QArray:

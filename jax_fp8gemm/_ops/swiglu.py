@@ -7,8 +7,8 @@ from jax.typing import ArrayLike
 
 from jax_fp8gemm._core.checks import (
     HALVES,
-    as_int32,
-    check_float,
+    as_float,
+    as_groups,
     check_option,
     check_quantized,
     renamed,
@@ -51,7 +51,7 @@ def swiglu_quantize(
     Source: SwiGLU (arXiv 2002.05202); DeepSeek-V3 (arXiv 2412.19437), section 3.3.3.
     """
     op = "swiglu_quantize"
-    groups = _check(op, h, row_weight, group_sizes, scale_rounding)
+    h, row_weight, groups = _checked(op, h, row_weight, group_sizes, scale_rounding)
     return cast_swiglu(h, row_weight, scale_rounding=scale_rounding, group_sizes=groups)[0]
 
 
@@ -78,7 +78,7 @@ def swiglu_quantize_both(
     Source: SwiGLU (arXiv 2002.05202); DeepSeek-V3 (arXiv 2412.19437), section 3.3.3.
     """
     op = "swiglu_quantize_both"
-    groups = _check(op, h, row_weight, group_sizes, scale_rounding)
+    h, row_weight, groups = _checked(op, h, row_weight, group_sizes, scale_rounding)
     copies = cast_swiglu(
         h, row_weight, scale_rounding=scale_rounding, group_sizes=groups, transposed=True
     )
@@ -116,8 +116,8 @@ def swiglu_backward(
     op = "swiglu_backward"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
     check_quantized(op, "h", h)
-    check_float(op, "gradient", gradient)
-    groups = _check_shapes(op, h.qvalue, row_weight, group_sizes)
+    gradient = as_float(op, "gradient", gradient)
+    row_weight, groups = _checked_rows(op, h.qvalue, row_weight, group_sizes)
     f = h.shape[1] // 2
     if f % SCALE_BLOCK or gradient.shape != (h.shape[0], f) or not h.has_tile(ROW_BLOCKS):
         got = f"{describe('h', h.qvalue)}, {describe('gradient', gradient)}"
@@ -128,26 +128,25 @@ def swiglu_backward(
     )
 
 
-def _check(op: str, h: Any, row_weight: Any, group_sizes, scale_rounding) -> jax.Array | None:
+def _checked(
+    op: str, h: Any, row_weight: Any, group_sizes: Any, scale_rounding: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns h, row_weight, and group_sizes as int32, checked for the forward pass."""
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
-    check_float(op, "h", h)
+    h = as_float(op, "h", h)
     if h.dtype not in HALVES:
         what, fix = "h has the wrong dtype.", "cast h to bfloat16"
         fail(op, what, describe("h", h), "bf16 or f16", fix, TypeError)
-    return _check_shapes(op, h, row_weight, group_sizes)
+    return h, *_checked_rows(op, h, row_weight, group_sizes)
 
 
-def _check_shapes(op: str, h: jax.Array, row_weight: Any, group_sizes) -> jax.Array | None:
-    """Returns group_sizes as int32."""
-    check_float(op, "row_weight", row_weight)
+def _checked_rows(
+    op: str, h: jax.Array, row_weight: Any, group_sizes: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    row_weight = as_float(op, "row_weight", row_weight)
     if h.ndim != 2 or h.shape[1] % 2 or row_weight.shape != h.shape[:1]:
         got = f"{describe('h', h)}, {describe('row_weight', row_weight)}"
         what = "h or row_weight has the wrong shape."
         fail(op, what, got, "h [m, 2f], row_weight [m]", "reshape them")
-    if group_sizes is None:
-        return None
-    groups = as_int32(op, "group_sizes", group_sizes)
-    if groups.ndim != 1:
-        got = describe("group_sizes", groups)
-        fail(op, "group_sizes has the wrong rank.", got, "int [g]", "pass one size for each group")
-    return groups
+    groups = None if group_sizes is None else as_groups(op, "group_sizes", group_sizes)
+    return row_weight, groups

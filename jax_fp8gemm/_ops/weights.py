@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._core.bits import Bits, from_bits, to_bits, transpose
-from jax_fp8gemm._core.checks import check_float, check_option, renamed
+from jax_fp8gemm._core.checks import as_float, check_option, check_quantized, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, SCALE_BLOCK
 from jax_fp8gemm._core.qarray import QArray, exportable
@@ -17,7 +17,7 @@ from jax_fp8gemm._ops.casts import BothCopies, cast_both, cast_transposed
 
 
 @exportable()
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreparedWeight:
     """A weight [..., k, n] in FP8, in both orientations: pass it in place of the weight.
 
@@ -90,18 +90,18 @@ def prepare_weight(
     op = "prepare_weight"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
     if isinstance(w, QArray):
+        check_quantized(op, "w", w)
         if not w.has_tile(BLOCKS):
             got = f"{describe('w', w.qvalue)}, {describe('scale', w.scale)}"
             fail(op, "w has other scales.", got, "scales of 128x128", "quantize(w, (128, 128))")
         return PreparedWeight(None, to_bits(w), None)
-    check_float(op, "w", w)
+    w = as_float(op, "w", w)
     kn, nk = cast_both(jax.lax.stop_gradient(w), BLOCKS, scale_rounding=scale_rounding)
     return PreparedWeight(w, to_bits(nk), to_bits(kn))
 
 
-def check_weight(op: str, name: str, w: Any) -> None:
-    if not isinstance(w, PreparedWeight):
-        check_float(op, name, w)
+def as_weight(op: str, name: str, w: Any) -> Weight:
+    return w if isinstance(w, PreparedWeight) else as_float(op, name, w)
 
 
 def describe_weight(name: str, w: Weight) -> str:
