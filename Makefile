@@ -1,7 +1,8 @@
-# make demo   sets everything up and trains a small language model in FP8 beside its bf16 twin
-# make test   sets everything up and runs the tests
-# make lint   checks form, types and C++ layout
-# make gpu    on a Hopper GPU: runs its tests and the benchmarks, and records them
+# make demo      sets everything up and trains a small language model in FP8 beside its bf16 twin
+# make test      sets everything up and runs the tests
+# make lint      checks form, types and C++ layout
+# make sanitize  runs the host code under sanitizers, with a fake compiler and a fake driver
+# make gpu       on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 # What the tests bring (compilers for a GPU that is not there) must not disturb the demo.
 DEMO := .make/demo
@@ -11,7 +12,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test gpu lint sanitize clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python examples/demo.py
@@ -38,6 +39,9 @@ lint: $(TEST)/.installed
 	$(TEST)/bin/clang-format --dry-run --Werror $(CPP)
 	$(TEST)/bin/pyright --pythonpath $(TEST)/bin/python
 	$(TEST)/bin/mypy
+
+sanitize: $(TEST)/.installed
+	$(TEST)/bin/python tests/sanitize/run.py
 
 # On a Hopper GPU: its tests, and every benchmark but the training runs; records both.
 CARD = $$($(TEST)/bin/python -c "import sys; sys.path.append('benchmarks'); \

@@ -39,8 +39,7 @@ int AttributeReader::index_of(const std::string& name, const std::string& value,
 void AttributeReader::fail(const std::string& what, const std::string& got,
                            const std::string& expected) {
   if (!status_.ok()) return;
-  status_ = Status::error(
-      message(what, got, expected, "use the Python package this extension was built with"));
+  status_ = Status::error(message(what, got, expected, kTraceAgain));
 }
 
 std::string field(const char* name, const std::string& value) {

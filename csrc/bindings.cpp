@@ -51,9 +51,10 @@ nb::dict state_types() {
   return all;
 }
 
-void configure(const std::string& nvrtc, const std::string& cache_dir, bool verbose,
-               const std::string& dump_dir, const std::string& version) {
-  set_options({nvrtc, cache_dir, verbose, dump_dir, version});
+void configure(const std::string& nvrtc, const std::string& cache_dir,
+               const std::string& cache_warning, bool verbose, const std::string& dump_dir,
+               const std::string& version) {
+  set_options({nvrtc, cache_dir, cache_warning, verbose, dump_dir, version});
 }
 
 // A Python integer, or the nearest one that fits: a parser will say that it is out of range.
@@ -96,7 +97,7 @@ ProgramText text_of(const Attributes& attributes) {
 
 nb::dict compile(const nb::dict& dict) {
   const ProgramText source = text_of(attributes_of(dict));
-  Result<std::shared_ptr<Program>> made = [&] {
+  Result<const Program*> made = [&] {
     nb::gil_scoped_release release;
     return program(source);
   }();
@@ -218,12 +219,16 @@ nb::dict device_facts() {
     return facts;
   }
   int version = 0, count = 0;
+  const Status counted = check(d, d.device_count(&count), "cuDeviceGetCount");
+  if (!counted.ok()) {
+    facts["error"] = counted.message();
+    return facts;
+  }
   d.version(&version);
-  d.device_count(&count);
   facts["driver"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   nb::list devices;
   for (int i = 0; i < count; ++i) {
-    CUdevice device;
+    CUdevice device = 0;
     char name[128] = "";
     int major = 0, minor = 0;
     d.device_get(&device, i);
@@ -244,8 +249,8 @@ nb::dict device_facts() {
 NB_MODULE(_ext, m) {
   m.def("targets", targets);
   m.def("state_types", state_types);
-  m.def("configure", configure, nb::arg("nvrtc"), nb::arg("cache_dir"), nb::arg("verbose"),
-        nb::arg("dump_dir"), nb::arg("version"));
+  m.def("configure", configure, nb::arg("nvrtc"), nb::arg("cache_dir"), nb::arg("cache_warning"),
+        nb::arg("verbose"), nb::arg("dump_dir"), nb::arg("version"));
   m.def("compile", compile, nb::arg("attributes"));
   m.def("plan", plan, nb::arg("problem"), nb::arg("configs"), nb::arg("steps") = kAnySteps);
   m.def("deepest", deepest, nb::arg("problem"), nb::arg("configs"), nb::arg("steps") = kAnySteps);

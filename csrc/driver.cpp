@@ -3,8 +3,9 @@
 #include <dlfcn.h>
 #include <glob.h>
 
-#include <map>
-#include <mutex>
+#include <atomic>
+
+#include "once.h"
 
 namespace fp8gemm {
 namespace {
@@ -23,8 +24,7 @@ Result<const Driver*> open_driver() {
                                  "a CUDA driver, 12.3 or newer",
                                  "install the NVIDIA driver, or run on the CPU"));
   }
-  // Leaked on purpose: handlers may run while the process ends.
-  static Driver& d = *new Driver;
+  Driver d;
   std::string missing;
   lookup(library, "cuInit", d.init, missing);
   lookup(library, "cuDriverGetVersion", d.version, missing);
@@ -36,6 +36,7 @@ Result<const Driver*> open_driver() {
   lookup(library, "cuCtxGetCurrent", d.context_current, missing);
   lookup(library, "cuCtxSetCurrent", d.context_set_current, missing);
   lookup(library, "cuCtxGetDevice", d.context_device, missing);
+  lookup(library, "cuCtxGetId", d.context_id, missing);
   lookup(library, "cuStreamGetCtx", d.stream_context, missing);
   lookup(library, "cuModuleLoadData", d.module_load, missing);
   lookup(library, "cuModuleGetFunction", d.module_function, missing);
@@ -46,7 +47,7 @@ Result<const Driver*> open_driver() {
     return Status::error(message("the NVIDIA driver is too old", "no symbol " + missing,
                                  "a CUDA driver, 12.3 or newer", "update the NVIDIA driver"));
   }
-  return &d;
+  return new Driver(d);  // leaked on purpose: handlers may run while the process ends
 }
 
 // NVRTC 13.0 looks for its builtins on the system's path alone, and takes those that are loaded.
@@ -66,6 +67,7 @@ Result<const Nvrtc*> open_nvrtc(const std::string& path) {
     return Status::error(message("no run-time compiler", "NVRTC was not found",
                                  "libnvrtc.so.12 or .13 from pip or a CUDA toolkit", fix));
   }
+  const ForkWaits fork_waits;
   load_builtins(path);
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) {
@@ -74,7 +76,7 @@ Result<const Nvrtc*> open_nvrtc(const std::string& path) {
                                  path + " (" + (reason ? reason : "no reason given") + ")",
                                  "libnvrtc.so.12 or .13", fix));
   }
-  Nvrtc& n = *new Nvrtc;  // leaked on purpose, as the driver's table
+  Nvrtc n = {};
   n.path = path;
   std::string missing;
   lookup(library, "nvrtcVersion", n.version, missing);
@@ -93,14 +95,25 @@ Result<const Nvrtc*> open_nvrtc(const std::string& path) {
                                  path + (missing.empty() ? "" : " without " + missing),
                                  "NVRTC 12.3 or newer", fix));
   }
-  return &n;
+  return new Nvrtc(n);  // leaked on purpose, as the driver's
 }
+
+auto& compilers = *new OnceTable<std::string, const Nvrtc*>;  // by their paths
+std::atomic<const Driver*> the_driver{nullptr};
 
 }  // namespace
 
+// NOTE: two threads may open it at once, which does no harm. So no lock is held that a forked child
+// could find taken.
 Result<const Driver*> driver() {
-  static Result<const Driver*>& opened = *new Result<const Driver*>(open_driver());
+  if (const Driver* opened = the_driver.load()) return opened;
+  auto opened = open_driver();
+  if (opened.ok()) the_driver.store(*opened);
   return opened;
+}
+
+Result<const Nvrtc*> nvrtc(const std::string& path) {
+  return compilers.get(path, [&] { return open_nvrtc(path); });
 }
 
 Status check(const Driver& driver, CUresult result, const std::string& what) {
@@ -113,15 +126,6 @@ Status check(const Driver& driver, CUresult result, const std::string& what) {
       "success",
       "an error of an earlier kernel may show up here: run the program "
       "under compute-sanitizer"));
-}
-
-Result<const Nvrtc*> nvrtc(const std::string& path) {
-  static std::mutex& mutex = *new std::mutex;
-  static auto& opened = *new std::map<std::string, Result<const Nvrtc*>>;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = opened.find(path);
-  if (found == opened.end()) found = opened.emplace(path, open_nvrtc(path)).first;
-  return found->second;
 }
 
 }  // namespace fp8gemm

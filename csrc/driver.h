@@ -60,6 +60,7 @@ struct Driver {
   CUresult (*context_current)(CUcontext*);
   CUresult (*context_set_current)(CUcontext);
   CUresult (*context_device)(CUdevice*);
+  CUresult (*context_id)(CUcontext, unsigned long long*);
   CUresult (*stream_context)(CUstream, CUcontext*);
   CUresult (*module_load)(CUmodule*, const void*);
   CUresult (*module_function)(CUfunction*, CUmodule, const char*);
@@ -71,7 +72,7 @@ struct Driver {
                            int promotion, int out_of_bounds_fill);
 };
 
-// Opened once; the error says what is missing and what to do about it.
+// Kept once it is open; the error says what is missing and what to do about it.
 Result<const Driver*> driver();
 
 // "what: <the driver's words>", or success.
@@ -96,7 +97,7 @@ struct Nvrtc {
   int (*ptx)(nvrtcProgram, char*);
 };
 
-// path: of the library, as _native.py found it; empty when it found none.
+// path: of the library, as native.py found it; empty when it found none.
 Result<const Nvrtc*> nvrtc(const std::string& path);
 
 }  // namespace fp8gemm

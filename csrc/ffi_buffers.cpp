@@ -58,19 +58,22 @@ std::string Shape::text() const {
 Buffer Buffers::operand(const char* name, ffi::DataType type, const Shape& shape) {
   if (!status_.ok()) return {};
   if (next_operand_ >= operands_.size()) return mismatch(name, "no operand", type, shape);
-  return check(*operands_.get<ffi::AnyBuffer>(next_operand_++), name, type, shape);
+  auto buffer = operands_.get<ffi::AnyBuffer>(next_operand_++);
+  if (!buffer.has_value()) return mismatch(name, "no array", type, shape);
+  return check(*buffer, name, type, shape);
 }
 
 Buffer Buffers::result(const char* name, ffi::DataType type, const Shape& shape) {
   if (!status_.ok()) return {};
   if (next_result_ >= results_.size()) return mismatch(name, "no result", type, shape);
-  return check(**results_.get<ffi::AnyBuffer>(next_result_++), name, type, shape);
+  auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
+  if (!buffer.has_value()) return mismatch(name, "no array", type, shape);
+  return check(**buffer, name, type, shape);
 }
 
 void Buffers::fail(const std::string& what, const std::string& got, const std::string& expected) {
   if (!status_.ok()) return;
-  status_ = Status::error(message(std::string(op_) + ": " + what, got, expected,
-                                  "trace the program again with this version of jax_fp8gemm"));
+  status_ = Status::error(message(std::string(op_) + ": " + what, got, expected, kTraceAgain));
 }
 
 void Buffers::require_end() {

@@ -1,7 +1,6 @@
 // What the XLA FFI handlers share: attributes, stages, errors. For buffers see ffi_buffers.h.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <utility>
 
@@ -25,17 +24,17 @@ template <class Spec>
 struct CallState {
   static ffi::TypeId id;
   Spec spec;
-  std::shared_ptr<Program> program;
+  const Program* program;
 };
 // NOTE: outside the class: inside it the type is incomplete and its destructor would never run.
 template <class Spec>
 ffi::TypeId CallState<Spec>::id = {};
 
-// Every run, before a CUDA graph is captured: loads the kernel on a device that has not got it.
+// Every run, before a CUDA graph is captured: loads the kernel in a context that has not got it.
 template <class Spec>
-ffi::Error initialize(CUstream stream, int32_t device, CallState<Spec>* state, ffi::RemainingArgs,
+ffi::Error initialize(CUstream stream, CallState<Spec>* state, ffi::RemainingArgs,
                       ffi::RemainingRets, ffi::Dictionary) {
-  return to_error(state->program->load(stream, device).status());
+  return to_error(state->program->load(stream).status());
 }
 
 // What initialize and execute are given.
@@ -43,7 +42,6 @@ template <class Spec, class Binding>
 auto bind_call(Binding&& stage) {
   return std::forward<Binding>(stage)
       .template Ctx<ffi::PlatformStream<CUstream>>()
-      .template Ctx<ffi::DeviceOrdinal>()
       .template Ctx<ffi::State<CallState<Spec>>>()
       .RemainingArgs()
       .RemainingRets()

@@ -236,7 +236,7 @@ GemmParams make_params(const GemmCall& call, const Operands& o) {
   return params;
 }
 
-ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::RemainingArgs args,
+ffi::Error execute(CUstream stream, GemmState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets results, ffi::Dictionary) {
   const GemmCall& call = state->spec;
   Operands o;
@@ -244,7 +244,7 @@ ffi::Error execute(CUstream stream, int32_t device, GemmState* state, ffi::Remai
   read_operands(call, buffers, o);
   if (!buffers.status().ok()) return to_error(buffers.status());
   if (o.out.groups == 0 || o.m == 0 || o.n == 0) return ffi::Error::Success();
-  auto kernel = state->program->load(stream, device);
+  auto kernel = state->program->load(stream);
   if (!kernel.ok()) return to_error(kernel.status());
   const Driver& driver = **fp8gemm::driver();
   GemmParams params = make_params(call, o);

@@ -147,7 +147,7 @@ Status launch(const Driver& driver, const QuantizeSpec& spec, const LoadedKernel
                "cuLaunchKernelEx");
 }
 
-ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::RemainingArgs args,
+ffi::Error execute(CUstream stream, QuantizeState* state, ffi::RemainingArgs args,
                    ffi::RemainingRets results, ffi::Dictionary) {
   const QuantizeSpec& spec = state->spec;
   QuantizeParams params{};
@@ -158,7 +158,7 @@ ffi::Error execute(CUstream stream, int32_t device, QuantizeState* state, ffi::R
   const int64_t columns = grid_x(spec, params);
   const int64_t tiles = params.batch * int64_t{row_tiles(spec, params)};
   if (tiles == 0 || columns == 0) return ffi::Error::Success();
-  auto kernel = state->program->load(stream, device);
+  auto kernel = state->program->load(stream);
   if (!kernel.ok()) return to_error(kernel.status());
   return to_error(launch(**fp8gemm::driver(), spec, *kernel, stream, columns, tiles, params));
 }

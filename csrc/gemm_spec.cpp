@@ -78,7 +78,8 @@ Status refusal(const GemmSpec& s, const char* reason) {
                   number("block_n", s.block_n) + number("stages", s.stages) + ", multicast " +
                   kMulticasts[int(s.multicast)].attribute + number("split_k", s.split_k) +
                   number("group_m", s.group_m),
-              "a config that a kernel can have", "leave config out, so that one is chosen"));
+              "a config that a kernel can have",
+              std::string("leave config out, so that one is chosen; or ") + kTraceAgain));
 }
 
 void read_problem(AttributeReader& read, GemmSpec& spec) {

@@ -1,13 +1,15 @@
 #include "jit.h"
 
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
-#include <exception>
-#include <future>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "files.h"
 #include "kernel_sources.h"
+#include "once.h"
 
 namespace fp8gemm {
 namespace {
@@ -21,53 +23,86 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-using Log = std::string;
-
-Log program_log(const Nvrtc& nvrtc, nvrtcProgram program) {
-  size_t size = 0;
-  nvrtc.log_size(program, &size);
-  Log log(size, '\0');
-  if (size) nvrtc.log(program, log.data());
-  while (!log.empty() && log.back() == '\0') log.pop_back();
-  return log;
-}
-
-Result<CompiledKernel> compile(const Nvrtc& nvrtc, const std::string& text, std::string* ptx) {
-  std::vector<const char*> names, sources;
-  for (const KernelSource& source : kernel_sources()) {
-    names.push_back(source.name);
-    sources.push_back(source.text);
+// A program of NVRTC's, destroyed at the end of its life.
+class NvrtcProgram {
+ public:
+  NvrtcProgram(const Nvrtc& nvrtc, const std::string& text) : nvrtc_(nvrtc) {
+    std::vector<const char*> names, sources;
+    for (const KernelSource& source : kernel_sources()) {
+      names.push_back(source.name);
+      sources.push_back(source.text);
+    }
+    code_ = nvrtc.create(&program_, text.c_str(), "fp8_gemm.cu", static_cast<int>(names.size()),
+                         sources.data(), names.data());
   }
-  nvrtcProgram program;
-  if (nvrtc.create(&program, text.c_str(), "fp8_gemm.cu", static_cast<int>(names.size()),
-                   sources.data(), names.data()) != 0) {
-    return Status::error(message("NVRTC does not take the program", nvrtc.path,
-                                 "NVRTC 12.3 or newer", "set JAX_FP8GEMM_NVRTC to another one"));
+  ~NvrtcProgram() {
+    if (program_) nvrtc_.destroy(&program_);
   }
-  const int code = nvrtc.compile(program, static_cast<int>(kFlags.size()), kFlags.data());
-  CompiledKernel kernel{"", program_log(nvrtc, program)};
-  size_t size = 0;
-  if (code == 0 && nvrtc.cubin_size(program, &size) == 0) {
-    kernel.cubin.resize(size);
-    nvrtc.cubin(program, kernel.cubin.data());
-    if (ptx && nvrtc.ptx_size(program, &size) == 0) {
-      ptx->resize(size);
-      nvrtc.ptx(program, ptx->data());
+  NvrtcProgram(const NvrtcProgram&) = delete;
+
+  void compile() {
+    if (code_ == 0) {
+      code_ = nvrtc_.compile(program_, static_cast<int>(kFlags.size()), kFlags.data());
     }
   }
-  nvrtc.destroy(&program);
-  if (kernel.cubin.empty()) {
-    return Status::error(message("the kernel does not compile",
-                                 std::string(nvrtc.error_string(code)) + " from " + nvrtc.path,
-                                 "NVRTC 12.3 or newer, and for a product a legal GemmConfig",
-                                 "see what the compiler says:\n" + kernel.log));
+
+  // The first that was not 0, success.
+  int code() const { return code_; }
+
+  // One of the texts that NVRTC made: `size` tells its bytes, `copy` copies them.
+  std::string take(int (*size)(nvrtcProgram, size_t*), int (*copy)(nvrtcProgram, char*)) {
+    size_t bytes = 0;
+    std::string text;
+    if (code_ == 0) code_ = size(program_, &bytes);
+    if (code_ == 0) text.resize(bytes);
+    if (code_ == 0 && bytes > 0) code_ = copy(program_, text.data());
+    return code_ == 0 ? text : "";
+  }
+
+  // Of a program that failed, too.
+  std::string log() const {
+    size_t bytes = 0;
+    if (!program_ || nvrtc_.log_size(program_, &bytes) != 0) return "";
+    std::string log(bytes, '\0');
+    if (bytes > 0 && nvrtc_.log(program_, log.data()) != 0) return "";
+    while (!log.empty() && log.back() == '\0') log.pop_back();
+    return log;
+  }
+
+ private:
+  const Nvrtc& nvrtc_;
+  nvrtcProgram program_ = nullptr;
+  int code_ = 0;
+};
+
+// ptx: where that goes too, or null.
+Result<CompiledKernel> compile(const Nvrtc& nvrtc, const std::string& text, std::string* ptx) {
+  const ForkWaits fork_waits;
+  NvrtcProgram program(nvrtc, text);
+  if (program.code() != 0) {
+    return Status::error(
+        message("NVRTC does not take the program",
+                std::string(nvrtc.error_string(program.code())) + " from " + nvrtc.path,
+                "NVRTC 12.3 or newer", "set JAX_FP8GEMM_NVRTC to another one"));
+  }
+  program.compile();
+  CompiledKernel kernel{"", program.log()};
+  kernel.cubin = program.take(nvrtc.cubin_size, nvrtc.cubin);
+  if (ptx) *ptx = program.take(nvrtc.ptx_size, nvrtc.ptx);
+  if (program.code() != 0 || kernel.cubin.empty()) {
+    return Status::error(
+        message("the kernel does not compile",
+                std::string(nvrtc.error_string(program.code())) + " from " + nvrtc.path,
+                "NVRTC 12.3 or newer, and for a GEMM a legal GemmConfig",
+                std::string("if an older version exported the program: ") + kTraceAgain +
+                    "; else see what the compiler says:\n" + kernel.log));
   }
   return kernel;
 }
 
 void dump(const std::string& folder, const std::string& name, const std::string& text,
           const std::string& ptx, const CompiledKernel& kernel) {
-  make_folders(folder);
+  make_folders(folder, 0755);
   const std::string base = folder + "/" + name;
   const bool good = write_file(base + ".cu", text) &&
                     write_file(base + ".ptx", ptx.c_str()) &&  // without the final zero byte
@@ -89,14 +124,23 @@ std::string cache_key(const Nvrtc& nvrtc, const std::string& text, const std::st
   return key;
 }
 
-Result<std::shared_ptr<Program>> make_program(const ProgramText& source) {
+// All that is global: the options, the programs by their texts, and their kernels by the contexts'
+// ids. A context's id, unlike its handle, is never used again. Leaked on purpose, as OnceTable
+// says; the options and facts are guarded by shared_state().
+JitOptions& global_options = *new JitOptions;
+CacheFacts& global_facts = *new CacheFacts;
+auto& programs = *new OnceTable<std::string, const Program*>;
+auto& kernels = *new OnceTable<std::pair<const Program*, uint64_t>, LoadedKernel>;
+
+Result<const Program*> make_program(const ProgramText& source) {
   const JitOptions options = fp8gemm::options();
   const auto start = std::chrono::steady_clock::now();
   auto nvrtc = fp8gemm::nvrtc(options.nvrtc);
   if (!nvrtc.ok()) return nvrtc.status();
 
+  if (!options.cache_warning.empty()) warn_of_cache(options.cache_warning);
   const std::string key = cache_key(**nvrtc, source.text, options.version);
-  const DiskCache cache(options.cache_dir);
+  const DiskCache cache(options.cache_dir, options.version);
   const bool dumping = !options.dump_dir.empty();
   std::optional<CompiledKernel> kernel;
   if (!dumping) kernel = cache.load(key);
@@ -114,131 +158,117 @@ Result<std::shared_ptr<Program>> make_program(const ProgramText& source) {
     std::fprintf(stderr, "jax_fp8gemm: %s from %s in %.0f ms\n", source.name.c_str(),
                  origin.c_str(), 1e3 * seconds);
   }
-  return std::make_shared<Program>(source, std::move(*kernel), origin, seconds);
-}
-
-using ProgramResult = Result<std::shared_ptr<Program>>;
-
-// NOTE: others wait for the result, so that there must be one, whatever happens.
-ProgramResult make_program_or_error(const ProgramText& source) {
-  try {
-    return make_program(source);
-  } catch (const std::exception& e) {
-    return Status::error(message("the kernel could not be made", e.what(), "memory for its text",
-                                 "free some memory"));
+  {
+    std::lock_guard<std::mutex> lock(shared_state());
+    ++global_facts.programs;
+    ++(origin == "disk" ? global_facts.from_disk : global_facts.compiled);
   }
+  return new Program{source, std::move(*kernel), origin, seconds};
 }
 
-// The one piece of global state: programs by text. Leaked on purpose, since XLA may still destroy
-// executables while the process ends.
-struct Registry {
-  std::mutex mutex;
-  JitOptions options;
-  std::map<std::string, std::shared_future<ProgramResult>> programs;
-  CacheFacts facts;
+// ---- Loading ------------------------------------------------------------------------------------
+
+// The context whose kernels run on a stream, as long as this lives the current one.
+class CurrentContext {
+ public:
+  CurrentContext(const Driver& driver, CUcontext context) : driver_(driver) {
+    status_ = check(driver, driver.context_current(&before_), "cuCtxGetCurrent");
+    if (status_.ok()) {
+      status_ = check(driver, driver.context_set_current(context), "cuCtxSetCurrent");
+      set_ = status_.ok();
+    }
+  }
+  ~CurrentContext() {
+    if (set_) driver_.context_set_current(before_);
+  }
+  CurrentContext(const CurrentContext&) = delete;
+
+  const Status& status() const { return status_; }
+
+ private:
+  const Driver& driver_;
+  CUcontext before_ = nullptr;
+  bool set_ = false;
+  Status status_;
 };
-Registry& registry() {
-  static Registry& it = *new Registry;
-  return it;
+
+Status read_attribute(const Driver& d, int& value, int attribute, CUdevice device) {
+  return check(d, d.device_attribute(&value, attribute, device), "cuDeviceGetAttribute");
+}
+
+// That the current device is one that the kernels are compiled for; and how many multiprocessors it
+// has.
+Status check_device(const Driver& d, int& multiprocessors) {
+  CUdevice device = 0;
+  int major = 0, minor = 0;
+  Status status = check(d, d.context_device(&device), "cuCtxGetDevice");
+  const std::pair<int*, int> wanted[] = {{&major, kDeviceAttributeComputeCapabilityMajor},
+                                         {&minor, kDeviceAttributeComputeCapabilityMinor},
+                                         {&multiprocessors, kDeviceAttributeMultiprocessorCount}};
+  for (const auto& [value, attribute] : wanted) {
+    if (status.ok()) status = read_attribute(d, *value, attribute, device);
+  }
+  if (!status.ok() || (major == 9 && minor == 0)) return status;
+  return Status::error(
+      message("this GPU cannot run the kernels",
+              "compute capability " + std::to_string(major) + "." + std::to_string(minor),
+              "9.0 (H100, H200, H800, H20, GH200)",
+              "run on a Hopper GPU, or on the CPU with "
+              "jax.default_device(jax.devices('cpu')[0])"));
+}
+
+Result<LoadedKernel> load_in(const Driver& d, CUcontext context, const Program& program) {
+  const CurrentContext current(d, context);
+  if (!current.status().ok()) return current.status();
+  LoadedKernel kernel{};
+  Status status = check_device(d, kernel.multiprocessors);
+  if (!status.ok()) return status;
+  // The module lives as long as the process: executables on other threads may hold its kernel.
+  CUmodule module = nullptr;
+  status = check(d, d.module_load(&module, program.compiled.cubin.data()), "cuModuleLoadData");
+  if (!status.ok()) return status;
+  status = check(d, d.module_function(&kernel.function, module, program.source.entry_point.c_str()),
+                 "cuModuleGetFunction");
+  if (!status.ok()) return status;
+  status = check(d,
+                 d.function_set_attribute(kernel.function, kFuncAttributeMaxDynamicSharedBytes,
+                                          program.source.shared_bytes),
+                 "cuFuncSetAttribute");
+  if (!status.ok()) return status;
+  return kernel;
 }
 
 }  // namespace
 
 void set_options(const JitOptions& options) {
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  registry().options = options;
+  std::lock_guard<std::mutex> lock(shared_state());
+  global_options = options;
 }
 
 JitOptions options() {
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  return registry().options;
-}
-
-ProgramResult program(const ProgramText& source) {
-  std::promise<ProgramResult> promise;
-  std::shared_future<ProgramResult> future;
-  bool mine = false;
-  {
-    std::lock_guard<std::mutex> lock(registry().mutex);
-    auto found = registry().programs.find(source.text);
-    if (found != registry().programs.end()) {
-      future = found->second;
-    } else {
-      mine = true;
-      future = promise.get_future().share();
-      registry().programs.emplace(source.text, future);
-    }
-  }
-  if (!mine) return future.get();
-
-  ProgramResult made = make_program_or_error(source);
-  promise.set_value(made);
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  if (!made.ok()) {
-    registry().programs.erase(source.text);  // what failed may be fixed before the next try
-  } else {
-    CacheFacts& facts = registry().facts;
-    ++facts.programs;
-    ++((*made)->origin == "disk" ? facts.from_disk : facts.compiled);
-  }
-  return made;
+  std::lock_guard<std::mutex> lock(shared_state());
+  return global_options;
 }
 
 CacheFacts cache_facts() {
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  return registry().facts;
+  std::lock_guard<std::mutex> lock(shared_state());
+  return global_facts;
 }
 
-Result<LoadedKernel> Program::load(CUstream stream, int device) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  auto found = loaded_.find(device);
-  if (found != loaded_.end()) return found->second;
+Result<const Program*> program(const ProgramText& source) {
+  return programs.get(source.text, [&] { return make_program(source); });
+}
 
+Result<LoadedKernel> Program::load(CUstream stream) const {
   auto opened = driver();
   if (!opened.ok()) return opened.status();
   const Driver& d = **opened;
-  CUcontext before = nullptr, context = nullptr;
-  CUdevice handle;
-  Status status = check(d, d.context_current(&before), "cuCtxGetCurrent");
-  if (status.ok()) status = check(d, d.stream_context(stream, &context), "cuStreamGetCtx");
-  if (status.ok()) status = check(d, d.context_set_current(context), "cuCtxSetCurrent");
+  CUcontext context = nullptr;
+  unsigned long long id = 0;
+  Status status = check(d, d.stream_context(stream, &context), "cuStreamGetCtx");
+  if (status.ok()) status = check(d, d.context_id(context, &id), "cuCtxGetId");
   if (!status.ok()) return status;
-
-  int major = 0, minor = 0;
-  LoadedKernel kernel{};
-  CUmodule module;
-  status = check(d, d.context_device(&handle), "cuCtxGetDevice");
-  if (status.ok()) {
-    d.device_attribute(&major, kDeviceAttributeComputeCapabilityMajor, handle);
-    d.device_attribute(&minor, kDeviceAttributeComputeCapabilityMinor, handle);
-    d.device_attribute(&kernel.multiprocessors, kDeviceAttributeMultiprocessorCount, handle);
-    if (major != 9 || minor != 0) {
-      status = Status::error(
-          message("this GPU cannot run the kernels",
-                  "compute capability " + std::to_string(major) + "." + std::to_string(minor),
-                  "9.0 (H100, H200, H800, H20, GH200)",
-                  "run on a Hopper GPU, or on the CPU with "
-                  "jax.default_device(jax.devices('cpu')[0])"));
-    }
-  }
-  if (status.ok()) {
-    // The module lives as long as the process: executables on other threads may hold its kernel.
-    status = check(d, d.module_load(&module, compiled.cubin.data()), "cuModuleLoadData");
-  }
-  if (status.ok()) {
-    status = check(d, d.module_function(&kernel.function, module, source.entry_point.c_str()),
-                   "cuModuleGetFunction");
-  }
-  if (status.ok()) {
-    status = check(d,
-                   d.function_set_attribute(kernel.function, kFuncAttributeMaxDynamicSharedBytes,
-                                            source.shared_bytes),
-                   "cuFuncSetAttribute");
-  }
-  d.context_set_current(before);
-  if (!status.ok()) return status;
-  loaded_.emplace(device, kernel);
-  return kernel;
+  return kernels.get({this, id}, [&] { return load_in(d, context, *this); });
 }
 
 }  // namespace fp8gemm

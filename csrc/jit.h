@@ -1,9 +1,7 @@
 // From the text of a program to a kernel on a device: memory, disk, or NVRTC.
 #pragma once
 
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "disk_cache.h"
@@ -12,13 +10,14 @@
 
 namespace fp8gemm {
 
-// What _native.py found and the environment says.
+// What native.py found and the environment says.
 struct JitOptions {
-  std::string nvrtc;  // path of the library; empty: none
-  std::string cache_dir;
-  bool verbose = false;  // a line on stderr for each kernel
-  std::string dump_dir;  // where source, PTX and cubin go; empty: nowhere
-  std::string version;   // of this library
+  std::string nvrtc;          // path of the library; empty: none
+  std::string cache_dir;      // empty: none
+  std::string cache_warning;  // printed when the first kernel is made; empty: none
+  bool verbose = false;       // a line on stderr for each kernel
+  std::string dump_dir;       // where source, PTX and cubin go; empty: nowhere
+  std::string version;        // of this library
 };
 
 void set_options(const JitOptions& options);
@@ -32,36 +31,26 @@ struct ProgramText {
   int shared_bytes;  // dynamic shared memory
 };
 
-// A kernel on one device, ready to launch.
+// A kernel in one CUDA context, ready to launch.
 struct LoadedKernel {
   CUfunction function;
   int multiprocessors;
 };
 
-// One compiled kernel, loaded on as many devices as use it.
-class Program {
- public:
-  Program(ProgramText source, CompiledKernel compiled, std::string origin, double seconds)
-      : source(std::move(source)),
-        compiled(std::move(compiled)),
-        origin(std::move(origin)),
-        seconds(seconds) {}
+// One compiled kernel.
+struct Program {
+  // Loads it in the context of `stream` the first time, while only those wait who want just that; a
+  // look-up afterwards.
+  Result<LoadedKernel> load(CUstream stream) const;
 
-  // Loads on the device of `stream` the first time; a lock and a look-up after that.
-  Result<LoadedKernel> load(CUstream stream, int device);
-
-  const ProgramText source;
-  const CompiledKernel compiled;
-  const std::string origin;  // "disk" or "nvrtc"
-  const double seconds;      // that reading or compiling took
-
- private:
-  std::mutex mutex_;
-  std::map<int, LoadedKernel> loaded_;
+  ProgramText source;
+  CompiledKernel compiled;
+  std::string origin;  // "disk" or "nvrtc"
+  double seconds;      // that reading or compiling took
 };
 
-// Compiled at most once in a process, whatever the number of threads.
-Result<std::shared_ptr<Program>> program(const ProgramText& source);
+// Compiled at most once in a process, whatever the number of threads, and kept as long as that.
+Result<const Program*> program(const ProgramText& source);
 
 struct CacheFacts {
   int programs = 0;  // in memory

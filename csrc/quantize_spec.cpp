@@ -52,8 +52,7 @@ Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes) {
   if (!read.status().ok()) return read.status();
   if (const char* reason = why_illegal(spec)) {
     return Status::error(message(std::string("quantize: ") + reason, short_name(spec),
-                                 "a cast that a kernel can do",
-                                 "use the Python package this extension was built with"));
+                                 "a cast that a kernel can do", kTraceAgain));
   }
   return spec;
 }

@@ -43,4 +43,8 @@ inline std::string message(const std::string& what, const std::string& got,
          "\n  fix       " + fix;
 }
 
+// What to do about a program that does not fit this version: it was exported by another one.
+inline constexpr char kTraceAgain[] =
+    "export or trace the program again with this version of jax_fp8gemm";
+
 }  // namespace fp8gemm

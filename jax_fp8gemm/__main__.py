@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_fp8gemm._bind.native import cache_dir, compile, device_facts, nvrtc_facts
+from jax_fp8gemm._bind.native import cache_folder, compile, device_facts, nvrtc_facts
 from jax_fp8gemm._core.version import __version__
 from jax_fp8gemm._ops.gemm import gemm
 from jax_fp8gemm._ops.quantize import quantize
@@ -47,7 +47,8 @@ def toolchain() -> bool:
         line("compiler", f"missing: {fix_of(facts['error'])}")
     else:
         line("compiler", f"NVRTC {facts['version']} from {facts['path']}")
-    line("cache", cache_dir())
+    cache = cache_folder()
+    line("cache", (cache.path or "none") + (f": {fix_of(cache.warning)}" if cache.warning else ""))
     return "error" not in facts
 
 
