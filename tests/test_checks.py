@@ -1,0 +1,134 @@
+"""Checks of arguments: what passes, what does not, and what the user reads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_fp8gemm as fp8
+from jax_fp8gemm._core import checks, types
+from jax_fp8gemm._core.qarray import FP8
+
+Q = fp8.QArray(np.zeros((2, 128), FP8), np.ones((2, 1), np.float32))
+
+
+def raised(error, function, *args, **kwargs) -> str:
+    with pytest.raises(error) as info:
+        function(*args, **kwargs)
+    lines = str(info.value).split("\n")
+    assert [line[2:10].strip() for line in lines[1:]] == ["got", "expected", "fix"]
+    return str(info.value)
+
+
+def test_a_former_name_is_answered_with_the_new_one():
+    @checks.renamed(scale="scale_rounding", experts="expert_index")
+    def run(x, scale_rounding="pow2"):
+        return x, scale_rounding
+
+    assert run(1) == (1, "pow2") and run(1, scale_rounding="none") == (1, "none")
+    text = raised(TypeError, run, 1, scale="float32")
+    assert text.startswith("run: there is no argument 'scale'.")
+    assert "got       scale='float32'" in text and "pass scale_rounding" in text
+    assert "'experts'" in raised(TypeError, run, 1, experts=3)
+
+
+def test_an_option_is_one_of_its_words():
+    checks.check_option("op", "wire", "fp8", types.Wire)
+    text = raised(ValueError, checks.check_option, "op", "wire", "f32", types.Wire)
+    assert "wire='f32'" in text and 'expected  "fp8" or "bf16"' in text
+    for value in (None, 3, ["fp8"]):
+        raised(ValueError, checks.check_option, "op", "wire", value, types.Wire)
+
+
+def test_floats_are_arrays_of_three_dtypes():
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        checks.check_float("op", "x", jnp.ones(2, dtype))
+    assert "has the wrong dtype" in raised(
+        TypeError, checks.check_float, "op", "x", jnp.ones(2, int)
+    )
+    for value in ([1.0], Q, 1.0, np.dtype("float32")):  # without a shape, a dtype, or both
+        text = raised(TypeError, checks.check_float, "op", "w", value)
+        assert "w is not an array" in text and "jnp.asarray(w)" in text
+        assert f"got       {type(value).__name__}\n" in text
+    assert checks.HALVES == (jnp.bfloat16, jnp.float16)
+
+
+def test_counts_are_integers_of_one_or_more():
+    for count in (None, 1, 7, np.int64(3), np.uint8(1)):
+        checks.check_positive("op", "num_sms", count)
+    for count in (0, -1, 1.0, True, "1", np.float32(2), jnp.int32(1)):
+        text = raised(ValueError, checks.check_positive, "op", "num_sms", count)
+        assert f"num_sms={count!r}" in text
+    assert checks.is_integer(3) and not checks.is_integer(False) and not checks.is_integer(None)
+
+
+def test_what_is_not_quantized_is_named():
+    checks.check_quantized("op", "q", Q)
+    text = raised(TypeError, checks.check_quantized, "op", "q", jnp.ones((2, 128)))
+    assert "got       q f32[2, 128]" in text and "quantize(q)" in text
+
+
+def test_integers_are_arrays_of_integers():
+    checks.check_integers("op", "index", jnp.ones(2, jnp.uint8))
+    for value in (jnp.ones(2), [1, 2], jnp.ones(2, bool)):
+        assert "index must be integers." in raised(
+            TypeError, checks.check_integers, "op", "index", value
+        )
+    raised(TypeError, checks.as_int32, "op", "index", [0.5])
+
+
+def test_the_nearest_int32_of_each():
+    unsigned = checks.as_int32("op", "index", np.array([0, 2**31 - 1, 2**31, 2**32 - 1], np.uint32))
+    assert unsigned.dtype == jnp.int32
+    np.testing.assert_array_equal(unsigned, [0, 2**31 - 1, 2**31 - 1, 2**31 - 1])
+    for dtype in (np.int8, np.uint8, np.int16, np.int32):
+        small = checks.as_int32("op", "index", np.array([-1, 5]).astype(dtype))
+        assert small.dtype == jnp.int32 and small[1] == 5
+        assert small[0] == np.array(-1).astype(dtype)
+    with jax.enable_x64(True):
+        wide = np.array([-(2**40), -(2**31), -1, 2**31 - 1, 2**40])
+        expected = [-(2**31), -(2**31), -1, 2**31 - 1, 2**31 - 1]
+        np.testing.assert_array_equal(checks.as_int32("op", "index", wide), expected)
+
+
+# ---- What public functions refuse ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token_dims", [0, 3, -1, 1.0, True, None, "1"])
+def test_token_dims_are_dims_before_k(token_dims):
+    x = jnp.ones((2, 128, 256), jnp.bfloat16)
+    for function in (fp8.quantize_both, fp8.quantize_transposed):
+        text = raised(ValueError, function, x, token_dims=token_dims)
+        assert "token_dims does not fit x." in text and f"token_dims={token_dims!r}" in text
+    raised(ValueError, fp8.requantize, fp8.quantize(x), token_dims=token_dims)
+
+
+def test_several_dims_of_tokens_end_in_whole_blocks():
+    x = jnp.ones((2, 128, 256), jnp.bfloat16)
+    assert fp8.quantize_transposed(x, token_dims=2).shape == (256, 2, 128)
+    assert fp8.quantize_transposed(x, token_dims=np.int32(1)).shape == (2, 256, 128)
+    assert fp8.quantize_transposed(x[:, :127], token_dims=1).shape == (2, 256, 128)
+    raised(ValueError, fp8.quantize_transposed, x[:, :127], token_dims=2)
+    raised(ValueError, fp8.quantize_transposed, x, (128, 128), token_dims=2)
+    assert fp8.quantize_transposed(x, (128, 128)).shape == (2, 256, 128)
+
+
+def test_a_transposed_copy_has_blocks_along_both_dims():
+    """Along tokens a scale for each row of x would be one for each number."""
+    for tile in ((1, None), (None, None)):
+        for function in (fp8.quantize_both, fp8.quantize_transposed):
+            assert "tile is unknown." in raised(ValueError, function, jnp.ones((4, 128)), tile)
+
+
+def test_a_scale_for_each_matrix_is_not_one_for_the_whole_lhs():
+    """[2, m, k] has two scales of matrices; a dense GEMM takes one of all its rows."""
+
+    def ones(*shape, scales: tuple):
+        return fp8.QArray(np.ones(shape, FP8), np.ones(scales, np.float32))
+
+    lhs, rhs = ones(2, 32, 256, scales=(2, 1, 1)), ones(48, 256, scales=(1, 1))
+    text = raised(ValueError, fp8.gemm, lhs, rhs)
+    assert "the scales have shapes that no kernel takes." in text
+    assert fp8.gemm(ones(32, 256, scales=(1, 1)), rhs).shape == (32, 48)
+    batched = ones(2, 48, 256, scales=(2, 1, 1))
+    assert fp8.gemm(lhs, batched, variant="batched").shape == (2, 32, 48)
