@@ -1,9 +1,11 @@
 """Mutation testing: changes one thing of the source at a time, and sees whether a test notices.
 
-python tests/mutate.py                     # a sample of all rooms; report in build/mutation
-python tests/mutate.py --rooms cost --sample 0  # all mutants of the rooms whose name has "cost"
-python tests/mutate.py --resume            # keeps what was killed, runs the rest again
-python tests/mutate.py --list              # names the mutants of the sample
+python tests/mutate.py                          # a sample of all rooms
+python tests/mutate.py --rooms cost --sample 0  # all mutants of the files whose name has "cost"
+python tests/mutate.py --resume                 # keeps what was killed, runs the rest
+python tests/mutate.py --list                   # names the mutants of the sample
+
+Results are in build/mutation/report.json.
 
 Why a script of our own: mutmut and cosmic-ray start a new Python for each mutant and write it to
 disk. Importing jax takes longer than the tests of a room do, and the extension of an editable
@@ -42,7 +44,6 @@ TIMEOUT_FACTOR, TIMEOUT_SECONDS = 8, 30  # of the time without a mutant, and bes
 # Files of the package (and functions, where not all of a file), and the tests that guard them. Each
 # room's tests take a few seconds.
 SELECT = ("tests/test_problem.py", "tests/test_config.py", "tests/test_candidates.py")
-CORE = ("tests/test_core.py",)
 CHECKS = ("tests/test_checks.py",)
 RULES = ("tests/test_partition.py",)
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -50,15 +51,17 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_select/choice.py": ((), ("tests/test_config.py",)),
     "_select/cost.py": ((), ("tests/test_cost.py", "tests/test_config.py")),
     "_select/problem.py": ((), SELECT),
-    "_core/variants.py": ((), CORE),
-    "_core/layout.py": ((), CORE),
-    "_core/groups.py": ((), CORE),
+    "_core/variants.py": ((), ("tests/test_variants.py",)),
+    "_core/layout.py": ((), ("tests/test_layout.py",)),
+    "_core/groups.py": ((), ("tests/test_groups.py",)),
     "_core/checks.py": ((), CHECKS),
-    "_core/types.py": ((), CORE),
-    "_core/qarray.py": ((), CORE),
+    "_core/types.py": ((), ("tests/test_variants.py",)),
+    "_core/qarray.py": ((), ("tests/test_layout.py",)),
     "_bind/partition.py": ((), RULES),
     "_bind/gemm_op.py": (("sharding_rule", "_rule"), RULES),
     "_bind/quantize_op.py": (("sharding_rule", "_rule"), RULES),
+    "_ops/quantize.py": (("_check_tokens",), CHECKS),
+    "_ops/gemm.py": (("_scales",), CHECKS),
 }
 
 # Mutants that no test can tell from the original, and why.
@@ -445,33 +448,29 @@ def run(chosen: list[Mutant], results: dict[str, dict]) -> None:
             if result is None:
                 continue
             running.remove(one)
-            result |= {"line": one.mutant.line}
             results[one.mutant.name] = result
             if result["verdict"] == "survived":
                 print(f"survived {one.mutant.file}:{one.mutant.line}\n  {one.mutant.name}")
-            if len(results) % 20 == 0:
+            write(results)
+            if len(waiting) % 20 == 0:
                 print(f"{len(waiting)} left", flush=True)
-                write(results)
         time.sleep(0.02)
     write(results)
 
 
 def write(results: dict[str, dict]) -> None:
-    report = {"seed": SEED, "sample": SAMPLE, **score(results), "mutants": results}
     new = REPORT.with_suffix(".new")
-    new.write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    new.write_text(json.dumps(results, indent=1, ensure_ascii=False))
     new.replace(REPORT)
 
 
-def score(results: dict[str, dict]) -> dict:
-    survived = [name for name, result in results.items() if result["verdict"] == "survived"]
-    open_ones = [name for name in survived if name not in EQUIVALENT]
-    return {
-        "total": len(results),
-        "killed": len(results) - len(survived),
-        "equivalent": len(survived) - len(open_ones),
-        "survivors": open_ones,
-    }
+def stored() -> dict[str, dict]:
+    """Returns results by the mutants' names, of this run and of those before."""
+    return json.loads(REPORT.read_text()) if REPORT.exists() else {}
+
+
+def survivors(results: dict[str, dict], chosen: list[Mutant]) -> list[Mutant]:
+    return [mutant for mutant in chosen if results[mutant.name]["verdict"] == "survived"]
 
 
 def main() -> int:
@@ -489,18 +488,20 @@ def main() -> int:
     if given.list:
         print("\n".join(f"{mutant.line:4} {mutant.name}" for mutant in chosen))
         return 0
-    before = json.loads(REPORT.read_text())["mutants"] if given.resume and REPORT.exists() else {}
-    names = {mutant.name for mutant in chosen}
-    results = {k: v for k, v in before.items() if k in names and v["verdict"] == "killed"}
-    start_time = time.monotonic()
+    results, begin = stored(), time.monotonic()
+    killed = {name for name, result in results.items() if result["verdict"] == "killed"}
     prepare()
-    run([mutant for mutant in chosen if mutant.name not in results], results)
-    found = score(results)
-    print(*(f"survivor: {name}" for name in found["survivors"]), sep="\n")
-    print(f"{found['killed']} of {found['total']} killed (of {len(every)} there are), "
-          f"{found['equivalent']} equivalent, {len(found['survivors'])} survivors; "
-          f"{(time.monotonic() - start_time) / 60:.1f} minutes")  # fmt: skip
-    return 1 if found["survivors"] else 0
+    run([mutant for mutant in chosen if not (given.resume and mutant.name in killed)], results)
+    alive = survivors(results, chosen)
+    unexplained = [mutant for mutant in alive if mutant.name not in EQUIVALENT]
+    for mutant in unexplained:
+        print(f"survivor {mutant.file}:{mutant.line}\n  {mutant.name}")
+    print(
+        f"{len(chosen)} of {len(every)} mutants: {len(chosen) - len(alive)} killed, "
+        f"{len(alive) - len(unexplained)} equivalent, {len(unexplained)} survivors; "
+        f"{(time.monotonic() - begin) / 60:.0f} minutes"
+    )
+    return 1 if unexplained else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ import pytest
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core import checks, types
+from jax_fp8gemm._core.layout import scale_shape
 from jax_fp8gemm._core.qarray import FP8
+from jax_fp8gemm._core.variants import SCALES, VARIANTS
+from jax_fp8gemm._ops.gemm import _scales
 
 Q = fp8.QArray(np.zeros((2, 128), FP8), np.ones((2, 1), np.float32))
 
@@ -120,15 +123,51 @@ def test_a_transposed_copy_has_blocks_along_both_dims():
             assert "tile is unknown." in raised(ValueError, function, jnp.ones((4, 128)), tile)
 
 
+def ones(*shape: int, tile: tuple) -> fp8.QArray:
+    return fp8.QArray(np.ones(shape, FP8), np.ones(scale_shape(shape, tile), np.float32))
+
+
+def scales_of(lhs: fp8.QArray, rhs: fp8.QArray, variant: str = "dense") -> str:
+    return _scales(lhs, rhs, VARIANTS[variant].with_ranks(lhs.ndim, rhs.ndim))
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_scales_are_named_by_their_shapes(scales):
+    left, right = SCALES[scales]
+    assert scales_of(ones(200, 256, tile=left), ones(300, 256, tile=right)) == scales
+    three = ones(3, 200, 256, tile=left), ones(3, 300, 256, tile=right)
+    assert scales_of(*three, "batched") == scales
+    contracting = ones(200, 256, tile=left), ones(300, 256, tile=right), "ragged_contracting"
+    if right == (128, 128):  # a block of scales would belong to several groups
+        assert "no kernel takes" in raised(ValueError, scales_of, *contracting)
+    else:
+        assert scales_of(*contracting) == scales
+
+
+def test_of_scales_that_fit_small_arrays_the_first_is_taken():
+    lhs, rhs = ones(1, 128, tile=(1, 128)), ones(1, 128, tile=(128, 128))
+    assert scales_of(lhs, rhs) == "1x128_128x128"
+    assert scales_of(lhs, rhs, "ragged_contracting") == "1x128_1x128"
+
+
+def test_both_scales_must_fit_one_kernel():
+    lhs, rhs = ones(200, 256, tile=(1, 128)), ones(300, 256, tile=(None, None))
+    text = raised(ValueError, scales_of, lhs, rhs)
+    assert text.startswith("gemm: the scales have shapes that no kernel takes.")
+    assert "got       lhs [200, 256] with scale [200, 2], rhs [300, 256] with scale [1, 1]" in text
+    assert "expected  [200, 2] and [3, 2] or [200, 2] and [300, 2] or [200, 1] and" in text
+    raised(ValueError, scales_of, ones(200, 256, tile=(None, None)), ones(300, 256, tile=(1, 128)))
+
+
 def test_a_scale_for_each_matrix_is_not_one_for_the_whole_lhs():
     """[2, m, k] has two scales of matrices; a dense GEMM takes one of all its rows."""
-
-    def ones(*shape, scales: tuple):
-        return fp8.QArray(np.ones(shape, FP8), np.ones(scales, np.float32))
-
-    lhs, rhs = ones(2, 32, 256, scales=(2, 1, 1)), ones(48, 256, scales=(1, 1))
-    text = raised(ValueError, fp8.gemm, lhs, rhs)
-    assert "the scales have shapes that no kernel takes." in text
-    assert fp8.gemm(ones(32, 256, scales=(1, 1)), rhs).shape == (32, 48)
-    batched = ones(2, 48, 256, scales=(2, 1, 1))
-    assert fp8.gemm(lhs, batched, variant="batched").shape == (2, 32, 48)
+    rhs = ones(48, 256, tile=(None, None))
+    for shape in ((2, 32, 256), (1, 32, 256), (2, 3, 32, 256)):
+        lhs = ones(*shape, tile=(None, None))
+        for call in (scales_of, fp8.gemm):
+            assert "the scales have shapes that no kernel takes." in raised(
+                ValueError, call, lhs, rhs
+            )
+        for name in ("1x128_128x128", "row_row"):
+            left, right = SCALES[name]
+            assert scales_of(ones(*shape, tile=left), ones(48, 256, tile=right)) == name

@@ -85,16 +85,16 @@ def test_what_is_usual_is_no_attribute():
     assert isinstance(limited["pair"], np.int64)
 
 
-def test_legality_knows_the_steps_of_k_and_the_order_of_blocks():
-    """A cluster of four has work for each CTA; group_m is a number of blocks."""
+def test_each_cta_of_a_cluster_of_four_has_a_step():
     split = dataclasses.replace(FEW_ROWS, split_k=4)
     reasons = [why_illegal(dataclasses.replace(DENSE, k=k), split) for k in (384, 385, 512)]
     assert reasons == ["split_k is more than the steps of k", None, None]
-    assert (
-        why_illegal(dataclasses.replace(DENSE, k=128), dataclasses.replace(split, split_k=2))
-        is None
-    )
-    for group_m, legal in {0: False, 1: True, 65536: True, 65537: False, -1: False}.items():
+    two = dataclasses.replace(split, split_k=2)  # the kernel has two steps at least
+    assert why_illegal(dataclasses.replace(DENSE, k=128), two) is None
+
+
+def test_group_m_is_a_number_of_blocks():
+    for group_m, legal in {-1: False, 0: False, 1: True, 65536: True, 65537: False}.items():
         reason = why_illegal(DENSE, dataclasses.replace(CONFIG, group_m=group_m))
         assert (reason is None) == legal and (legal or "group_m" in reason), group_m
 
