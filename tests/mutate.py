@@ -48,7 +48,7 @@ CHECKS = ("tests/test_checks.py",)
 RULES = ("tests/test_partition.py",)
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "_select/candidates.py": ((), ("tests/test_candidates.py", "tests/test_config.py")),
-    "_select/choice.py": ((), ("tests/test_config.py",)),
+    "_select/choice.py": ((), ("tests/test_choice.py", "tests/test_config.py")),
     "_select/cost.py": ((), ("tests/test_cost.py", "tests/test_config.py")),
     "_select/problem.py": ((), SELECT),
     "_core/variants.py": ((), ("tests/test_variants.py",)),
