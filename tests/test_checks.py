@@ -45,15 +45,54 @@ def test_an_option_is_one_of_its_words():
 
 def test_floats_are_arrays_of_three_dtypes():
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-        checks.check_float("op", "x", jnp.ones(2, dtype))
-    assert "has the wrong dtype" in raised(
-        TypeError, checks.check_float, "op", "x", jnp.ones(2, int)
-    )
-    for value in ([1.0], Q, 1.0, np.dtype("float32")):  # without a shape, a dtype, or both
-        text = raised(TypeError, checks.check_float, "op", "w", value)
-        assert "w is not an array" in text and "jnp.asarray(w)" in text
-        assert f"got       {type(value).__name__}\n" in text
+        x = jnp.asarray(np.ones(2, dtype))
+        assert checks.as_float("op", "x", x) is x
+    for host in (np.ones(2), np.float32(1)):  # float64 is float32 as everywhere in JAX
+        x = checks.as_float("op", "x", host)
+        assert isinstance(x, jax.Array) and x.dtype == jnp.float32 and x.shape == host.shape
+    ints = jnp.asarray(np.ones(2, np.int32))
+    assert "has the wrong dtype" in raised(TypeError, checks.as_float, "op", "x", ints)
     assert checks.HALVES == (jnp.bfloat16, jnp.float16)
+
+
+def test_what_is_not_an_array_is_named_with_what_makes_it_one():
+    for value in ([1.0], 1.0, None, Q):
+        text = raised(TypeError, checks.as_float, "op", "w", value)
+        assert "w is not an array" in text and f"got       {type(value).__name__}\n" in text
+        fix = "for an FP8 weight, use prepare_weight(w)" if value is Q else "call jnp.asarray(w)"
+        assert text.endswith(f"fix       {fix}")
+    again = raised(TypeError, checks.as_float, "prepare_weight", "w", Q)  # which was called
+    assert again.endswith("fix       call jnp.asarray(w)")
+
+
+def test_arrays_in_host_memory_are_named():
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.device_put(np.ones(2, np.float32), device)
+    checks.check_memory("op", "x", x)
+    host = jax.device_put(x, device.with_memory_kind("pinned_host"))
+    for check in (checks.check_memory, checks.as_float):
+        text = raised(ValueError, check, "op", "x", host)
+        assert "x is not on the device." in text and "got       x f32[2] in host memory" in text
+    values, scale = (jax.device_put(y, device) for y in (Q.qvalue, Q.scale))
+    away = device.with_memory_kind("pinned_host")
+    checks.check_quantized("op", "q", fp8.QArray(values, scale))
+    for q, name in (
+        (fp8.QArray(jax.device_put(values, away), scale), "q"),
+        (fp8.QArray(values, jax.device_put(scale, away)), "q's scale"),
+    ):
+        assert f"op: {name} is not on" in raised(ValueError, checks.check_quantized, "op", "q", q)
+
+
+def test_a_switch_is_a_bool():
+    for value in (True, False, np.bool_(True)):
+        checks.check_bool("op", "cast", value)
+    checks.check_bool("op", "cast", None, or_none=True)
+    checks.check_bool("op", "cast", False, or_none=True)
+    for value in (1, "yes", None):
+        text = raised(TypeError, checks.check_bool, "op", "cast", value)
+        assert f"cast={value!r}" in text and "expected  True or False\n" in text
+    text = raised(TypeError, checks.check_bool, "op", "cast", 0, or_none=True)
+    assert "expected  True, False or None\n" in text
 
 
 def test_counts_are_integers_of_one_or_more():
@@ -67,31 +106,72 @@ def test_counts_are_integers_of_one_or_more():
 
 def test_what_is_not_quantized_is_named():
     checks.check_quantized("op", "q", Q)
-    text = raised(TypeError, checks.check_quantized, "op", "q", jnp.ones((2, 128)))
-    assert "got       q f32[2, 128]" in text and "quantize(q)" in text
+    floats = np.ones((2, 128), np.float32)
+    text = raised(TypeError, checks.check_quantized, "op", "q", floats)
+    assert "q is not quantized." in text and "got       q f32[2, 128]" in text
+    assert "quantize(q)" in text
+
+
+def test_an_fp8_array_has_numbers_of_e4m3_and_scales_of_f32_and_as_many_dims():
+    def check(qvalue, scale) -> str:
+        return raised((TypeError, ValueError), checks.check_quantized, "op", "q",
+                      fp8.QArray(qvalue, scale))  # fmt: skip
+
+    for qvalue, scale in (
+        (np.zeros((2, 128), np.float32), Q.scale),
+        (Q.qvalue, np.ones((2, 1), np.float16)),
+        (Q.qvalue, 1.0),
+        (None, Q.scale),
+    ):
+        assert "q has the wrong dtype." in check(qvalue, scale)
+    for qvalue, scale in (
+        (Q.qvalue[0], Q.scale[0]),
+        (Q.qvalue, Q.scale[0]),
+        (Q.qvalue, Q.scale[None]),
+        (Q.qvalue[None], Q.scale),
+    ):
+        assert "q has the wrong rank." in check(qvalue, scale)
+    checks.check_quantized("op", "q", fp8.QArray(Q.qvalue[None], Q.scale[None]))
 
 
 def test_integers_are_arrays_of_integers():
-    checks.check_integers("op", "index", jnp.ones(2, jnp.uint8))
-    for value in (jnp.ones(2), [1, 2], jnp.ones(2, bool)):
+    checks.check_integers("op", "index", np.ones(2, np.uint8))
+    for value in (np.ones(2), [1, 2], np.ones(2, bool)):
         assert "index must be integers." in raised(
             TypeError, checks.check_integers, "op", "index", value
         )
-    raised(TypeError, checks.as_int32, "op", "index", [0.5])
+    for value in ([0.5], None, [None], np.ones(2), [True]):
+        raised(TypeError, checks.as_int32, "op", "index", value)
 
 
 def test_the_nearest_int32_of_each():
-    unsigned = checks.as_int32("op", "index", np.array([0, 2**31 - 1, 2**31, 2**32 - 1], np.uint32))
-    assert unsigned.dtype == jnp.int32
-    np.testing.assert_array_equal(unsigned, [0, 2**31 - 1, 2**31 - 1, 2**31 - 1])
+    def check(values, expected) -> None:
+        found = checks.as_int32("op", "index", values)
+        assert isinstance(found, jax.Array) and found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected)
+
+    unsigned = np.array([0, 2**31 - 1, 2**31, 2**32 - 1], np.uint32)
+    wide = np.array([-(2**40), -(2**31), -1, 2**31 - 1, 2**40])
+    clipped = [-(2**31), -(2**31), -1, 2**31 - 1, 2**31 - 1]
+    check(unsigned, [0, 2**31 - 1, 2**31 - 1, 2**31 - 1])
+    check(jnp.asarray(unsigned), [0, 2**31 - 1, 2**31 - 1, 2**31 - 1])
+    check(wide, clipped)
+    check(wide.tolist(), clipped)
     for dtype in (np.int8, np.uint8, np.int16, np.int32):
-        small = checks.as_int32("op", "index", np.array([-1, 5]).astype(dtype))
-        assert small.dtype == jnp.int32 and small[1] == 5
-        assert small[0] == np.array(-1).astype(dtype)
+        small = np.array([-1, 5]).astype(dtype)
+        check(small, small)
+    check([], np.zeros(0))
+    check(7, 7)
     with jax.enable_x64(True):
-        wide = np.array([-(2**40), -(2**31), -1, 2**31 - 1, 2**40])
-        expected = [-(2**31), -(2**31), -1, 2**31 - 1, 2**31 - 1]
-        np.testing.assert_array_equal(checks.as_int32("op", "index", wide), expected)
+        check(jnp.asarray(wide), clipped)
+
+
+def test_sizes_of_groups_are_of_one_group_or_more():
+    np.testing.assert_array_equal(checks.as_groups("op", "sizes", [2**40]), [2**31 - 1])
+    for value in (3, [[1, 2]]):
+        text = raised(ValueError, checks.as_groups, "op", "sizes", value)
+        assert "sizes has the wrong rank." in text and "sizes [g]" in text
+    assert "there are no groups." in raised(ValueError, checks.as_groups, "op", "sizes", [])
 
 
 # ---- What public functions refuse ---------------------------------------------------------------

@@ -26,6 +26,11 @@ def model(monkeypatch, **constants) -> None:
     monkeypatch.setattr(cost, "CostModel", functools.partial(CostModel, **constants))
 
 
+def test_nobody_changes_the_constants():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CostModel().clock = 1.0
+
+
 def test_a_step_takes_as_long_as_its_bytes_from_l2():
     step = 128 * (128 + 128) / 46  # 712 clocks; the tensor core: 640
     cycles = 8 * (56 * step + 1400 + 128 * 128 * 2 / 27)

@@ -90,6 +90,11 @@ def test_the_tile_of_a_qarray_is_the_first_that_fits():
     assert small.shape == (1, 100) and small.ndim == 2
 
 
+def test_a_qarray_does_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fp8.QArray(np.zeros((1, 1), FP8), np.ones((1, 1))).scale = None
+
+
 def test_scales_that_fit_no_tile_are_named_with_those_that_would():
     with pytest.raises(ValueError) as info:
         fp8.QArray(np.zeros((130, 300), FP8), np.ones((3, 130))).tile  # noqa: B018

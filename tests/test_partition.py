@@ -1,5 +1,6 @@
 """How work is cut up over a mesh: the plan of each rule, without a program."""
 
+import dataclasses
 import functools
 import types
 import warnings
@@ -56,6 +57,7 @@ def text_of(rule: Rule) -> str:
 
 
 DENSE = rule_of("m k, n k, m k/128, n/128 k/128, m n -> m n", summed="k", blocked="nk", added=4)
+PLAIN = rule_of("m k, n k -> m n", summed="k")
 SHAPES = ((512, 1024), (384, 1024), (512, 8), (3, 8), (512, 384))
 
 
@@ -79,6 +81,15 @@ def test_a_plain_rule_cuts_anything_and_sums_nothing():
     rule = Rule("test", (), (), ())
     assert rule.summed == rule.whole == rule.blocked == frozenset() and rule.added is None
     assert Dim("m").per == 1
+
+
+def test_rules_and_sums_are_keys_of_caches():
+    same = rule_of("m k, n k -> m n", summed="k")
+    assert hash(PLAIN) == hash(same) and PLAIN == same != DENSE
+    for one, field in ((Dim("m"), "per"), (PLAIN, "op"), (Total((), ("data",)), "axes")):
+        hash(one)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, field, None)
 
 
 # ---- Shardy's notation ---------------------------------------------------------------------------
@@ -129,9 +140,6 @@ def plan(rule: Rule, *offered, sizes=None, mesh=MESH) -> dict:
     sizes = sizes or dict.fromkeys("mnkg", 3072)
     votes = [(dims(x), P(*spec), *(rest or (1,))) for x, spec, *rest in offered]
     return assign(rule, votes, sizes, mesh)
-
-
-PLAIN = rule_of("m k, n k -> m n", summed="k")
 
 
 def test_an_array_keeps_its_sharding():

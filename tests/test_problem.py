@@ -41,6 +41,13 @@ def test_steps_are_whole():
     assert [dataclasses.replace(DENSE, k=k).steps for k in (1, 128, 129, 384)] == [1, 1, 2, 3]
 
 
+def test_problems_and_configs_are_keys_of_caches():
+    for one in (DENSE, CONFIG):
+        assert hash(one) == hash(dataclasses.replace(one))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            one.m = 1
+
+
 def test_only_a_bf16_rhs_is_cast():
     for rhs, casts in {"fp8": False, "bf16": True, "bf16_transposed": True}.items():
         assert Problem("ragged", 1, 1, 1, rhs=rhs).casts == casts

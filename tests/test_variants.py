@@ -1,5 +1,6 @@
 """The table of variants, their pairs of scales, and the words that options may be."""
 
+import dataclasses
 import typing
 
 import pytest
@@ -52,6 +53,11 @@ def test_dims_of_dense_gemms(lhs, rhs, dims):
     row = VARIANTS["dense"].with_ranks(lhs, rhs)
     assert (row.lhs, row.rhs, row.out) == dims
     assert row.name == "dense" and row.vmap == "batched"
+
+
+def test_rows_of_the_table_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VARIANTS["dense"].vmap = None
 
 
 def test_only_dense_has_other_ranks():
