@@ -21,6 +21,7 @@ import argparse
 import ast
 import copy
 import dataclasses
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -39,6 +40,9 @@ PACKAGE = "jax_fp8gemm"
 REPORT = ROOT / "build" / "mutation" / "report.json"
 SEED, SAMPLE = 0, 320
 WORKERS = 2
+# What the package and its tests import, but for the package.
+PRELOADED = ("jax", "jax.custom_batching", "jax.experimental.custom_partitioning", "jax.export",
+             "jax.extend", "numpy", "pytest")  # fmt: skip
 TIMEOUT_FACTOR, TIMEOUT_SECONDS = 8, 30  # of the time without a mutant, and beside it
 
 # Files of the package (and functions, where not all of a file), and the tests that guard them. Each
@@ -351,7 +355,7 @@ def child(tests: tuple[str, ...], mutant: Mutant | None, note: pathlib.Path) -> 
         os.dup2(quiet, 2)
         if mutant:
             sys.meta_path.insert(0, Finder(mutant))
-        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
         code = int(pytest.main(arguments, plugins=[FirstFailure(note)]))
     except BaseException as error:  # a mutant may do anything, such as to raise SystemExit
         note.write_text(repr(error))
@@ -412,9 +416,11 @@ def prepare() -> None:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # programs run once
     sys.path.insert(0, str(ROOT / "tests"))
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
-
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = False  # of what is not mutated, beside the report
+    sys.pycache_prefix = str(REPORT.parent / "pycache")
+    for name in PRELOADED:
+        importlib.import_module(name)
     assert PACKAGE not in sys.modules
     REPORT.parent.mkdir(parents=True, exist_ok=True)
 
