@@ -140,8 +140,15 @@ def test_integers_are_arrays_of_integers():
         assert "index must be integers." in raised(
             TypeError, checks.check_integers, "op", "index", value
         )
-    for value in ([0.5], None, [None], np.ones(2), [True]):
-        raised(TypeError, checks.as_int32, "op", "index", value)
+    for value, got in (
+        ([0.5], "index float64[1]"),
+        (np.ones(2), "index float64[2]"),
+        ([True], "index bool[1]"),
+        (None, "index NoneType"),  # as the user knows it
+        ([None], "index list"),
+    ):
+        text = raised(TypeError, checks.as_int32, "op", "index", value)
+        assert f"got       {got}\n  expected  integers\n" in text
 
 
 def test_the_nearest_int32_of_each():

@@ -90,6 +90,13 @@ def test_the_tile_of_a_qarray_is_the_first_that_fits():
     assert small.shape == (1, 100) and small.ndim == 2
 
 
+def test_fp8_arrays_compare_by_identity():
+    """As arrays do not answer with one bool."""
+    one = fp8.QArray(np.zeros((1, 1), FP8), np.ones((1, 1)))
+    assert one == one != fp8.QArray(one.qvalue, one.scale)
+    assert len({one, one}) == 1
+
+
 def test_a_qarray_does_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         fp8.QArray(np.zeros((1, 1), FP8), np.ones((1, 1))).scale = None

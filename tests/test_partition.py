@@ -77,6 +77,11 @@ def test_letters_and_sizes_are_the_operands():
     assert rule_of("m/128 k/all, m k -> m").sizes(((4, 1), (512, 64))) == {"m": 512, "k": 64}
 
 
+def test_every_operand_has_a_shape():
+    with pytest.raises(ValueError, match="shorter"):
+        DENSE.sizes(SHAPES[:2])
+
+
 def test_a_plain_rule_cuts_anything_and_sums_nothing():
     rule = Rule("test", (), (), ())
     assert rule.summed == rule.whole == rule.blocked == frozenset() and rule.added is None

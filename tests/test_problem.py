@@ -131,6 +131,8 @@ def test_blocks_to_expect_are_the_mean_over_sizes_from_0_7_to_1_3():
     problem = Problem("ragged", 1300, 64, 256, 13)
     config = GemmConfig("persistent", 128, 64, 4)
     assert blocks(problem, config) == 14
+    many = dataclasses.replace(problem, m=130_000, g=1300)
+    assert blocks(many, config) == 1400
     shared = dataclasses.replace(config, multicast="rhs")  # 256 rows at once: two blocks a group
     assert blocks(problem, shared) == 26
     assert blocks(dataclasses.replace(problem, variant="contiguous"), config) == 14

@@ -46,6 +46,7 @@ def test_the_pairs_of_scales():
         (13, 13, ("mABCDEFGHIJKk", "nABCDEFGHIJKk", "mn")),
         (2, 3, ("mk", "nk", "mn")),  # not one: the check of ranks names it
         (1, 1, ("mk", "nk", "mn")),
+        (2, 1, ("mk", "nk", "mn")),
         (14, 13, ("mk", "nk", "mn")),  # more dims than letters
     ],
 )
@@ -82,6 +83,14 @@ def test_shapes_of_results(variant, lhs, rhs, count, out):
     sizes = row.sizes(lhs, rhs, count)
     assert sizes["k"] == 256 and sizes["m"] == 5 and sizes["n"] == 7
     assert ("g" in sizes) == (variant != "dense")
+
+
+def test_other_ranks_than_the_row_s_have_no_sizes():
+    row = VARIANTS["batched"]
+    assert row.out_shape((3, 5, 256), (3, 7, 256)) == (3, 5, 7)
+    for lhs, rhs in (((5, 256), (3, 7, 256)), ((3, 5, 256), (3, 7, 256, 1))):
+        with pytest.raises(ValueError, match="zip"):
+            row.sizes(lhs, rhs, None)
 
 
 def test_a_size_of_an_operand_wins_over_the_group_operand_s():
