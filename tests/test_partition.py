@@ -292,6 +292,39 @@ def test_an_array_offers_its_axes_outer_ones_first():
         assert offered(mesh, (8, 16), *spec) == P(*full), spec
 
 
+def test_shards_may_have_one_row():
+    assert offered(devices(2, 4), (2, 4), "a", "b") == P("a", "b")
+
+
+def test_results_have_a_vote_each():
+    mesh = devices(2, 2)
+
+    def array(shape: tuple[int, ...], *spec):
+        return types.SimpleNamespace(shape=shape, sharding=NamedSharding(mesh, P(*spec)))
+
+    def planned(lhs: tuple, rhs: tuple, out: tuple) -> tuple:
+        operands = [array((8, 4), *lhs), array((16, 4), *rhs)]
+        found, cut, wanted = partition._plan(PLAIN, mesh, operands, [array((8, 16), *out)])
+        assert found is mesh
+        return cut, wanted
+
+    assert planned(("a",), (), (None, "a")) == ({"m": ("a",)}, [P(None, "a")])
+    assert planned(("a",), ("a",), (None, "a")) == ({"n": ("a",)}, [P(None, "a")])
+    assert planned((), (), ("b",)) == ({"m": ("b",)}, [P("b", None)])
+    operands = [array((8, 4), None, "b"), array((16, 4))]
+    assert partition._plan(PLAIN, mesh, operands, ()) == (mesh, {"k": ("b",)}, [])
+
+
+def test_where_nothing_is_on_a_mesh_nothing_is_cut():
+    device = jax.devices()[3]
+    single = jax.sharding.SingleDeviceSharding(device)
+    arrays = [types.SimpleNamespace(shape=(8, 4), sharding=single)] * 2
+    empty = Mesh(np.empty((), object), ())
+    mesh, cut, wanted = partition._plan(PLAIN, empty, arrays, [arrays[0]] * 3)
+    assert mesh.axis_names == ("devices",) and mesh.devices.tolist() == [device]
+    assert cut == {} and wanted == [P()] * 3
+
+
 def test_an_axis_of_one_device_cuts_nothing():
     assert offered(devices(1, 4, 2), (8, 16), "a", "b") == P(None, "b")
 
