@@ -198,7 +198,8 @@ def test_several_dims_of_tokens_end_in_whole_blocks():
     assert fp8.quantize_transposed(x, token_dims=2).shape == (256, 2, 128)
     assert fp8.quantize_transposed(x, token_dims=np.int32(1)).shape == (2, 256, 128)
     assert fp8.quantize_transposed(x[:, :127], token_dims=1).shape == (2, 256, 128)
-    raised(ValueError, fp8.quantize_transposed, x[:, :127], token_dims=2)
+    text = raised(ValueError, fp8.quantize_transposed, x[:, :127], token_dims=2)
+    assert "x [..., m, k] with m a multiple of 128 where there are two or more" in text
     raised(ValueError, fp8.quantize_transposed, x, (128, 128), token_dims=2)
     assert fp8.quantize_transposed(x, (128, 128)).shape == (2, 256, 128)
 

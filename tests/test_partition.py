@@ -572,16 +572,24 @@ def test_dims_before_the_tokens_count_matrices():
 
 
 def test_the_source_of_a_cast_outvotes_all_its_copies():
-    """Copies are smaller: rather they travel. At most there are nine results."""
+    """Copies are smaller: rather they travel. At most nine results have the same dim."""
     spec = CastSpec(source="swiglu_backward", transposed=True)
     rule = quantize_op.sharding_rule(spec, 3, True)
     assert len(rule.results) == 9
     ((operand, votes),) = rule.voters
-    offered = [(rule.operands[operand], P(None, "data"), votes)]
-    offered += [(dims, P("data"), 1) for dims in rule.results]
-    sizes = {"A": 512, "m": 512, "h": 512, "f": 256}
-    assert assign(rule, offered, sizes, MESH) == {"m": ("data",)}
     assert operand == 0
+    sizes = {"A": 512, "m": 512, "h": 512, "f": 256}
+
+    def cut(own: str, other: str) -> dict:
+        """Returns the plan where x is cut along one letter, and all results along another."""
+        arrays = [(rule.operands[0], own, votes), *((dims, other, 1) for dims in rule.results)]
+        offered = [
+            (dims, P(*("data" if dim.letter == letter else None for dim in dims)), count)
+            for dims, letter, count in arrays
+        ]
+        return assign(rule, offered, sizes, MESH)
+
+    assert cut("m", "A") == {"m": ("data",)} and cut("A", "m") == {"A": ("data",)}
 
 
 def test_tokens_of_a_cast_are_its_rows_or_its_index():
@@ -592,6 +600,8 @@ def test_tokens_of_a_cast_are_its_rows_or_its_index():
     both = CastSpec(transposed=True)
     assert last(both, (2, 256, 128)) == "A k m/128"
     assert last(both, (2, 255, 128)) == "A k t/128"
+    swiglu = CastSpec(source="swiglu", transposed=True)
+    assert last(swiglu, (1, 256, 512), (256,)) == "A k m/128"
     gather = CastSpec(transposed=True, gather=True)
     assert last(gather, (100, 128), (256,)) == "k m/128"
     assert last(gather, (256, 128), (100,)) == "k t/128"
