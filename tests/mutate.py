@@ -87,7 +87,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "how much a cache keeps changes no result",
     ("_select/problem.py", "maxsize=1023"):
         "how much a cache keeps changes no result",
-    ("_core/groups.py", "jnp.clip(group_sizes, -1,"):
+    ("_core/groups.py", "clip(group_sizes, -1, steps"):
         "-1 is rounded up to no steps",
     ("_core/groups.py", "group_sizes.shape[-1])"):
         "sizes of groups have one dim",
