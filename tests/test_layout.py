@@ -1,6 +1,8 @@
 """Scale tiles and how scales lie in memory, and the arrays that have them."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax_fp8gemm._core.layout import (
     BLOCKS,
     K_MULTIPLE,
     K_STEP,
+    MOST_COUNT,
     ROW_BLOCKS,
     ROWS,
     SCALE_BLOCK,
@@ -48,6 +51,14 @@ def test_the_hardware_s_multiples():
     assert K_MULTIPLE * jnp.dtype(FP8).itemsize == 16 == SCALE_MULTIPLE * 4
     assert SCALE_BLOCK == K_STEP == TOKEN_MULTIPLE == 128
     assert jnp.finfo(FP8).max == FP8_MAX
+
+
+def test_counts_are_those_of_the_kernels():
+    """A block that begins at the last row ends past it, and the end is an int too."""
+    plan = pathlib.Path(__file__).parent.parent / "csrc" / "kernels" / "plan.cuh"
+    found = re.search(r"kMostCount = (0x\w+) - (\d+);", plan.read_text())
+    assert found and MOST_COUNT == int(found[1], 16) - int(found[2])
+    assert MOST_COUNT + 2047 == 2**31 - 1
 
 
 @pytest.mark.parametrize("a, b, up", [(0, 4, 0), (1, 4, 4), (4, 4, 4), (5, 4, 8), (9, 3, 9)])
