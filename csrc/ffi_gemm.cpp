@@ -113,8 +113,8 @@ void read_operands(const GemmCall& call, Buffers& buffers, Operands& o) {
     o.group_data = buffers.operand("the sizes of groups", ffi::S32, {o.groups});
   }
   if (spec.accumulate) read_init(spec, buffers, o);
-  // NOTE: a cluster may have more CTAs than k has steps, where an exported program takes any k: some
-  // then add zeros. why_illegal() refuses it only since it is slow.
+  // NOTE: a cluster may have more CTAs than k has steps, where an exported program takes any k:
+  // some then add zeros. why_illegal() refuses it only since it is slow.
   buffers.require_end();
 }
 

@@ -27,8 +27,8 @@ constexpr int kWarpThreads = 32;
 constexpr int kWarpgroupThreads = 128;  // four warps, which give the tensor core one instruction
 constexpr int kSubTileRows = 64;        // of lhs, in one of its instructions
 
-// Rows of all matrices of an array, and columns: kernels count them in ints, and a block that begins
-// at the last one ends past it.
+// Rows of all matrices of an array, and columns: kernels count them in ints, and a block that
+// begins at the last one ends past it.
 constexpr int kMostCount = 0x7fffffff - 2047;
 
 // Of one CTA on compute capability 9.0 (CUDA C++ Programming Guide, "Technical Specifications").

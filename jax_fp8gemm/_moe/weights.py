@@ -138,7 +138,7 @@ def as_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> ExpertKernels
         fail(op, f"{name} is not an ExpertKernels.", got, expected, fix, TypeError)
     given = {"wi_0": kernels.wi_0, "wi_1": kernels.wi_1, "wo": kernels.wo}
     named = {matrix: as_float(op, matrix, w) for matrix, w in given.items()}
-    kernels = dataclasses.replace(kernels, **named)
+    kernels = ExpertKernels(**named, copies=kernels.copies)
     got = ", ".join(describe(matrix, w) for matrix, w in named.items())
     if any(w.ndim != ndim for w in named.values()):
         fix = "stack the experts along dim 0" if ndim == 3 else "pass one expert's matrices"
