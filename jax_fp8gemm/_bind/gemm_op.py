@@ -363,7 +363,7 @@ def _vmap_dense(spec: GemmSpec, size: int, batched: dict, named: dict) -> jax.Ar
         if spec.accumulate:
             own["init"] = own["init"].reshape(size, math.prod(lead), n)
     own |= {x: own[x].reshape(*own[x].shape[:2], -1) for x in ("rhs", "rhs_scale")}
-    partner = dataclasses.replace(spec, variant=VARIANTS[spec.variant.vmap or "batched"])
+    partner = dataclasses.replace(spec, variant=VARIANTS["batched"])
     (out,) = rebind(GEMM, partner, tuple(own.values()))
     return out.reshape(size, *lead, n)
 

@@ -184,7 +184,7 @@ def run_batch(one: One, many: Many, batch: Batch, operands: Arrays) -> Arrays:
     inner = functools.partial(run_batch, one, many, batch[depth:])
     if size == 1:
         firsts = [x[0] if own else x for x, own in zip(merged, batched, strict=True)]
-        out = [y[None] for y in inner(firsts)]
+        out: Arrays = [y[None] for y in inner(firsts)]
     elif batch[depth:]:
         out = loop(inner, batched, merged)
     else:
