@@ -125,12 +125,6 @@ def test_vmap_of_masked_is_more_groups():
     np.testing.assert_array_equal(out, stack(one))
 
 
-def test_vmap_of_ragged_is_a_clear_error():
-    lhs, rhs, sizes, _ = operands("ragged", GROUPS[0])
-    with pytest.raises(NotImplementedError, match=r"ragged has no vmap[\s\S]*jax.lax.map"):
-        jax.vmap(lambda s: fp8.gemm(lhs, rhs, s, variant="ragged"))(sizes[None])
-
-
 def test_sizes_may_come_from_the_host_in_any_integer_type():
     lhs, rhs, sizes, _ = operands("ragged", GROUPS[3])
     expected = fp8.gemm(lhs, rhs, sizes, variant="ragged")

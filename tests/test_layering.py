@@ -17,7 +17,7 @@ PACKAGE = ROOT / "jax_fp8gemm"
 WINGS = {
     "_core": "version errors extension types layout qarray bits checks groups variants reference",
     "_select": "problem candidates cost choice",
-    "_bind": "native partition meshes op gemm_op quantize_op",
+    "_bind": "native partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
     "_moe": "routing exchange weights experts layer",
     "_tools": "timing operands shapes tune",

@@ -17,13 +17,26 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_fp8gemm._bind import meshes
+from jax_fp8gemm._bind.merge import Stacked, merge
 from jax_fp8gemm._bind.native import QUANTIZE_TARGET, TARGET
-from jax_fp8gemm._bind.op import Arrays, Op, Results, Shape, bind, bind_primitive, rebind, spread
-from jax_fp8gemm._bind.partition import Dim, Rule, Total, blocked_letters, scale_dims
+from jax_fp8gemm._bind.op import (
+    Arrays,
+    Op,
+    Results,
+    Shape,
+    bind,
+    bind_primitive,
+    loop,
+    rebind,
+    run_batch,
+    spread,
+)
+from jax_fp8gemm._bind.partition import Batch, Dim, Rule, Total, blocked_letters, scale_dims
 from jax_fp8gemm._core import reference
-from jax_fp8gemm._core.errors import fail, message
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.layout import (
     BLOCKS,
+    ROW_BLOCKS,
     SCALE_BLOCK,
     TENSOR,
     Tile,
@@ -217,15 +230,38 @@ def _empty(spec: GemmSpec, operands: Arrays) -> Arrays | None:
     return [jnp.zeros_like(like, DTYPES[spec.out], shape=shape)]
 
 
-def _local(spec: GemmSpec, operands: Arrays, total: Total | None) -> Arrays:
+def _local(spec: GemmSpec, operands: Arrays, batch: Batch, total: Total | None) -> Arrays:
     """One device's share. Where k is cut, float32 parts are summed by `total`."""
     if total is None:
-        return [_on_one_device(*operands, spec=spec)]
+        return _run(spec, operands, batch)
     named = spec.named(operands)
     init = [named.pop("init")] if spec.accumulate else []
     part_spec = dataclasses.replace(spec, out="f32", accumulate=False)
-    part = _on_one_device(*named.values(), spec=part_spec)
+    (part,) = _run(part_spec, tuple(named.values()), batch)
     return [sum(init, total(part)).astype(DTYPES[spec.out])]
+
+
+def _run(spec: GemmSpec, operands: Arrays, batch: Batch) -> Arrays:
+    one = lambda operands: [_on_one_device(*operands, spec=spec)]  # noqa: E731
+    return run_batch(one, functools.partial(_many, spec), batch, operands)
+
+
+def _many(spec: GemmSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays:
+    """A batch of GEMMs in one kernel; a loop where an operand has one scale for all of k."""
+    if spec.variant.groups == "k" and spec.tiles[0] != ROW_BLOCKS:
+        return loop(lambda one: [_on_one_device(*one, spec=spec)], batched, operands)
+    named = spec.named(operands)
+    if spec.scales == "tensor_tensor":  # of each element: one scale for all rows no more
+        spec = dataclasses.replace(spec, scales="row_row")
+        for name in ("lhs", "rhs"):
+            scale, rows = named[f"{name}_scale"], named[name].shape[-2]
+            named[f"{name}_scale"] = jnp.broadcast_to(scale, (*scale.shape[:-2], rows, 1))
+    merged = merge(spec.variant.name, Stacked(size, spec.named(batched), named))
+    expected = spec.expected_rows  # of a masked group, or of all of them
+    if merged.variant != spec.variant.name:
+        expected *= size * named["groups"].shape[-1]
+    spec = dataclasses.replace(spec, variant=VARIANTS[merged.variant], expected_rows=expected)
+    return [merged.unmerge(_on_one_device(*merged.named.values(), spec=spec))]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -290,23 +326,19 @@ def sharding_rule(
     )
 
 
-def _vmap(spec: GemmSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays:
-    name = spec.variant.name
-    if name in ("batched", "masked"):  # more groups
-        merged = [x.reshape(-1, *x.shape[2:]) for x in spread(size, batched, operands)]
-        (out,) = rebind(GEMM, spec, merged)
-        return [out.reshape(size, -1, *out.shape[1:])]
-    if name == "dense":
+def _vmap(spec: GemmSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays | None:
+    """More rows or columns of a dense GEMM. The groups of others are those of one element."""
+    if spec.variant.name == "dense":
         return [_vmap_dense(spec, size, spec.named(batched), spec.named(operands))]
-    raise NotImplementedError(
-        message(
-            "gemm",
-            f"variant {name} has no vmap.",
-            got=f"a vmap of size {size}",
-            expected="vmap of dense, batched or masked GEMMs",
-            fix="loop with jax.lax.map, or make the batch part of the groups",
-        )
-    )
+    if not spec.accumulate:
+        return None
+    plain = dataclasses.replace(spec, accumulate=False)
+
+    def add(*operands):  # once for each element, though all may share one GEMM
+        return rebind(GEMM, plain, operands[:-1])[0] + operands[-1]
+
+    axes = [0 if own else None for own in batched]
+    return [jax.vmap(add, axes, axis_size=size)(*operands)]
 
 
 def _vmap_dense(spec: GemmSpec, size: int, batched: dict, named: dict) -> jax.Array:
@@ -331,7 +363,7 @@ def _vmap_dense(spec: GemmSpec, size: int, batched: dict, named: dict) -> jax.Ar
         if spec.accumulate:
             own["init"] = own["init"].reshape(size, math.prod(lead), n)
     own |= {x: own[x].reshape(*own[x].shape[:2], -1) for x in ("rhs", "rhs_scale")}
-    partner = dataclasses.replace(spec, variant=VARIANTS[spec.variant.vmap or "batched"])
+    partner = dataclasses.replace(spec, variant=VARIANTS["batched"])
     (out,) = rebind(GEMM, partner, tuple(own.values()))
     return out.reshape(size, *lead, n)
 

@@ -1,15 +1,16 @@
 """The one stack of every custom call, from arrays under any transformation to the primitive.
 
 bind            nothing to compute? Explicit mesh axes made Auto; inside shard_map, types alike
-  custom_vmap   a batch becomes more rows, more groups, or a loop: Op.vmap
+  custom_vmap   a batch becomes more rows or columns (Op.vmap), or one more leading dim
     custom_jvp  an error: FP8 numbers have no derivative
-      custom_partitioning   every device gets its shards: Op.rule, partition.py
-        Op.local            one device: layouts of the kernel, then
+      custom_partitioning   every device gets its shards, of leading dims too: partition.py
+        Op.local            one device: leading dims merged or looped over, layouts of the kernel
           primitive         lowered to the kernel on CUDA, to the reference elsewhere
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm._bind import meshes
-from jax_fp8gemm._bind.partition import Rule, Total, partitioned
+from jax_fp8gemm._bind.partition import Batch, Rule, Total, partitioned, with_batch
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import MOST_COUNT
 
@@ -48,8 +49,10 @@ class Op:
       empty: (spec, operands) -> results where there is nothing to compute, else None. Here and
         below operands have any leading dims, and scales have their logical layout.
       rule: (spec, operands) -> how the call is cut up over a mesh.
-      local: (spec, operands, total) -> results on one device; `total` sums a cut contraction.
-      vmap: (spec, axis size, which operands are batched, operands) -> results, batch first.
+      local: (spec, operands, batch, total) -> results on one device. `batch` says which operands
+        have which leading dims of vmaps, see `run_batch`; `total` sums a cut contraction.
+      vmap: (spec, axis size, which operands are batched, operands) -> results, batch first; or None
+        where the batch stays a leading dim, which `local` then gets.
     """
 
     name: str
@@ -60,8 +63,8 @@ class Op:
     aliases: Callable[[Any], dict[int, int]]
     empty: Callable[[Any, Arrays], Arrays | None]
     rule: Callable[[Any, Arrays], Rule]
-    local: Callable[[Any, Arrays, Total | None], Arrays]
-    vmap: Callable[[Any, int, Sequence[bool], Arrays], Arrays]
+    local: Callable[[Any, Arrays, Batch, Total | None], Arrays]
+    vmap: Callable[[Any, int, Sequence[bool], Arrays], Arrays | None]
 
 
 def bind(
@@ -91,13 +94,18 @@ def bind_primitive(op: Op, spec: Hashable, operands: Arrays) -> list[jax.Array]:
 
 
 @functools.cache
-def _vmappable(op: Op, spec: Hashable, rule: Rule, manual: bool) -> Callable[..., Arrays]:
+def _vmappable(
+    op: Op, spec: Hashable, rule: Rule, manual: bool, batch: Batch = ()
+) -> Callable[..., Arrays]:
     """Returns the call with its rules for vmap, derivatives and meshes.
 
     manual: inside a shard_map operands are shards already.
     """
-    local = functools.partial(_local, op, spec)
-    on_devices = jax.custom_jvp(local if manual else partitioned(local, rule, spec))
+    local = functools.partial(_local, op, spec, batch)
+    static = (spec, batch) if batch else spec
+    on_devices = jax.custom_jvp(
+        local if manual else partitioned(local, with_batch(rule, batch), static)
+    )
     on_devices.defjvp(functools.partial(_no_derivative, op.name))
 
     @custom_vmap
@@ -105,18 +113,23 @@ def _vmappable(op: Op, spec: Hashable, rule: Rule, manual: bool) -> Callable[...
         return on_devices(*operands)
 
     @call.def_vmap
-    def batch(size, batched, *operands):
+    def batch_rule(size, batched, *operands):
         if size == 0:
             out = _empty_batch(call, batched, operands)
         else:
-            out = op.vmap(spec, size, batched, operands)
+            out = None if batch else op.vmap(spec, size, batched, operands)
+        if out is None:
+            more = _vmappable(op, spec, rule, manual, (tuple(batched), *batch))
+            out = more(*operands)
         return out, [True] * len(out)
 
     return call
 
 
-def _local(op: Op, spec: Hashable, *operands: jax.Array, total: Total | None = None) -> Arrays:
-    return op.local(spec, operands, total)
+def _local(
+    op: Op, spec: Hashable, batch: Batch, *operands: jax.Array, total: Total | None = None
+) -> Arrays:
+    return op.local(spec, operands, batch, total)
 
 
 def _no_derivative(op: str, primals, tangents):
@@ -155,6 +168,50 @@ def _check_counts(op: str, arrays: Arrays) -> None:
             got, expected = describe("an array", x), f"at most {MOST_COUNT} rows and columns"
             fix = "split the rows, or shard them over devices"
             fail(op, "there are too many rows or columns.", got, expected, fix)
+
+
+One = Callable[[Arrays], Arrays]
+Many = Callable[[int, Sequence[bool], Arrays], Arrays]
+
+
+def run_batch(one: One, many: Many, batch: Batch, operands: Arrays) -> Arrays:
+    """Runs an operation on one device, under any number of vmaps; for Op.local.
+
+    Vmaps of the same operands are merged, others looped over. A shard of one element is no batch.
+
+    Args:
+      one: operands -> results.
+      many: (size, which operands are batched, operands) -> results, both with the batch first.
+    """
+    if not batch:
+        return one(operands)
+    batched = batch[0]
+    depth = sum(1 for _ in itertools.takewhile(lambda level: level == batched, batch))
+    sizes = next(x.shape[:depth] for x, own in zip(operands, batched, strict=True) if own)
+    size = math.prod(sizes)
+    merged = [
+        x.reshape(size, *x.shape[depth:]) if own else x
+        for x, own in zip(operands, batched, strict=True)
+    ]
+    inner = functools.partial(run_batch, one, many, batch[depth:])
+    if size == 1:
+        firsts = [x[0] if own else x for x, own in zip(merged, batched, strict=True)]
+        out: Arrays = [y[None] for y in inner(firsts)]
+    elif batch[depth:]:
+        out = loop(inner, batched, merged)
+    else:
+        out = many(size, batched, merged)
+    return [y.reshape(*sizes, *y.shape[1:]) for y in out]
+
+
+def loop(one: One, batched: Sequence[bool], operands: Arrays) -> Arrays:
+    """Runs an operation for one element of the batch after the other."""
+
+    def step(own):
+        rest = iter(own)
+        return one([next(rest) if b else x for x, b in zip(operands, batched, strict=True)])
+
+    return jax.lax.map(step, [x for x, own in zip(operands, batched, strict=True) if own])
 
 
 @functools.cache

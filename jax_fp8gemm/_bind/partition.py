@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import math
+import string
 import warnings
 from collections.abc import Callable
 
@@ -87,6 +88,25 @@ class Rule:
         arrays = zip(self.operands, shapes, strict=True)
         pairs = ((dim, size) for dims, shape in arrays for dim, size in zip(dims, shape))  # noqa: B905
         return {dim.letter: size for dim, size in pairs if dim.per == 1}
+
+
+# Which operands have the leading dim of each vmap, the outermost first.
+Batch = tuple[tuple[bool, ...], ...]
+
+
+def with_batch(rule: Rule, batch: Batch) -> Rule:
+    """Returns the rule for operands with the leading dims of vmaps; each may be cut."""
+    names = string.ascii_uppercase[::-1]  # rules count their own leading dims from A on
+
+    def lead(index: int) -> Dims:
+        return tuple(Dim(name) for name, own in zip(names, batch) if own[index])  # noqa: B905
+
+    every = tuple(map(Dim, names[: len(batch)]))
+    return dataclasses.replace(
+        rule,
+        operands=tuple((*lead(i), *dims) for i, dims in enumerate(rule.operands)),
+        results=tuple((*every, *dims) for dims in rule.results),
+    )
 
 
 def shardy_rule(rule: Rule, shapes) -> tuple[str, dict]:

@@ -22,8 +22,19 @@ import numpy as np
 
 from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._bind.native import QUANTIZE_TARGET
-from jax_fp8gemm._bind.op import Arrays, Op, Results, Shape, bind, bind_primitive, rebind, spread
-from jax_fp8gemm._bind.partition import Dim, Rule, Total, blocked_letters, scale_dims
+from jax_fp8gemm._bind.op import (
+    Arrays,
+    Op,
+    Results,
+    Shape,
+    bind,
+    bind_primitive,
+    loop,
+    rebind,
+    run_batch,
+    spread,
+)
+from jax_fp8gemm._bind.partition import Batch, Dim, Rule, Total, blocked_letters, scale_dims
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._core.groups import grouped_tokens
 from jax_fp8gemm._core.layout import (
@@ -211,8 +222,33 @@ def _empty(spec: CastSpec, operands: Arrays) -> Arrays | None:
     return _unmerged(spec, operands[0].shape, found) + zeros
 
 
-def _local(spec: CastSpec, operands: Arrays, total: Total | None) -> Arrays:
-    return _on_one_device(*operands, spec=spec)  # nothing is contracted
+def _local(spec: CastSpec, operands: Arrays, batch: Batch, total: Total | None) -> Arrays:
+    """One device's share; nothing is contracted."""
+    one = lambda operands: _on_one_device(*operands, spec=spec)  # noqa: E731
+    return run_batch(one, functools.partial(_many, spec), batch, operands)
+
+
+def _many(spec: CastSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays:
+    """A batch of casts: more rows, or a loop where groups are placed or tokens padded by element.
+
+    Rows past the groups are read too, if there is only a copy of rows.
+    """
+    if spec.transposed or spec.tile[0] != 1:
+        return loop(lambda one: _on_one_device(*one, spec=spec), batched, operands)
+    named, own = spec.named(operands), spec.named(spread(size, batched, operands))
+    merged = {name: x.reshape(-1, *x.shape[2:]) for name, x in own.items()}
+    merged.pop("group_sizes", None)
+    if spec.gather:
+        batched_x = any(b for name, b in spec.named(batched).items() if name in MATRICES)
+        if batched_x:
+            rows = named["x"].shape[-2]
+            first = rows * jnp.arange(size, dtype=jnp.int32)[:, None]
+            merged["index"] = (first + jnp.clip(own["index"], 0, rows - 1)).reshape(-1)
+        else:
+            merged |= {name: x for name, x in named.items() if name in MATRICES}
+    plain = dataclasses.replace(spec, grouped=False)
+    found = _on_one_device(*merged.values(), spec=plain)
+    return [x.reshape(size, -1, *x.shape[1:]) for x in found]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -293,12 +329,11 @@ def sharding_rule(spec: CastSpec, rank: int, whole_tokens: bool) -> Rule:
     )
 
 
-def _vmap(spec: CastSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays:
-    """More matrices, or one by one."""
-    own = spread(size, batched, operands)
+def _vmap(spec: CastSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays | None:
+    """More matrices. Groups, indices and row weights are those of one element."""
     if spec.source in ("float", "fp8") and not spec.grouped and not spec.gather:
-        return rebind(QUANTIZE, spec, own)
-    return jax.lax.map(lambda one: rebind(QUANTIZE, spec, one), own)
+        return rebind(QUANTIZE, spec, spread(size, batched, operands))
+    return None
 
 
 QUANTIZE = Op(

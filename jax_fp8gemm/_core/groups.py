@@ -16,6 +16,11 @@ def group_ends(group_sizes: jax.Array, limit: int) -> jax.Array:
     return ends.astype(jnp.int32)
 
 
+def clamped_sizes(group_sizes: jax.Array, limit: int) -> jax.Array:
+    """Returns how many of `limit` places each group has, int32 [g]; see `group_ends`."""
+    return jnp.diff(group_ends(group_sizes, limit), prepend=0)
+
+
 def group_of_row(group_sizes: jax.Array, m: int) -> jax.Array:
     """Returns the group of each of m rows, int32 [m]; g for rows past the groups."""
     return jnp.searchsorted(group_ends(group_sizes, m), jnp.arange(m), side="right").astype("int32")
@@ -23,8 +28,13 @@ def group_of_row(group_sizes: jax.Array, m: int) -> jax.Array:
 
 def group_of_step(group_sizes: jax.Array, steps: int) -> jax.Array:
     """Returns the group of each step of 128 of k, int32 [steps]; every group begins a new step."""
+    return group_of_row(whole_steps(group_sizes, steps), steps)
+
+
+def whole_steps(group_sizes: jax.Array, steps: int) -> jax.Array:
+    """Returns how many steps of 128 of k each group asks for, at most all, int32 [g]."""
     own = jnp.clip(group_sizes, 0, steps * TOKEN_MULTIPLE)
-    return group_of_row((own + TOKEN_MULTIPLE - 1) // TOKEN_MULTIPLE, steps)
+    return (own + TOKEN_MULTIPLE - 1) // TOKEN_MULTIPLE
 
 
 def grouped_tokens(m: int, g: int) -> int:

@@ -12,7 +12,7 @@ from jax_fp8gemm._core.types import ScalesName, VariantName
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row: the dims of the operands as letters, and the row that a vmap of both leads to.
+    """One row: the dims of the operands as letters.
 
     Attributes:
       groups: the dim that the group operand cuts up or covers: "m", "k", or None without one.
@@ -26,7 +26,6 @@ class Variant:
     out: str
     groups: str | None
     group_operand: str | None
-    vmap: VariantName | None
 
     def with_ranks(self, lhs: int, rhs: int) -> "Variant":
         """Returns the row for operands of these ranks; only `dense` has others than its own.
@@ -57,12 +56,12 @@ class Variant:
 VARIANTS = {
     row.name: row
     for row in (
-        Variant("dense", "mk", "nk", "mn", None, None, "batched"),
-        Variant("batched", "gmk", "gnk", "gmn", None, None, None),
-        Variant("ragged", "mk", "gnk", "mn", "m", "g", None),
-        Variant("contiguous", "mk", "gnk", "mn", "m", "m", None),
-        Variant("masked", "gmk", "gnk", "gmn", "m", "g", None),
-        Variant("ragged_contracting", "mk", "nk", "gmn", "k", "g", None),
+        Variant("dense", "mk", "nk", "mn", None, None),
+        Variant("batched", "gmk", "gnk", "gmn", None, None),
+        Variant("ragged", "mk", "gnk", "mn", "m", "g"),
+        Variant("contiguous", "mk", "gnk", "mn", "m", "m"),
+        Variant("masked", "gmk", "gnk", "gmn", "m", "g"),
+        Variant("ragged_contracting", "mk", "nk", "gmn", "k", "g"),
     )
 }
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
-from jax_fp8gemm._core.bits import from_bits, map_rows, named, save
+from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows
 from jax_fp8gemm._core.checks import (
     as_float,
     as_int32,
@@ -90,7 +90,7 @@ def expert_ffn(
 
     Raises:
       ValueError: shapes do not fit, or an option is unknown or not possible. TypeError: dtypes.
-      NotImplementedError: a second derivative, or jax.vmap.
+      NotImplementedError: a second derivative.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 
@@ -298,15 +298,7 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
 
 
 def _take(q: QArray, index: jax.Array) -> QArray:
-    """Rows of q. Bytes travel in fours: XLA moves 16 bytes a thread then, and only 4 otherwise."""
-
-    def take(x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.uint8:
-            return x[index]
-        fours = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, 4), jnp.uint32)
-        return jax.lax.bitcast_convert_type(fours[index], jnp.uint8).reshape(-1, x.shape[1])
-
-    return map_rows(take, q)
+    return map_rows(lambda x: take_rows(x, index), q)
 
 
 def _collected(rows, permutation, top_k: int, slots, like: jax.Array, spec: ExpertSpec):

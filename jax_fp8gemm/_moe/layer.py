@@ -85,7 +85,7 @@ def moe(
       ValueError: shapes do not fit, top_k is above e, experts do not split over the axis, or an
         option is unknown or not possible.
       TypeError: dtypes.
-      NotImplementedError: a second derivative, or jax.vmap.
+      NotImplementedError: a second derivative.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 

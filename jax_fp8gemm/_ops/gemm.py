@@ -79,7 +79,7 @@ def gemm(
     Raises:
       ValueError: shapes or scales do not fit, or the variant is unknown.
       TypeError: operands are not quantized, or dtypes do not fit.
-      NotImplementedError: a derivative, or jax.vmap of a grouped variant other than masked.
+      NotImplementedError: a derivative.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3; DeepGEMM for the variants.
 

@@ -12,7 +12,7 @@ from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.bits import from_bits, named, save
 from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, renamed
 from jax_fp8gemm._core.errors import describe, fail
-from jax_fp8gemm._core.groups import group_ends
+from jax_fp8gemm._core.groups import clamped_sizes
 from jax_fp8gemm._core.types import Residuals, ScaleRounding
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
@@ -68,7 +68,7 @@ def fp8_ragged_dot(
       ValueError: ranks, k or the number of groups do not fit, or an option is unknown or not
         possible.
       TypeError: lhs or rhs is not a float array, or group_sizes are not integers.
-      NotImplementedError: a second derivative, or jax.vmap.
+      NotImplementedError: a second derivative.
 
     Source: jax.lax.ragged_dot; DeepSeek-V3 (arXiv 2412.19437), section 3.3.
 
@@ -150,7 +150,7 @@ def _backward(spec: MatmulSpec, residuals, dy):
         dlhs = multiply(rows, kn, like_lhs.dtype, group_sizes, variant="ragged")
     if like_rhs is None:
         return like_lhs.match(dlhs), None, None, None
-    own = jnp.diff(group_ends(group_sizes, dy.shape[0]), prepend=0)  # clamped, as rows were placed
+    own = clamped_sizes(group_sizes, dy.shape[0])  # as rows were placed
     x = kept_transposed(saved, spec, group_sizes)
     drhs = multiply(
         x, transposed, like_rhs.dtype, own, variant="ragged_contracting", scales="1x128_1x128"
