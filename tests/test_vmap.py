@@ -78,7 +78,7 @@ def check(function, batch, axes, bound: float = 1e-5):
     operands = chosen(batch, axes)
     got, expected = jax.jit(jax.vmap(function, axes))(*operands), loop(function, operands, axes)
     types = [jax.tree.map(lambda y: (y.shape, y.dtype), tree) for tree in (got, expected)]
-    assert types[0] == types[1]
+    assert jax.tree.flatten(types[0]) == jax.tree.flatten(types[1])
     floats = [jax.tree.map(lambda y: y.astype(jnp.float32), tree) for tree in (got, expected)]
     for a, b in zip(*map(jax.tree.leaves, floats), strict=True):
         if np.asarray(b).any():
