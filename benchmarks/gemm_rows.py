@@ -119,17 +119,18 @@ def errors_of(case: Case, operands: tuple, outs: tuple) -> tuple[float, float | 
 
 
 def peer_fields(case: Case, launches: list | None, error: float | None) -> dict:
-    """Returns what a row says of the peer: the sum of all kernels that its call launched."""
+    """Returns what a row says of the peer: its GEMM kernel alone, as of ours.
+
+    Not all kernels of a launch: copies of the flush's argument lie between two flushes, too.
+    """
     if launches is None:
         return {}
     if not all(any(deepgemm_peer.KERNEL in name for name, _ in launch) for launch in launches):
         print(f"{case.op}: the trace has no kernel of the peer, which is left out", flush=True)
         return {}
-    fields = beside(
-        deepgemm_peer.name_of(case.problem), timing.sums(launches), deepgemm_peer.version()
-    )
-    kernels = max(len(launch) for launch in launches)
-    return {**fields, "peer_us_of": f"all kernels ({kernels})", "peer_error": error}
+    times = timing.sums(launches, deepgemm_peer.KERNEL)
+    fields = beside(deepgemm_peer.name_of(case.problem), times, deepgemm_peer.version())
+    return {**fields, "peer_us_of": deepgemm_peer.KERNEL, "peer_error": error}
 
 
 def ready(cases: list[Case]) -> Compiling:
