@@ -59,7 +59,7 @@ def beside_all(only: str) -> Iterator[list[dict]]:
 def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
     """Returns what a JAX user has today, as jitted functions of the same operands."""
 
-    def dequantise_then_bf16(lhs, rhs):
+    def dequantize_then_bf16(lhs, rhs):
         left, right = (
             reference.dequantize(x.qvalue, x.scale, x.tile).astype(jnp.bfloat16) for x in (lhs, rhs)
         )
@@ -74,7 +74,7 @@ def peers(lhs: fp8.QArray, rhs: fp8.QArray) -> dict:
 
     left, right = jax.jit(bf16)(lhs, rhs)
     made = {
-        "dequantise, bf16 dot": (jax.jit(dequantise_then_bf16), (lhs, rhs)),
+        "dequantize, bf16 dot": (jax.jit(dequantize_then_bf16), (lhs, rhs)),
         "cuBLASLt, one scale": (jax.jit(cublaslt_per_tensor), (lhs, rhs)),
         "bf16 dot": (jax.jit(lambda a, b: jnp.einsum("mk,nk->mn", a, b)), (left, right)),
     }

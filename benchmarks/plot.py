@@ -40,13 +40,21 @@ def times_faster(row: dict) -> float:
 
 
 def live(rows: list[dict]) -> dict[str, dict]:
-    """Returns rows by op whose peer ran in the same process; times of another day are no peer."""
-    return {row["op"]: row for row in rows if row.get("same_run")}
+    """Returns rows by op whose peer ran in the same process; times of another day are no peer.
+
+    Rows older than the mark `same_run` ran beside every peer but those of torch, DeepGEMM too.
+    """
+
+    def beside(row: dict) -> bool:
+        peer = row.get("peer") or "DeepGEMM"
+        return row.get("same_run") or not peer.startswith(("DeepGEMM", "torch"))
+
+    return {row["op"]: row for row in rows if beside(row)}
 
 
 def main() -> None:
     rows = live(json.loads(RESULTS.read_text()))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=(3, 2))
     names = list(dict.fromkeys(KINDS.values()))
     for prefix, name in KINDS.items():
         found = [r for op, r in rows.items() if op.startswith(prefix)]

@@ -31,7 +31,7 @@ THEIRS = [("void deep_gemm::sm90_fp8_gemm_1d2d_impl<0u, 4096u>(float*)", 3.0), (
 def load(monkeypatch):
     """Returns a function that imports a script; times are 1 µs of casts and 2 µs of GEMMs.
 
-    A peer's launch takes 3 µs, and 1 µs for what it launches besides.
+    A peer's GEMM takes 3 µs; 1 µs of copies comes with it.
     """
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
@@ -79,8 +79,8 @@ def test_every_family_is_timed_beside_a_live_deepgemm(load, monkeypatch):
     assert len(compiling.futures) == 6  # ragged groups are padded to those of contiguous
     rows = script.measure(cases, compiling, reps=3)
     assert [row["op"] for row in rows] == [case.op for case in cases]
-    for row in rows:  # ours is the GEMM alone; theirs is all that their call launches
-        assert (row["us"], row["peer_us"], row["same_run"]) == (2.0, 4.0, True), row
+    for row in rows:  # the GEMM alone on both sides; copies of flushed operands are no work
+        assert (row["us"], row["peer_us"], row["same_run"]) == (2.0, 3.0, True), row
         assert row["peer_version"] == "tokenspeed-deepgemm 0.stub"
         assert row["error"] < 1e-5 and row["peer_error"] < 1e-5, row
     assert "padded" in {row["op"]: row["peer"] for row in rows}["ragged"]
