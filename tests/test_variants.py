@@ -12,16 +12,16 @@ from jax_fp8gemm._core.variants import SCALES, VARIANTS
 
 def test_the_table_of_variants():
     rows = {
-        row.name: f"{row.lhs} {row.rhs} {row.out} {row.groups} {row.group_operand} {row.vmap}"
+        row.name: f"{row.lhs} {row.rhs} {row.out} {row.groups} {row.group_operand}"
         for row in VARIANTS.values()
     }
     assert rows == {
-        "dense": "mk nk mn None None batched",
-        "batched": "gmk gnk gmn None None None",
-        "ragged": "mk gnk mn m g None",
-        "contiguous": "mk gnk mn m m None",
-        "masked": "gmk gnk gmn m g None",
-        "ragged_contracting": "mk nk gmn k g None",
+        "dense": "mk nk mn None None",
+        "batched": "gmk gnk gmn None None",
+        "ragged": "mk gnk mn m g",
+        "contiguous": "mk gnk mn m m",
+        "masked": "gmk gnk gmn m g",
+        "ragged_contracting": "mk nk gmn k g",
     }
     assert (*VARIANTS,) == typing.get_args(types.VariantName)
 
@@ -53,12 +53,12 @@ def test_the_pairs_of_scales():
 def test_dims_of_dense_gemms(lhs, rhs, dims):
     row = VARIANTS["dense"].with_ranks(lhs, rhs)
     assert (row.lhs, row.rhs, row.out) == dims
-    assert row.name == "dense" and row.vmap == "batched"
+    assert row.name == "dense" and row.groups is None
 
 
 def test_rows_of_the_table_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        VARIANTS["dense"].vmap = None
+        VARIANTS["dense"].groups = None
 
 
 def test_only_dense_has_other_ranks():
