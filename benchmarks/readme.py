@@ -149,7 +149,9 @@ def others() -> str:
     groups: dict[str, list[Row]] = {}
     for row in stored(H200):
         if has_peer(row) and "DeepGEMM" not in row["peer"] and part(row)[0].startswith("beside"):
-            if not is_ours(row["peer"]):
+            # Older rows of torch count its launch too, and did not run in turn with ours.
+            by_events = row["peer"].startswith("torch") and not row.get("same_run")
+            if not is_ours(row["peer"]) and not by_events:
                 groups.setdefault(peer_name(row), []).append(row)
     rows = [row for some in groups.values() for row in some]
     return compared(groups, "beside") + ("\n" + card(rows) + "\n" if rows else "")
