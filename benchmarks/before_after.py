@@ -38,6 +38,16 @@ DENSE = (
 RAGGED = (8, 32768, 4096, 7168)  # groups, rows, n, k
 MASKED = (32, 256, 4096, 7168)  # groups, rows that each has room for, n, k
 CONTRACTING = (8, 32768, 4096, 7168)  # groups, k of all, m, n
+# m, n, k, and groups that k is cut into, 0 for a dense product
+GRADIENTS = (
+    (2112, 7168, 4096, 0),
+    (7168, 2112, 4096, 0),
+    (7168, 4096, 4096, 0),
+    (7168, 16384, 4096, 0),
+    (24576, 1536, 4096, 0),
+    (4096, 7168, 32768, 8),
+    (7168, 2048, 8192, 32),
+)
 LAYER = (8, 8192, 7168, 2048, 8)  # experts, rows, width, hidden, choices of a token
 TINY = 64  # by which --tiny divides every size
 
@@ -101,6 +111,19 @@ def programs(tiny: bool, only: str = "") -> dict[str, Callable]:
     )  # fmt: skip
     name = f"gemm ragged_contracting {g} groups {m}x{n}"
     add(name, contracting, lhs, rhs, uneven(g, k, 128))
+
+    for m, n, k, g in map(cut, GRADIENTS):
+        every_other = (1 + jnp.arange(n) % 2).astype(jnp.bfloat16)[:, None]  # twice as large
+        lhs = fp8.quantize(normal(0, m, k), rows)
+        rhs = fp8.quantize(normal(1, n, k) * every_other, rows)
+        common = fp8.QArray(rhs.qvalue, jnp.full_like(rhs.scale, 2.0**-14))
+        sizes = [uneven(g, max(k, 128 * g), 128)] if g else []
+        product = functools.partial(
+            fp8.gemm, variant="ragged_contracting" if g else "dense", out_dtype=jnp.float32
+        )
+        name = f"gemm gradient {m}x{n}x{k}, {g} groups"
+        add(f"{name}, no scale shared", product, lhs, rhs, *sizes)
+        add(f"{name}, all shared", product, lhs, common, *sizes)
 
     experts, m, width, hidden, top_k = cut(LAYER)
     x, logits = normal(0, m // top_k, width), normal(1, m // top_k, experts).astype(jnp.float32)

@@ -31,7 +31,13 @@ from jax_fp8gemm._tools import shapes, timing
 
 CALLS = 200  # in a program whose host time is measured
 BESIDE_PEERS = ("ffn_up_m64", "ffn_up_m4096", "attention_out_m4096", "square")
-KINDS = {"dense: ": shapes.DENSE, "gradient: ": shapes.WEIGHT_GRADIENT, "drawn: ": shapes.drawn()}
+# The beginning of a row's name, its shapes, and the share of blocks with common column scales.
+KINDS = (
+    ("dense: ", shapes.DENSE, 0.0),
+    ("gradient: ", shapes.WEIGHT_GRADIENT, 1.0),
+    ("no scale shared, gradient: ", shapes.WEIGHT_GRADIENT, 0.0),
+    ("drawn: ", shapes.drawn(), 0.0),
+)
 
 
 def problem_of(shape: shapes.Shape) -> Problem:
@@ -42,8 +48,8 @@ def problem_of(shape: shapes.Shape) -> Problem:
 def products(only: str) -> list[dict]:
     """Times the tuned shapes, weight gradients, and shapes that no table was tuned for."""
     cases = [
-        Case(kind + shape.name, problem_of(shape))
-        for kind, listed in KINDS.items()
+        Case(kind + shape.name, problem_of(shape), shared=shared)
+        for kind, listed, shared in KINDS
         for shape in listed
         if only in kind + shape.name
     ]

@@ -16,6 +16,7 @@ import numpy as np
 from deepgemm_peer import Compiling, Job, Peer
 from protocol import beside, progress, row
 
+from jax_fp8gemm._core.layout import ROW_BLOCKS
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import Problem
@@ -28,11 +29,18 @@ REPS, READ_REPS = 15, 7
 
 @dataclasses.dataclass
 class Case:
-    """One row to measure: its op, the GEMM, and the sizes of its groups."""
+    """One row to measure: its op, the GEMM, and the sizes of its groups.
+
+    shared: the share of rhs blocks with common column scales, for weight gradients.
+    """
 
     op: str
     problem: Problem
     sizes: np.ndarray | None = None
+    shared: float = 0.0
+
+    def operands(self) -> tuple:
+        return made_up.random_operands(self.problem, self.sizes, shared=self.shared)
 
     @property
     def job(self) -> Job:
@@ -47,7 +55,7 @@ class Case:
 def measure(cases: list[Case], compiling: Compiling, reps: int = REPS) -> list[dict]:
     """Returns a row for every case, with the peer's times where there is a peer."""
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        operands = list(pool.map(lambda c: made_up.random_operands(c.problem, c.sizes), cases))
+        operands = list(pool.map(Case.operands, cases))
         progress(f"{len(cases)} shapes, operands made")
         compiled = pool.map(
             lambda c, own: made_up.compiled(c.problem, None, own), cases, operands
@@ -82,6 +90,7 @@ def measure(cases: list[Case], compiling: Compiling, reps: int = REPS) -> list[d
             "us_read_flush": round(statistics.median(read[case.op]), 2),
             "config": str(select(case.problem)),
             "error": own,
+            **({"shared_blocks": case.shared} if case.problem.tiles[1] == ROW_BLOCKS else {}),
             **peer_fields(case, ran.get((case.op, "peer")), theirs),
         }
         times = timing.sums(ran[case.op, "ours"], timing.KERNEL)

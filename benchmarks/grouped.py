@@ -29,7 +29,9 @@ WEIGHTS = ((4096, 7168), (7168, 2048))
 def products(only: str) -> list[dict]:
     """Times every shape in turn with DeepGEMM."""
     listed = [shape for shape in shapes.GROUPED if only in shape.name]
-    cases = [Case(f"grouped: {shape.name}", problem_of(shape), shape.sizes()) for shape in listed]
+    cases = [case_of(shape, "", 1.0) for shape in listed]
+    along_k = [shape for shape in listed if shape.variant == "ragged_contracting"]
+    cases += [case_of(shape, "no scale shared, ", 0.0) for shape in along_k]
     compiling = ready(cases)
     rows = []
     # One family at a time: the operands of all would not fit.
@@ -37,6 +39,12 @@ def products(only: str) -> list[dict]:
         rows += measure(list(some), compiling, REPS)
         progress(" ".join(map(str, family)))
     return rows
+
+
+def case_of(shape: shapes.GroupedShape, prefix: str, shared: float) -> Case:
+    """Returns a row to measure; only weight gradients have column scales to share."""
+    shared *= shape.variant == "ragged_contracting"
+    return Case(f"{prefix}grouped: {shape.name}", problem_of(shape), shape.sizes(), shared)
 
 
 def family_of(case: Case) -> tuple:

@@ -20,17 +20,17 @@ std::string spec_text(const QuantizeSpec& s) {
          field("type", kFloats[int(s.type)].code) + field("tile", kTiles[int(s.tile)].code) +
          field("pow2", s.pow2) + field("rows", s.rows) + field("transposed", s.transposed) +
          field("grouped", s.grouped) + field("gather", s.gather) + field("pair", s.pair) +
-         field("aligned", s.aligned) + "};\n";
+         field("shared_columns", s.shared_columns) + field("aligned", s.aligned) + "};\n";
 }
 
 std::string short_name(const QuantizeSpec& spec) {
   char name[128];
-  std::snprintf(name, sizeof name, "quantize_%s_%s_%s%s%s%s%s%s%s%s",
-                kSources[int(spec.source)].attribute, kFloats[int(spec.type)].attribute,
-                kTiles[int(spec.tile)].attribute, spec.pow2 ? "_pow2" : "",
-                spec.rows ? "_rows" : "", spec.transposed ? "_transposed" : "",
-                spec.grouped ? "_grouped" : "", spec.gather ? "_gather" : "",
-                spec.pair ? "_pair" : "", spec.aligned ? "" : "_unaligned");
+  std::snprintf(
+      name, sizeof name, "quantize_%s_%s_%s%s%s%s%s%s%s%s%s", kSources[int(spec.source)].attribute,
+      kFloats[int(spec.type)].attribute, kTiles[int(spec.tile)].attribute, spec.pow2 ? "_pow2" : "",
+      spec.rows ? "_rows" : "", spec.transposed ? "_transposed" : "",
+      spec.grouped ? "_grouped" : "", spec.gather ? "_gather" : "", spec.pair ? "_pair" : "",
+      spec.shared_columns ? "_shared" : "", spec.aligned ? "" : "_unaligned");
   return name;
 }
 
@@ -48,6 +48,7 @@ Result<QuantizeSpec> parse_quantize_spec(const Attributes& attributes) {
   spec.grouped = read.flag("grouped");
   spec.gather = read.flag("gather");
   spec.pair = read.flag("pair");
+  spec.shared_columns = read.optional_integer("shared_columns", 1) != 0;
   spec.aligned = read.flag("aligned");
   if (!read.status().ok()) return read.status();
   if (const char* reason = why_illegal(spec)) {

@@ -163,7 +163,7 @@ class Fp8MoE(nn.Module):
     Attributes:
       num_experts, hidden_features: e and f.
       top_k, score_function, normalize, routed_scaling_factor, capacity_factor, exchange, wire,
-        scale_rounding, cast_in_gemm: see `moe`.
+        scale_rounding, shared_columns, cast_in_gemm: see `moe`.
       shared_features: fs, the hidden width of an expert that sees every token; 0 for none.
       expert_axis: the mesh axis that splits tokens and experts. Then `apply` belongs inside
         jax.shard_map, with this device's experts; `init` outside, and it makes them all.
@@ -188,6 +188,7 @@ class Fp8MoE(nn.Module):
     exchange: ExchangeKind = "all_gather"
     wire: Wire = "fp8"
     scale_rounding: ScaleRounding = "pow2"
+    shared_columns: bool = True
     cast_in_gemm: bool | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32

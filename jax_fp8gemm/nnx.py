@@ -201,8 +201,8 @@ class Fp8MoE(nnx.Module):
       param_dtype: of the parameters.
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
       options: score_function, normalize, routed_scaling_factor, capacity_factor, expert_axis,
-        exchange, wire, scale_rounding and cast_in_gemm of `moe`. With expert_axis call the layer
-        inside jax.shard_map, with its experts split over that axis.
+        exchange, wire, scale_rounding, shared_columns and cast_in_gemm of `moe`. With expert_axis
+        call the layer inside jax.shard_map, with its experts split over that axis.
 
     Example:
       y, routing = Fp8MoE(256, 1024, 8, top_k=2, rngs=nnx.Rngs(0))(x)

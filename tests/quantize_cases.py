@@ -6,6 +6,7 @@ from numerics import clamped
 
 from jax_fp8gemm._bind.quantize_op import CastSpec
 from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS, ROWS
+from jax_fp8gemm._core.reference import SHARED_SPREAD
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -15,7 +16,19 @@ E4M3 = ml_dtypes.float8_e4m3fn
 # test_numpy_and_the_reference_agree compares the two.
 
 
-def quantized(x, tile, scale_rounding) -> tuple[np.ndarray, np.ndarray]:
+def shared(scale, largest) -> np.ndarray:
+    """reference.share_scales of [b, rows, steps], block by block."""
+    found = scale.copy()
+    b, rows, steps = scale.shape
+    for at in np.ndindex(b, -(-rows // 128), steps):
+        block = at[0], slice(128 * at[1], 128 * at[1] + 128), at[2]
+        own = scale[block][largest[block] != 0].astype(np.float64)
+        if own.size and np.all(np.isfinite(own)) and own.max() / own.min() <= 2.0**SHARED_SPREAD:
+            found[block] = own.max()
+    return found
+
+
+def quantized(x, tile, scale_rounding, share=False) -> tuple[np.ndarray, np.ndarray]:
     """reference.quantize of [b, rows, columns]."""
     b, rows, columns = x.shape
     tile = tile[0], tile[1] or columns
@@ -28,6 +41,7 @@ def quantized(x, tile, scale_rounding) -> tuple[np.ndarray, np.ndarray]:
         scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
     scale = np.where(largest == 0, np.float32(1), np.maximum(scale, np.float32(2.0**-126)))
     scale[~np.isfinite(largest)] = np.nan
+    scale = shared(scale, largest) if share else scale
     with np.errstate(invalid="ignore"):
         values = np.clip(tiles * (1 / scale)[:, :, None, :, None], -448, 448).astype(E4M3)
     return values.reshape(padded.shape)[:, :rows, :columns], scale
@@ -181,10 +195,15 @@ def written(spec, operands, results) -> tuple[dict, np.ndarray]:
     return found | rest, np.concatenate(others)
 
 
+def shares(spec, name) -> bool:
+    """Whether columns of this copy may share scales: those of gradients."""
+    return spec.shares and name in ("transposed", "up_transposed")
+
+
 def compare(spec, operands, found) -> None:
     """Bit for bit."""
     for name, right in expected(spec, operands).items():
-        values, scales = quantized(right, spec.tile, spec.scale_rounding)
+        values, scales = quantized(right, spec.tile, spec.scale_rounding, shares(spec, name))
         np.testing.assert_array_equal(bits(found[name][1]), bits(scales), f"scales of {name}")
         np.testing.assert_array_equal(bits(found[name][0]), bits(values), name)
 
@@ -199,10 +218,9 @@ def compare_swiglu(spec, operands, found) -> np.ndarray:
     """Values a step from float64's at most, scales a factor of two; returns which are the same."""
     same = []
     for name, right in expected(spec, operands).items():
-        (q, own), (values, scales) = (
-            found[name],
-            quantized(right.astype(F32), (1, 128), spec.scale_rounding),
-        )
+        rounding = spec.scale_rounding
+        values, scales = quantized(right.astype(F32), ROW_BLOCKS, rounding, shares(spec, name))
+        q, own = found[name]
         assert np.all((own <= 2 * scales) & (scales <= 2 * own)), f"scales of {name}"
         nearest = np.clip(right / spread(own, ROW_BLOCKS, q.shape), -448, 448).astype(E4M3)
         assert np.abs(place(q) - place(nearest)).max(initial=0) <= 1, name
@@ -257,6 +275,10 @@ DENSE = {
     "whole_rows_f32_scale": (floats(ROWS, "none", "rows"), F32),
     "pair_bf16": (floats(pair=True), BF16),
     "blocks_pair_f32": (floats(BLOCKS, pair=True), F32),
+    "both_bf16_shared": (floats(shared_columns=True), BF16),
+    "transposed_f32_shared": (floats(copies="transposed", shared_columns=True), F32),
+    "pair_bf16_shared": (floats(pair=True, shared_columns=True), BF16),
+    "fp8_shared": (fp8(shared_columns=True), BF16),
     "fp8": (fp8(), BF16),
     "fp8_f32_scale": (fp8(scale_rounding="none"), BF16),
 }
@@ -279,6 +301,8 @@ GROUPED = {
     "transposed_f32": (floats(copies="transposed", grouped=True), F32),
     "fp8": (fp8(grouped=True), BF16),
     "fp8_gather": (fp8(grouped=True, gather=True), BF16),
+    "both_gather_bf16_shared": (floats(grouped=True, gather=True, shared_columns=True), BF16),
+    "fp8_shared": (fp8(grouped=True, shared_columns=True), BF16),
 }
 
 
@@ -293,6 +317,7 @@ SWIGLU = {
     "both_grouped_bf16": (swiglu(transposed=True, grouped=True), BF16),
     "backward": (backward(grouped=True), BF16),
     "backward_f32_scale": (backward(scale_rounding="none"), BF16),
+    "backward_shared": (backward(grouped=True, shared_columns=True), BF16),
 }
 
 

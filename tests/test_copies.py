@@ -30,6 +30,40 @@ def test_both_copies_are_those_of_two_passes(key, shape, scale_rounding):
     assert_same(columns, fp8.quantize_transposed(x, scale_rounding=scale_rounding))
 
 
+def columns_apart(key, m: int, k: int) -> jax.Array:
+    """Blocks of 128 columns that can share, cannot, and can again."""
+    x = jax.random.normal(key, (m, k), jnp.bfloat16)
+    far = jnp.arange(k) // 128 % 3 == 1
+    return x * jnp.exp2(jnp.where(far, 20.0 * (jnp.arange(k) % 2), jnp.arange(k) % 4)).astype(
+        x.dtype
+    )
+
+
+def test_shared_columns_are_the_rows_of_one_scale(key):
+    x = columns_apart(key, 300, 400)
+    rows, columns = fp8.quantize_both(x, shared_columns=True)
+    assert_same(rows, fp8.quantize(x))
+    assert_same(columns, fp8.quantize_transposed(x, shared_columns=True))
+    scale, own = np.asarray(columns.scale), np.asarray(fp8.quantize_transposed(x).scale)
+    for block, shares in enumerate((True, False, True, True)):  # the last one has 16 columns
+        at = slice(128 * block, min(128 * block + 128, 400))
+        right = np.broadcast_to(own[at].max(0), own[at].shape) if shares else own[at]
+        np.testing.assert_array_equal(scale[at], right)
+    for copy in (fp8.requantize(rows, shared_columns=True), columns):
+        assert calc_diff(dequantized64(copy)[:, :300], np.asarray(x, np.float64).T) < 1e-3
+
+
+def test_shared_columns_by_groups_and_under_vmap(key):
+    x, sizes = columns_apart(key, 300, 256), jnp.array([100, 0, 150])
+    columns = fp8.quantize_both(x, group_sizes=sizes, shared_columns=True)[1]
+    placed = jnp.asarray(by_groups(x, sizes))
+    assert_same(columns, fp8.quantize_transposed(placed, shared_columns=True))
+    many = jnp.stack([x, x[::-1]])
+    run = lambda x: fp8.quantize_transposed(x, shared_columns=True)  # noqa: E731
+    for i, one in enumerate(many):
+        assert_same(jax.tree.map(lambda a, i=i: a[i], jax.vmap(run)(many)), run(one))
+
+
 def test_blocks_are_exact_transposes(key):
     x = jax.random.normal(key, (3, 200, 300))
     rows, columns = fp8.quantize_both(x, BLOCKS)

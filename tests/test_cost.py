@@ -63,14 +63,14 @@ def test_rows_that_are_not_there_are_not_read_and_not_written(monkeypatch):
     assert predicted_seconds(one, SQUARE) == same(cycles / CLOCK + LAUNCH)
 
 
-def test_scales_for_each_column_cost_tensor_clocks_of_their_own(monkeypatch):
-    model(monkeypatch, per_column=4.0, l2_bytes=1e9)
+def test_scales_that_columns_share_have_tensor_clocks_of_their_own(monkeypatch):
+    model(monkeypatch, shared_columns=4.0, l2_bytes=1e9)
     rest = 1400 + 256 * 128 * 2 / 27
     for scales, factor in {
         "1x128_128x128": 1.25,
         "tensor_tensor": 1.25,
         "1x128_1x128": 4.0,
-        "row_row": 4.0,
+        "row_row": 1.25,
     }.items():
         problem = dataclasses.replace(LARGE, scales=scales)
         cycles = 4 * (56 * 1024 * factor + rest)
@@ -78,13 +78,9 @@ def test_scales_for_each_column_cost_tensor_clocks_of_their_own(monkeypatch):
 
 
 def test_few_rows_cost_the_same_with_any_scales(monkeypatch):
-    model(monkeypatch, per_column=4.0)
-    columns = dataclasses.replace(LARGE, scales="row_row")
+    model(monkeypatch, shared_columns=4.0)
+    columns = dataclasses.replace(LARGE, scales="1x128_1x128")
     assert predicted_seconds(columns, SMALL) == predicted_seconds(LARGE, SMALL)
-
-
-def test_scales_for_each_column_are_measured_to_cost_as_much_as_others():
-    assert CostModel().per_column == CostModel().tensor == 1.25
 
 
 def test_the_pipeline_has_at_least_two_steps():

@@ -344,6 +344,22 @@ def test_options_are_checked_under_the_name_that_was_called(op):
 
 
 @pytest.mark.parametrize(
+    "op",
+    "quantize_transposed quantize_both requantize fp8_matmul fp8_ragged_dot expert_ffn moe".split(),
+)
+def test_shared_columns_is_a_bool(op):
+    function, arguments, _ = OPTIONS[op]
+    for value in ("x", None, 1):
+        text = raised(TypeError, function, *arguments, shared_columns=value)
+        assert text.startswith(f"{op}: shared_columns is not a bool.\n")
+
+
+def test_columns_of_square_tiles_share_already():
+    text = raised(ValueError, fp8.quantize_both, W, (128, 128), shared_columns=True)
+    assert text.startswith("quantize_both: columns of this tile already share scales.")
+
+
+@pytest.mark.parametrize(
     "function, former, today",
     [
         (functools.partial(fp8.quantize, X), {"scale": "pow2"}, "scale_rounding"),

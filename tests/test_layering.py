@@ -41,7 +41,7 @@ DEVICE = [
     ["shared_memory.cuh"],
     ["group_walk.cuh", "promotion.cuh"],
     ["scheduler.cuh", "quantize_source.cuh", "quantize_scale.cuh"],
-    ["producer.cuh", "epilogue.cuh", "rhs_cast.cuh"],
+    ["producer.cuh", "inspector.cuh", "epilogue.cuh", "rhs_cast.cuh"],
     ["quantize_whole_rows.cuh", "swiglu_backward.cuh", "exchange.cuh"],
     ["quantize.cuh"],
     ["gemm.cuh", "gemm_few_rows.cuh"],

@@ -156,6 +156,33 @@ def test_small_gradients_survive(key):
     assert calc_diff(1e12 * dw, x.T @ dy) < 1.1e-3 and calc_diff(1e12 * dx, dy @ w.T) < 1.1e-3
 
 
+@pytest.mark.parametrize("product", ["dense", "ragged"])
+def test_columns_of_gradients_share_scales_unless_told_not_to(key, product):
+    """Off: the bits of per-column scales. On: those of the gradient's shared copy, as rhs."""
+    x, w, dy = operands(key, 256, 128, 256)
+    dy = dy * jnp.exp2(jnp.arange(256) % 8.0)  # columns apart, but close enough
+    sizes = jnp.array([256], jnp.int32)
+
+    def dw(**options):
+        if product == "dense":
+            return jax.vjp(lambda w: fp8.fp8_matmul(x, w, **options), w)[1](dy)[0]
+        run = lambda w: fp8.fp8_ragged_dot(x, w[None], sizes, **options)  # noqa: E731
+        return jax.vjp(run, w)[1](dy)[0]
+
+    def by_hand(**options):
+        rhs = fp8.quantize_transposed(dy, **options)
+        return fp8.gemm(fp8.quantize_transposed(x), rhs, out_dtype=jnp.float32)
+
+    on, off = by_hand(shared_columns=True), by_hand()
+    assert not np.array_equal(on, off)
+    np.testing.assert_array_equal(dw(), on)
+    np.testing.assert_array_equal(dw(shared_columns=False), off)
+    exact = x.T @ dy
+    assert calc_diff(on, exact) < 1.1 * calc_diff(off, exact)
+    rounding = {"scale_rounding": "none"}  # nothing is shared then
+    np.testing.assert_array_equal(dw(**rounding), dw(**rounding, shared_columns=False))
+
+
 def test_jacrev(key):
     x, w, _ = operands(key, 2, 16, 3)
     jacobian = jax.jacrev(fp8.fp8_matmul)(x, w)

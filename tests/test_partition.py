@@ -518,6 +518,11 @@ CASTS = {
         {"transposed": True, "rows": False, "source": "fp8"}, True,
         "A m k, A m k/128 -> A k m, A k m/128", "", "km",
     ),
+    "shared_columns": (
+        {"transposed": True, "rows": False, "shared_columns": True}, True,
+        "A m k -> A k m, A k m/128", "", "km",
+    ),
+    "unshared": ({"transposed": True, "rows": False}, True, "A m k -> A k m, A k m/128", "", "m"),
     "token_dims": (
         {"transposed": True, "token_dims": 2}, True,
         "A m k -> A m k, A m k/128, k A m, k A m/128", "", "km",

@@ -27,6 +27,7 @@ from quantize_cases import (
     operands,
     quantized,
     raw,
+    shares,
     swiglu,
     swiglu_cases,
     written,
@@ -36,6 +37,7 @@ from jax_fp8gemm._bind import native
 from jax_fp8gemm._bind.quantize_op import QUANTIZE, CastSpec
 from jax_fp8gemm._core.layout import BLOCKS, ROW_BLOCKS
 from jax_fp8gemm._core.qarray import FP8
+from jax_fp8gemm._core.reference import SHARED_SPREAD
 from jax_fp8gemm._tools.shapes import GROUPS, Groups
 
 pytestmark = pytest.mark.skipif(
@@ -107,15 +109,43 @@ def test_swiglu_is_that_of_float64(folder, name):
     assert np.mean(np.concatenate(same)) > 0.995
 
 
+@pytest.mark.parametrize("apart", [0, SHARED_SPREAD, SHARED_SPREAD + 1])
+@pytest.mark.parametrize("odd", [None, np.nan, np.inf], ids=str)
+def test_columns_share_a_scale_up_to_the_spread(folder, apart, odd):
+    """By the kernel and by the reference; columns of zeros do not count, NaN and Inf do."""
+    x = np.ones((1, 128, 136), F32)
+    x[:, :, 40] = 2.0**-apart
+    x[:, :, 41] = 0
+    if odd is not None:
+        x[:, 7, 99] = odd
+    spec = floats(copies="transposed", shared_columns=True)
+    (_, scale) = emulated(folder, spec, [x])["transposed"]
+    own = np.ones((136, 1), F32) * 2.0**-8
+    if apart > SHARED_SPREAD or odd is not None:
+        own[40], own[41] = 2.0 ** (-8 - apart), 1
+    if odd is not None:
+        own[99] = np.nan
+    np.testing.assert_array_equal(scale[0], own)
+    by_jnp = QUANTIZE.reference(spec, [jnp.asarray(x)])[1]
+    np.testing.assert_array_equal(np.asarray(by_jnp)[0].T, own)
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("sizes", [(), (30, 0, 70)], ids=["dense", "grouped"])
 @pytest.mark.parametrize("source", ["float", "fp8", "swiglu", "swiglu_backward"])
-def test_numpy_and_the_reference_agree(source, sizes):
-    spec = CastSpec(source=source, rows=source != "fp8", transposed=True, grouped=bool(sizes))
+def test_numpy_and_the_reference_agree(source, sizes, share):
+    if share and source == "swiglu":
+        pytest.skip("its transposed copy is an lhs")
+    rows, grouped = source != "fp8", bool(sizes)
+    spec = CastSpec(
+        source=source, rows=rows, transposed=True, grouped=grouped, shared_columns=share
+    )
     given = operands(1, spec, (1, 100, 256), BF16, sizes)
     results = QUANTIZE.reference(spec, [jnp.asarray(x) for x in given])
-    right_copies = expected(spec, given).values()
-    for right, q in zip(right_copies, results[: 2 * len(right_copies) : 2], strict=True):
-        ours = quantized(right.astype(np.float32), ROW_BLOCKS, "pow2")[0]
+    right_copies = expected(spec, given)
+    found = results[: 2 * len(right_copies) : 2]
+    for (name, right), q in zip(right_copies.items(), found, strict=True):
+        ours = quantized(right.astype(F32), ROW_BLOCKS, "pow2", shares(spec, name))[0]
         same = bits(np.asarray(q))[:, : right.shape[1], : right.shape[2]] == bits(ours)
         assert same.mean() > 0.995 if "swiglu" in source else same.all()
 
@@ -144,6 +174,9 @@ COMPILED = [
     *[(swiglu(transposed=t, scale_rounding="none"), BF16) for t in (False, True)],
     *[(fp8(scale_rounding="none", **t), FP8) for t in TOKENS],
     *[(backward(scale_rounding=s, grouped=True), FP8) for s in ("pow2", "none")],
+    *[(floats(shared_columns=True, **t), BF16) for t in TOKENS],
+    *[(fp8(shared_columns=True, **t), FP8) for t in TOKENS],
+    (backward(grouped=True, shared_columns=True), FP8),
 ]
 SIZES = [(spec, 512) for spec in COMPILED] + [(spec, 509) for spec in COMPILED[::3]]
 

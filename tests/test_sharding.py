@@ -184,6 +184,11 @@ def test_quantizing_moves_nothing(mesh, key):
         "rows": (lambda x: fp8.quantize(x), x, ("data", "seq", "model")),
         "both": (lambda x: fp8.quantize_both(x), x, ("data", "seq", "model")),
         "tokens": (lambda x: fp8.quantize_both(x, token_dims=2), x, ("data", "seq", "model")),
+        "shared": (
+            lambda x: fp8.quantize_both(x, shared_columns=True, token_dims=2),
+            x,
+            ("data", "seq", "model"),
+        ),
         "weight": (lambda x: fp8.quantize_both(x, (128, 128)), w, ("data", "model")),
         "grouped": (lambda x: fp8.quantize_both(x, group_sizes=sizes), w, (None, "model")),
     }
@@ -191,6 +196,18 @@ def test_quantizing_moves_nothing(mesh, key):
         (placed,) = place(mesh, (x,), spec)
         assert count(jax.jit(call).lower(placed).compile().as_text()) == {}, name
         assert near(jax.jit(call)(placed), jax.jit(call)(x), 0), name
+
+
+def test_shared_columns_of_narrow_shards_are_those_of_one_device(mesh, key):
+    """64 columns a device: the array is gathered, since a block of 128 has one scale."""
+    x = jax.random.normal(key, (256, 128)) * jnp.exp2(jnp.arange(128) % 5)
+    call = jax.jit(lambda x: fp8.quantize_transposed(x, shared_columns=True))
+    (placed,) = place(mesh, (x,), (None, "model"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = call(placed)
+    assert near(found, call(x), 0)
+    assert len(np.unique(np.asarray(found.scale[:, 0]))) == 1
 
 
 def test_without_shardy(mesh):

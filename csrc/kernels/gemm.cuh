@@ -4,6 +4,7 @@
 //   warpgroup 2      producer: one thread starts the copies
 //
 // Where rhs is bf16, warpgroup 3 makes FP8 of it, and its copies are another warp's (rhs_cast.cuh).
+// Where rhs has a scale per column, other warps of warpgroup 2 look for equal ones (inspector.cuh).
 //
 // Persistent: a CTA takes output blocks until none is left. The producer chooses them, and leaves
 // a note of each before its first bytes. The epilogue of a finished sub-tile runs under the next
@@ -11,6 +12,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "inspector.cuh"
 #include "params.cuh"
 #include "plan.cuh"
 #include "producer.cuh"
@@ -23,6 +25,7 @@
 namespace fp8gemm {
 
 constexpr int kProducer = kMathWarps, kCastProducer = kProducer + 1;  // warps
+constexpr int kFirstInspector = kProducer + 1;  // where the others are not needed for casts
 constexpr int kFirstCaster = kProducer + kWarpgroupThreads / kWarpThreads;
 
 enum NamedBarrier : int {  // 0 is __syncthreads, kCastBarrier the casting warps'
@@ -38,6 +41,7 @@ struct GemmTraits {
   static constexpr int kPartRegisters = instruction_columns(spec) / 2;
   static constexpr int kCtas = spec.multicast == Multicast::kNone ? 1 : 2;
   static constexpr bool kPerColumn = is_per_row(spec.rhs_scale);
+  static constexpr bool kInspected = is_inspected(spec);
   static constexpr bool kCasts = is_cast(spec.rhs);
   static constexpr bool kCluster = cluster_size(spec) > 1;
   // Whether a block may end early, where the rows of its group end.
@@ -76,6 +80,7 @@ struct Consumer {
   int scale_shift = 0;  // rows of scales before the block's first, see extra_scale_rows()
   OutBlock finished{};  // the block whose results are in `sums`
   int pending = 0;      // its sub-tiles, if the last of them was not stored yet
+  bool common = false;  // whether the block at work has common scales, see inspector.cuh
   float sums[kSubTiles][kRegisters];
 
   FP8GEMM_DEVICE Consumer(const GemmParams& p, Shared& s)
@@ -114,9 +119,21 @@ struct Consumer {
   // The next block; its first stage is full.
   FP8GEMM_DEVICE Block read_note() {
     const Block block = shared.note[note.stage];
+    if constexpr (Traits::kInspected) {
+      const int steps = warp_uniform(block.steps);
+      if (steps > 0) read_inspection();
+    }
     mbarrier_arrive(shared_address(&shared.note_read[note.stage]));
     note.advance();
     return block;
+  }
+
+  FP8GEMM_DEVICE void read_inspection() {
+    mbarrier_try_wait(shared_address(&shared.inspection.done[note.stage]), note.parity);
+    common = true;
+#pragma unroll
+    for (bool own : shared.inspection.common[note.stage]) common = common & own;
+    common = warp_uniform(common);
   }
 
   // The sub-tiles of this warpgroup that have rows of the block's group; the others cost nothing
@@ -132,6 +149,14 @@ struct Consumer {
     multiply<kSubTiles>(block, steps);
   }
 
+  template <int kActive>
+  FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
+    if constexpr (Traits::kInspected) {
+      if (common) return multiply_steps<kActive, false>(block, steps);
+    }
+    multiply_steps<kActive, Traits::kPerColumn>(block, steps);
+  }
+
   FP8GEMM_DEVICE void skip(int steps) {
     for (int step = 0; step < steps; ++step) {
       await_stage();
@@ -141,28 +166,29 @@ struct Consumer {
 
   // All steps of k of one block. On entry `sums` may still hold the last sub-tile of the block
   // before; on exit it holds this block's last one, and the others have been stored.
-  template <int kActive>
-  FP8GEMM_DEVICE void multiply(const Block& block, int steps) {
+  template <int kActive, bool kOwnScales>
+  FP8GEMM_DEVICE void multiply_steps(const Block& block, int steps) {
     const OutBlock next = OutBlock::of<spec>(block);
     if constexpr (BlockScales<spec>::kFloating) border = kScaleBlock - next.n % kScaleBlock;
     if constexpr (spec.variant == Variant::kRagged) scale_shift = next.m % 4;
-    sub_step<kActive, 0, true, false>(0);
+    sub_step<kActive, kOwnScales, 0, true, false>(0);
     finished = next;
     pending = kActive;
-    if constexpr (kActive == 2) sub_step<kActive, 1, true, false>(0);
+    if constexpr (kActive == 2) sub_step<kActive, kOwnScales, 1, true, false>(0);
     // NOTE: one scale per column, or a cast beside, leave no registers for more steps at a time.
-#pragma unroll(Traits::kPerColumn || Traits::kCasts ? 1 : 4)
+#pragma unroll(kOwnScales || Traits::kCasts ? 1 : 4)
     for (int step = 1; step < steps - 1; ++step) {
-      sub_step<kActive, 0, false, false>(step);
-      if constexpr (kActive == 2) sub_step<kActive, 1, false, false>(step);
+      sub_step<kActive, kOwnScales, 0, false, false>(step);
+      if constexpr (kActive == 2) sub_step<kActive, kOwnScales, 1, false, false>(step);
     }
-    sub_step<kActive, 0, false, false>(steps - 1);
-    if constexpr (kActive == 2) sub_step<kActive, 1, false, true>(steps - 1);
+    sub_step<kActive, kOwnScales, 0, false, false>(steps - 1);
+    if constexpr (kActive == 2) sub_step<kActive, kOwnScales, 1, false, true>(steps - 1);
   }
 
   // One sub-tile of one step. While its tensor-core work runs, a sub-tile that finished before is
   // stored: the last of the previous block (kFirst), or this block's first (kLast).
-  template <int kActive, int kSubTile, bool kFirst, bool kLast>
+  // kOwnScales: each column of rhs has its own scale.
+  template <int kActive, bool kOwnScales, int kSubTile, bool kFirst, bool kLast>
   FP8GEMM_DEVICE void sub_step(int step) {
     const int stage = at.stage;
     if constexpr (kSubTile == 0) await_stage();
@@ -180,7 +206,7 @@ struct Consumer {
       return load_lhs_scales<spec.lhs_scale>(shared_address(shared.lhs_scale[stage]),
                                              row_in_block(kSubTile) + scale_shift);
     };
-    if constexpr (Traits::kPerColumn) {
+    if constexpr (kOwnScales) {
       start();
       const Float2 lhs_scale = lhs_scales();
       store_finished<kSubTile, kFirst, kLast>();
@@ -189,7 +215,7 @@ struct Consumer {
       promote_per_column<kFirst>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kActive - 1) release();
     } else {
-      const BlockScales<spec> scales(lhs_scales(), rhs_slot, step);
+      const BlockScales<spec> scales(lhs_scales(), rhs_slot, step, border);
       start();
       store_finished<kSubTile, kFirst, kLast>();
       finish_partial(partial);
@@ -309,6 +335,12 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
       mbarrier_init(shared_address(&shared.note_read[i]), kMathThreads);
     }
     if constexpr (kCasts) init_cast_barriers(shared.cast);
+    if constexpr (GemmTraits<spec>::kInspected) {
+#pragma unroll
+      for (uint64_t& done : shared.inspection.done) {
+        mbarrier_init(shared_address(&done), kInspectors);
+      }
+    }
     fence_mbarrier_init();
     fence_proxy_async();
   }
@@ -319,13 +351,14 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
 // whose copies stay in its own CTA goes on at once.
 template <GemmSpec spec>
 FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
-  constexpr int kThreads = (kMathWarps + 1) * kWarpThreads;
+  constexpr int kWaiting = kMathWarps + (is_inspected(spec) ? kInspectors : 0);  // warps
+  constexpr int kThreads = (kWaiting + 1) * kWarpThreads;
   if constexpr (GemmTraits<spec>::kCluster) {
     cluster_arrive_relaxed();
     cluster_wait();
   } else if (warp == kProducer) {
     bar_arrive(kReadyBarrier, kThreads);
-  } else if (warp < kMathWarps) {
+  } else if (warp <= kWaiting) {  // not the idle ones
     bar_sync(kReadyBarrier, kThreads);
   }
 }
@@ -386,6 +419,12 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
   } else if (warp >= kMathWarps) {
     setmaxnreg_dec<kOwn.producer>();
     if (warp == kProducer) produce<spec>(params, shared, rank);
+    if constexpr (Traits::kInspected) {
+      if (warp >= kFirstInspector) {
+        Inspector<spec>(params, shared, warp - kFirstInspector)
+            .run({params, int(blockIdx.x / Traits::kCtas), int(gridDim.x / Traits::kCtas), rank});
+      }
+    }
     if constexpr (Traits::kCasts) {
       if (warp == kCastProducer) produce_bf16<spec>(params, shared);
     }

@@ -149,7 +149,7 @@ struct FewRowsConsumer {
       promote_per_column<false>(sums[kSubTile], partial, lhs_scale, rhs_scale);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);
     } else {
-      const BlockScales<spec> scales(lhs_scales(), rhs_slot, step);
+      const BlockScales<spec> scales(lhs_scales(), rhs_slot, step, border);
       start();
       finish_partial(partial);
       if constexpr (kSubTile == kSubTiles - 1) release(stage);

@@ -131,6 +131,9 @@ struct QuantizeSpec {
   bool grouped;     // rows lie in groups; in the transposed copy each begins at a multiple of 128
   bool gather;      // row i is row index[i] of x
   bool pair;        // kFloat: the right half of the columns lies in a second array
+  // In the transposed copy 128 columns of x get one scale where their own lie close; of
+  // kSwigluBackward those of the gradients.
+  bool shared_columns;
   bool aligned;  // k is a multiple of 8; and m of 16 where a transposed copy's tiles are k128x128
 };
 

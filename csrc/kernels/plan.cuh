@@ -40,7 +40,8 @@ constexpr int kRegisterFile = 65536;
 constexpr int kMathWarpgroups = 2;  // of both kernels
 constexpr int kMathThreads = kMathWarpgroups * kWarpgroupThreads;
 constexpr int kMathWarps = kMathThreads / kWarpThreads;
-constexpr int kCastWarps = 4;  // that make FP8 of rhs, a quarter of a tile each
+constexpr int kCastWarps = 4;   // that make FP8 of rhs, a quarter of a tile each
+constexpr int kInspectors = 3;  // warps that look for common scales, beside the producer
 
 constexpr int threads(const GemmSpec& spec) {
   // Each math warpgroup of the few-rows kernel has a warp that produces for it.
@@ -233,6 +234,18 @@ constexpr int cast_ring_bytes(const GemmSpec& spec) {
   return round_up(tile + content + largest + full + empty + together + ready, kArrayAlignment);
 }
 
+// Whether warps look for common scales of columns (inspector.cuh). A second loop of kRagged, which
+// stores in two ways, would spill; it is no weight gradient.
+constexpr bool is_inspected(const GemmSpec& spec) {
+  return spec.kernel == Kernel::kPersistent && is_per_row(spec.rhs_scale) &&
+         spec.variant != Variant::kRagged;
+}
+
+constexpr int inspection_bytes(const GemmSpec& spec) {
+  if (!is_inspected(spec)) return 0;
+  return round_up(kNotes * (kBarrierBytes + kInspectors), kArrayAlignment);
+}
+
 // Of SharedMemory, member by member.
 constexpr int shared_bytes(const GemmSpec& spec) {
   const int lhs = spec.stages * lhs_tile_bytes(spec);
@@ -240,13 +253,14 @@ constexpr int shared_bytes(const GemmSpec& spec) {
   const int out = out_bytes(spec);
   const int exchange = exchange_plan(spec).bytes;
   const int cast = cast_ring_bytes(spec);
+  const int inspection = inspection_bytes(spec);
   const int lhs_scale = spec.stages * lhs_scale_slot(spec);
   const int rhs_scale = spec.stages * rhs_scale_slot(spec);
   const int note = kNotes * sizeof(Block), note_read = kNotes * kBarrierBytes;
   const int full = spec.stages * kBarrierBytes, empty = spec.stages * kBarrierBytes;
-  return round_up(
-      lhs + rhs + out + exchange + cast + lhs_scale + rhs_scale + note + note_read + full + empty,
-      kTileAlignment);
+  return round_up(lhs + rhs + out + exchange + cast + inspection + lhs_scale + rhs_scale + note +
+                      note_read + full + empty,
+                  kTileAlignment);
 }
 
 // ---- GEMM: which specs there can be -------------------------------------------------------------
@@ -342,6 +356,10 @@ constexpr int deepest_stages(GemmSpec spec, int steps = kAnySteps) {
 
 // ---- Casts --------------------------------------------------------------------------------------
 
+// QuantizeSpec::shared_columns: the largest scale of a block is at most 2 to this times the
+// smallest. As SHARED_SPREAD of reference.py.
+constexpr int kSharedSpread = 10;
+
 constexpr int kQuantizeThreads = 256;
 constexpr int kBackwardThreads = 512;  // of kSwigluBackward
 
@@ -436,6 +454,10 @@ constexpr const char* why_illegal(const QuantizeSpec& spec) {
   if (spec.pair && spec.source != Source::kFloat) return "only floats can lie in two arrays";
   if (spec.source == Source::kSwiglu && spec.type == Float::kF32) {
     return "swiglu takes floats of 16 bits";
+  }
+  if (spec.shared_columns && (!spec.transposed || !spec.pow2 || spec.tile != ScaleTile::k1x128)) {
+    return "only columns of 1x128 with scales of powers of two can share them, in a transposed "
+           "copy";
   }
   if (spec.tile == ScaleTile::k1xK &&
       (spec.source != Source::kFloat || spec.transposed || spec.grouped || moves)) {

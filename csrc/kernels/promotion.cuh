@@ -49,7 +49,8 @@ FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
 }
 
 // Scales of a thread's values where rhs has one per 128 columns (or per tensor): lhs scale · rhs
-// scale, for each of two rows and each block of columns.
+// scale, for each of two rows and each block of columns. Where it has one per column, those of a
+// block must be equal, and the first one of them is read.
 //
 // NOTE: make them before start_partial(). After it the assembler puts loads and products where it
 // likes between the tensor core's instructions, and the last of those may wait for them: up to 15 %
@@ -57,7 +58,7 @@ FP8GEMM_DEVICE Float2 load_lhs_scales(uint32_t slot, int row) {
 template <GemmSpec spec>
 struct BlockScales {
   static constexpr int kBlocks =
-      spec.rhs_scale == ScaleTile::k128x128 ? scale_blocks(spec.block_n) : 1;
+      spec.rhs_scale == ScaleTile::kTensor ? 1 : scale_blocks(spec.block_n);
   // Whether the border between two scale blocks can fall anywhere inside the columns.
   static constexpr bool kFloating = kBlocks > 1 && spec.block_n % kScaleBlock != 0;
   // Columns between which no border can fall: the largest power of two in block_n.
@@ -65,13 +66,15 @@ struct BlockScales {
 
   float value[2 * kBlocks];  // [2i], [2i+1]: upper and lower row, block i
 
-  // slot: of the rhs scales, the aligned run of four steps that `step` is in; or its scale alone.
-  FP8GEMM_DEVICE BlockScales(Float2 lhs, uint32_t slot, int step) {
+  // slot: of the rhs scales: the aligned run of four steps that `step` is in, or its scale alone,
+  // or those of all columns. border: see promote().
+  FP8GEMM_DEVICE BlockScales(Float2 lhs, uint32_t slot, int step, int border) {
     constexpr bool kFour = spec.rhs_scale == ScaleTile::k128x128 && !is_cast(spec.rhs);
     const uint32_t first = kFour ? slot + 4 * (step % 4) : slot;
+    const int next = is_per_row(spec.rhs_scale) ? 4 * min(border, spec.block_n - 1) : 16;  // bytes
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      const float rhs = ld_shared(first + 16 * i);
+      const float rhs = ld_shared(first + next * i);
       value[2 * i] = lhs.x * rhs;
       value[2 * i + 1] = lhs.y * rhs;
     }

@@ -93,6 +93,9 @@ FP8GEMM_DEVICE bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
 
 // ---- Barriers (Parallel synchronization: bar, barrier.cluster) --------------------------------
 
+// Whether it is true in all lanes of a warp.
+FP8GEMM_DEVICE bool all_lanes(bool value) { return __all_sync(~0u, value); }
+
 FP8GEMM_DEVICE void bar_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

@@ -41,6 +41,13 @@ FP8GEMM_DEVICE uint32_t redux_max(uint32_t value) {
   return largest;
 }
 
+// The smallest of a warp.
+FP8GEMM_DEVICE uint32_t redux_min(uint32_t value) {
+  uint32_t smallest;
+  asm volatile("redux.sync.min.u32 %0, %1, 0xffffffff;" : "=r"(smallest) : "r"(value));
+  return smallest;
+}
+
 FP8GEMM_DEVICE uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   uint32_t product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));

@@ -137,7 +137,8 @@ struct Quantizer {
     float largest = shared.largest[0][at];
 #pragma unroll
     for (int warp = 1; warp < 8; ++warp) largest = max_nan(largest, shared.largest[warp][at]);
-    const ScaleOf scale = ScaleOf::of(largest);
+    ScaleOf scale = ScaleOf::of(largest);
+    if constexpr (spec.shared_columns) scale = share_scale(scale, largest);
     shared.column[at] = scale;
     const int steps = params.pitch / kScaleBlock, all = round_up4(params.k);
     const int64_t line = int64_t{tokens.batch} * steps + tokens.position / kScaleBlock;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.cuh"
+#include "plan.cuh"
 #include "ptx.cuh"
 #include "ptx_arithmetic.cuh"
 
@@ -35,6 +36,26 @@ struct Scale {
     return scale;
   }
 };
+
+// As reference.share_scales: the scale of this thread's column, or the largest of its block where
+// all lie close. 128 neighbouring threads have a block's columns, `which` tells two blocks apart.
+FP8GEMM_DEVICE Scale<true> share_scale(Scale<true> own, float largest, int which = 0) {
+  __shared__ uint32_t ends[2][4][2];  // of each warp's columns: the largest scale, the smallest
+  const uint32_t bits = float_to_bits(own.value), warp = threadIdx.x / 32 % 4;
+  const uint32_t warp_most = redux_max(largest != 0 ? bits : 0u);
+  const uint32_t warp_least = redux_min(largest != 0 ? bits : ~0u);
+  if (threadIdx.x % 32 == 0) ends[which][warp][0] = warp_most, ends[which][warp][1] = warp_least;
+  bar_sync(1 + which, kScaleBlock);
+  uint32_t most = 0, least = ~0u;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    most = max(most, ends[which][i][0]), least = min(least, ends[which][i][1]);
+  }
+  const uint32_t kInfinity = 0x7f800000u;  // NaN is above it
+  const bool close = most - least <= static_cast<uint32_t>(kSharedSpread) << 23;
+  if (most == 0 || most >= kInfinity || !close) return own;
+  return {bits_to_float(most), bits_to_float((254u << 23) - most)};
+}
 
 // Adds up, or the like, each of kCount values over kLanes lanes. Lane i gets value i % kCount: a
 // step hands half of the values over and keeps the others, so later steps have fewer.

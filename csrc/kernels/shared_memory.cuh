@@ -32,6 +32,15 @@ struct CastRing<kStages, Rhs::kFp8> {
   using RhsLayout = SwizzledRows;
 };
 
+// What the inspectors found out about the blocks that the notes are of.
+template <bool kInspected>
+struct alignas(kArrayAlignment) Inspection {
+  uint64_t done[kNotes];             // completes when all inspectors have looked
+  bool common[kNotes][kInspectors];  // of the steps that each looked at
+};
+template <>
+struct Inspection<false> {};
+
 // Every shared array and barrier of a kernel, of which plan.cuh knows the sizes. Operand tiles come
 // first: the 128-byte swizzle wants them at multiples of 1024.
 template <GemmSpec spec>
@@ -43,6 +52,7 @@ struct alignas(kTileAlignment) SharedMemory {
   [[no_unique_address]] Bytes<out_bytes(spec)> out;  // results on their way to the copy engine
   [[no_unique_address]] Bytes<exchange_plan(spec).bytes> exchange;  // sums between parts
   [[no_unique_address]] CastRing<spec.stages, spec.rhs> cast;
+  [[no_unique_address]] Inspection<is_inspected(spec)> inspection;
   uint8_t lhs_scale[spec.stages][lhs_scale_slot(spec)];
   uint8_t rhs_scale[spec.stages][rhs_scale_slot(spec)];
   Block note[kNotes];           // which blocks the stages' bytes belong to, one after the other

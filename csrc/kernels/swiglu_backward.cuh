@@ -318,7 +318,11 @@ struct SwigluBackward {
 #pragma unroll
       for (int j = 0; j < 4; ++j) largest[j] = max_nan(largest[j], four[j]);
     }
-    const ScaleOf scale = ScaleOf::of(over_lanes<4>(largest, max_nan));
+    const float own = over_lanes<4>(largest, max_nan);
+    ScaleOf scale = ScaleOf::of(own);
+    if constexpr (spec.shared_columns) {
+      if (which != kActivation) scale = share_scale(scale, own, which);
+    }
     shared.reciprocal[which][at] = scale.reciprocal;
     const BackwardTile tile = shared.tile[n % 4];
     const int column = at % 64 / 4 * 8 + at / 64 * 4 + at % 4;

@@ -69,6 +69,9 @@ class CastSpec:
       grouped: the transposed copy is placed by groups; rows past them are not read.
       gather: row i is row index[i] of x.
       pair: two operands lie side by side along k.
+      shared_columns: in the transposed copy 128 neighbouring columns of x get one scale where their
+        own lie close, see reference.share_scales. Of SwiGLU's backward pass those of the gradients
+        do, and those of the activation do not. Scales of "none" stay as they are.
       token_dims: how many dims of x before k count tokens, which a transposed copy has last. The
         dims before them count matrices. Two or more need a last one that is a multiple of 128.
     """
@@ -81,11 +84,17 @@ class CastSpec:
     grouped: bool = False
     gather: bool = False
     pair: bool = False
+    shared_columns: bool = False
     token_dims: int = 1
 
     @functools.cached_property
     def is_backward(self) -> bool:
         return self.source == "swiglu_backward"
+
+    @functools.cached_property
+    def shares(self) -> bool:
+        """Whether columns of a transposed copy can have a common scale."""
+        return self.shared_columns and self.transposed and self.scale_rounding == "pow2"
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -175,13 +184,14 @@ def _reference(spec: CastSpec, operands: Arrays) -> Arrays:
     if spec.source == "swiglu":
         x = reference.swiglu(x)[3] * named["row_weight"][None, :, None]
     if not spec.is_backward:
-        return made(x, rows=spec.rows, transposed=spec.transposed)
+        return made(x, rows=spec.rows, transposed=spec.transposed, shared_columns=spec.shares)
     dh, activation, parts = reference.swiglu_gradients(
         x[0], named["gradient"][0], named["row_weight"]
     )
-    turned = [*jnp.split(dh, 2, axis=1), activation]
     copies = [made(dh[None], rows=True, transposed=False)]
-    copies += [made(y[None], rows=False, transposed=True) for y in turned]
+    turn = functools.partial(made, rows=False, transposed=True)
+    copies += [turn(y[None], shared_columns=spec.shares) for y in jnp.split(dh, 2, axis=1)]
+    copies.append(turn(activation[None]))
     return [*itertools.chain(*copies), parts]
 
 
@@ -189,7 +199,8 @@ def attributes(spec: CastSpec, dtype: jnp.dtype, m: int, k: int) -> dict[str, np
     """Returns the attributes of the custom call for x of `dtype`: the kernel's specification."""
     # Whether threads may read eight columns at once, and write them, or sixteen of a transpose.
     aligned = k % 8 == 0 and (spec.tile != BLOCKS or not spec.transposed or m % 16 == 0)
-    flags = ("rows", "transposed", "grouped", "gather", "pair")
+    flags = ["rows", "transposed", "grouped", "gather", "pair"]
+    flags += ["shared_columns"] if spec.shares else []
     return {
         "source": spec.source,
         "type": FLOAT_NAMES.get(jnp.dtype(dtype).name, "bf16"),
@@ -325,7 +336,8 @@ def sharding_rule(spec: CastSpec, rank: int, whole_tokens: bool) -> Rule:
         results=tuple(results),
         voters=((0, 10),),  # x outvotes its copies: rather these travel, being smaller
         whole=frozenset("rtgp" + "m" * (spec.grouped or spec.gather) + "hkf" * uncut),
-        blocked=blocked_letters(*operands.values(), *results) | set("m" * spec.transposed),
+        blocked=blocked_letters(*operands.values(), *results)
+        | set("m" * spec.transposed + k * spec.shares),
     )
 
 

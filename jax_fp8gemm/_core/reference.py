@@ -24,6 +24,7 @@ from jax_fp8gemm._core.variants import VARIANTS
 
 EXPONENT_MASK = 0x7F800000  # of a float32
 MAGNITUDE_MASK = 0x7FFFFFFF  # likewise, without the sign
+SHARED_SPREAD = 10  # powers of two; as kSharedSpread of plan.cuh
 SMALLEST_NORMAL = 2.0**-126  # float32; scales stay normal, since GPUs and XLA may flush others
 
 
@@ -63,16 +64,48 @@ def scale_of(amax: jax.Array, rounding: ScaleRounding) -> jax.Array:
     return jnp.where(amax == 0, 1.0, jnp.where(jnp.isfinite(amax), scale, jnp.nan))
 
 
-def quantize(x: jax.Array, tile: Tile, rounding: ScaleRounding) -> tuple[jax.Array, jax.Array]:
+def share_scales(amax: jax.Array, scale: jax.Array) -> jax.Array:
+    """Gives the 128 rows of each block one scale, their largest, where their own lie close.
+
+    They do where the largest is at most 2^SHARED_SPREAD times the smallest. Rows of zeros do not
+    count, and take the common scale. A block with NaN or Inf keeps the scales of its rows.
+
+    Args:
+      amax, scale: f32 [..., rows, steps], of tiles of 1x128; scales are powers of two.
+    """
+    rows = scale.shape[-2]
+    pad = [(0, 0)] * (scale.ndim - 2) + [(0, -rows % SCALE_BLOCK), (0, 0)]
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    counts = amax != 0  # NaN counts
+
+    def in_blocks(x, fill):
+        x = jnp.pad(x, pad, constant_values=fill)
+        return x.reshape(*x.shape[:-2], -1, SCALE_BLOCK, x.shape[-1])
+
+    most = in_blocks(jnp.where(counts, bits, 0), 0).max(-2, keepdims=True)
+    least = in_blocks(jnp.where(counts, bits, EXPONENT_MASK), EXPONENT_MASK).min(-2, keepdims=True)
+    close = (most - least <= SHARED_SPREAD << 23) & (most < EXPONENT_MASK) & (most > 0)
+    found = jnp.where(close, most, in_blocks(bits, 0))
+    found = found.reshape(*scale.shape[:-2], -1, scale.shape[-1])[..., :rows, :]
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def quantize(
+    x: jax.Array, tile: Tile, rounding: ScaleRounding, *, shared: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Returns (qvalue, scale): qvalue = e4m3(clip(x · (1/scale), ±448)), in float32.
 
     A product, since XLA may make one of the division anyway; with powers of two both are exact.
+
+    Args:
+      shared: rows of a block of 128 share a scale where share_scales() lets them.
     """
     tiles, shape = _tiled(x.astype(jnp.float32), tile)
     # NOTE: a maximum of floats loses NaN on CPUs. Among bit patterns NaN is above every number.
     bits = jax.lax.bitcast_convert_type(tiles, jnp.int32) & MAGNITUDE_MASK
     amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1)), jnp.float32)
     scale = scale_of(amax, rounding)
+    scale = share_scales(amax, scale) if shared else scale
     # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
     values = jnp.clip(tiles * (1 / scale)[..., :, None, :, None], -FP8_MAX, FP8_MAX)
     return _untiled(values.astype(FP8), shape), scale
@@ -96,12 +129,13 @@ def copies(
     rows: bool,
     transposed: bool,
     group_sizes: jax.Array | None = None,
+    shared_columns: bool = False,
 ) -> list[jax.Array]:
     """Returns (qvalue, scale) of x [b, m, k] as it lies, then of its transposed copy; as asked for.
 
     The transposed copy is [b, k, m] where tiles are 128x128, else [b, k, m↑128] with zeros; with
     group_sizes (b = 1) its tokens are placed by groups, and rows past the groups count as zeros.
-    Scales are in the kernel's layout.
+    Scales are in the kernel's layout. shared_columns: see CastSpec.
     """
     lines = x
     if group_sizes is not None:
@@ -110,8 +144,10 @@ def copies(
         lines = place_by_groups(x[0], group_sizes)[None]
     elif tile == ROW_BLOCKS:
         lines = jnp.pad(x, [(0, 0), (0, -x.shape[1] % SCALE_BLOCK), (0, 0)])
-    found = [x] * rows + [jnp.swapaxes(lines, 1, 2)] * transposed
-    pairs = [quantize(values, tile, rounding) for values in found]
+    pairs = [quantize(x, tile, rounding)] if rows else []
+    if transposed:
+        columns = jnp.swapaxes(lines, 1, 2)
+        pairs.append(quantize(columns, tile, rounding, shared=shared_columns))
     return [part for q, scale in pairs for part in (q, scale_to_kernel(scale, tile))]
 
 

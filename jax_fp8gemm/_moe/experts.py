@@ -66,6 +66,7 @@ def expert_ffn(
     *,
     capacity: int | None = None,
     scale_rounding: ScaleRounding = "pow2",
+    shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
 ) -> jax.Array:
     """Sends each token through its experts, in FP8 forward and backward.
@@ -82,6 +83,7 @@ def expert_ffn(
       capacity: rows that an expert takes at most, 1 or more. Later tokens' rows beyond it add
         nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`.
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
+      shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
 
     Returns:
@@ -102,6 +104,7 @@ def expert_ffn(
     kernels = as_kernels(op, "kernels", kernels)
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
     expert_index = as_int32(op, "expert_index", expert_index)
+    check_bool(op, "shared_columns", shared_columns)
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     check_tokens(op, x, expert_index, gate_weights, kernels)
     check_positive(op, "capacity", capacity)
@@ -115,7 +118,9 @@ def expert_ffn(
         others=(x,),
         wanted=cast_in_gemm,
     )
-    spec = ExpertSpec(scale_rounding=scale_rounding, capacity=capacity)
+    spec = ExpertSpec(
+        scale_rounding=scale_rounding, shared_columns=shared_columns, capacity=capacity
+    )
     return run_experts(x, expert_index, gate_weights, kernels, spec)
 
 
@@ -124,6 +129,7 @@ class ExpertSpec:
     """Static description of one expert block; as the arguments of expert_ffn."""
 
     scale_rounding: ScaleRounding
+    shared_columns: bool
     capacity: int | None = None
     exchange: TokenExchange | None = None
 
@@ -205,15 +211,21 @@ def _backward(spec: ExpertSpec, residuals, dy):
     saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
     sizes, top_k, rounding = permutation.group_sizes, gate_weights.shape[1], spec.scale_rounding
     token, row_weight = _rows(permutation, gate_weights)
+    shared = spec.shared_columns
     by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
     if spec.exchange is not None and spec.exchange.wire == "fp8":
         received = _received(_pad_h(dy), slots, spec)
-        dyq, dyt = _take(received, token), recast(received, **by_groups)
+        dyq, dyt = _take(received, token), recast(received, **by_groups, shared_columns=shared)
     else:
-        dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups)
+        dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups, shared_columns=shared)
     da = multiply_by(down, dyq, sizes, transposed=False)
     d = cast_swiglu_backward(
-        from_bits(saved_h), da, row_weight, scale_rounding=rounding, group_sizes=sizes
+        from_bits(saved_h),
+        da,
+        row_weight,
+        scale_rounding=rounding,
+        shared_columns=shared,
+        group_sizes=sizes,
     )
     dx = multiply_by(up, d.h, sizes, transposed=False)
     dx = _collected(dx, permutation, top_k, slots, like[0], spec)
@@ -278,7 +290,7 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     assert spec.capacity is not None
     capacity = min(spec.capacity, rows)
     starts = jnp.cumsum(sizes) - sizes
-    row = (starts[:, None] + jnp.arange(capacity)).reshape(-1)
+    row = (starts[:, None] + jnp.arange(capacity)[None]).reshape(-1)
     row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
 
     def masked(lhs, rhs):

@@ -28,6 +28,7 @@ OPTIONS = (
     "exchange",
     "wire",
     "scale_rounding",
+    "shared_columns",
     "cast_in_gemm",
 )
 FORMER_NAMES = {
@@ -54,6 +55,7 @@ def moe(
     exchange: ExchangeKind = "all_gather",
     wire: Wire = "fp8",
     scale_rounding: ScaleRounding = "pow2",
+    shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
 ) -> tuple[jax.Array, Routing]:
     """Routes each token to its experts and sums their weighted outputs; FP8 but for the router.
@@ -76,6 +78,7 @@ def moe(
       exchange: "all_gather" or "all_to_all", of tokens over expert_axis.
       wire: "fp8" or "bf16", how tokens travel. Results travel as bf16.
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
+      shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
 
     Returns:
@@ -100,6 +103,7 @@ def moe(
         check_option("moe", name, given[name], literal)
     check_option("moe", "scale_rounding", scale_rounding, ScaleRounding)
     check_bool("moe", "normalize", normalize)
+    check_bool("moe", "shared_columns", shared_columns)
     check_bool("moe", "cast_in_gemm", cast_in_gemm, or_none=True)
     x, gate_kernel = as_float("moe", "x", x), as_float("moe", "gate_kernel", gate_kernel)
     kernels = as_kernels("moe", "kernels", kernels)
@@ -128,10 +132,10 @@ def moe(
     via = None
     if expert_axis is not None:
         via = TokenExchange(axis=expert_axis, kind=exchange, wire=wire)
-    spec = ExpertSpec(scale_rounding=scale_rounding, exchange=via)
+    spec = ExpertSpec(scale_rounding=scale_rounding, shared_columns=shared_columns, exchange=via)
     y = _exchanged(tokens, routing, kernels, spec, devices, capacity_factor)
     if shared is not None:
-        y = y + _shared(tokens, shared, scale_rounding)
+        y = y + _shared(tokens, shared, spec)
     return y.reshape(x.shape), routing
 
 
@@ -189,8 +193,13 @@ def _exchanged(
     return run_experts(tokens, expert_index, gate_weights, kernels, spec, slots)
 
 
-def _shared(x: jax.Array, kernels: ExpertKernels, rounding: ScaleRounding) -> jax.Array:
+def _shared(x: jax.Array, kernels: ExpertKernels, spec: ExpertSpec) -> jax.Array:
     x, (wi_0, wi_1, wo) = vary_alike(x, (kernels.wi_0, kernels.wi_1, kernels.wo))
-    matmul = functools.partial(fp8_matmul, preferred_element_type=x.dtype, scale_rounding=rounding)
+    matmul = functools.partial(
+        fp8_matmul,
+        preferred_element_type=x.dtype,
+        scale_rounding=spec.scale_rounding,
+        shared_columns=spec.shared_columns,
+    )
     gate, up = (matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
     return matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)

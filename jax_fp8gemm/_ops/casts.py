@@ -67,6 +67,7 @@ def cast_transposed(
     *,
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
+    shared_columns: bool = False,
     token_dims: int = 1,
 ) -> QArray:
     """See `quantize_transposed`."""
@@ -76,6 +77,7 @@ def cast_transposed(
         rows=False,
         transposed=True,
         grouped=group_sizes is not None,
+        shared_columns=shared_columns,
         token_dims=token_dims,
     )
     qvalue, scale = cast(spec, x, *_given(group_sizes))
@@ -89,6 +91,7 @@ def cast_both(
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
     index: jax.Array | None = None,
+    shared_columns: bool = False,
     token_dims: int = 1,
 ) -> BothCopies:
     """See `quantize_both`."""
@@ -100,6 +103,7 @@ def cast_both(
         grouped=group_sizes is not None,
         gather=index is not None,
         pair=len(matrices) == 2,
+        shared_columns=shared_columns,
         token_dims=token_dims,
     )
     found = cast(spec, *matrices, *_given(index, group_sizes))
@@ -112,6 +116,7 @@ def recast(
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
     index: jax.Array | None = None,
+    shared_columns: bool = False,
     token_dims: int = 1,
 ) -> QArray:
     """See `requantize`."""
@@ -122,6 +127,7 @@ def recast(
         transposed=True,
         grouped=group_sizes is not None,
         gather=index is not None,
+        shared_columns=shared_columns,
         token_dims=token_dims,
     )
     qvalue, scale = cast(spec, q.qvalue, q.scale, *_given(index, group_sizes))
@@ -154,6 +160,7 @@ def cast_swiglu_backward(
     *,
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
+    shared_columns: bool = False,
 ) -> SwigluGradients:
     """See `swiglu_backward`."""
     spec = CastSpec(
@@ -161,6 +168,7 @@ def cast_swiglu_backward(
         scale_rounding=scale_rounding,
         transposed=True,
         grouped=group_sizes is not None,
+        shared_columns=shared_columns,
     )
     floats = gradient.astype(jnp.bfloat16), row_weight.astype(jnp.float32)
     *copies, parts = cast(spec, h.qvalue, h.scale, *floats, *_given(group_sizes))

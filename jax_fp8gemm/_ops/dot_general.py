@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jax_fp8gemm._core.checks import as_float
+from jax_fp8gemm._core.checks import as_float, check_bool
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.recipe import result_dtype
@@ -24,6 +24,7 @@ def fp8_dot_general(
     preferred_element_type: jnp.dtype | None = None,
     *,
     out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
+    shared_columns: bool = True,
 ) -> jax.Array:
     """Multiplies as jax.lax.dot_general does, in FP8: what `dot_general=` of a Flax layer takes.
 
@@ -39,6 +40,7 @@ def fp8_dot_general(
       preferred_element_type: bf16, f16 or f32, of the result; default: the promoted dtype.
       out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
         a NamedSharding. On meshes without Explicit axes a constraint.
+      shared_columns: of the gradient to rhs, as in `fp8_matmul`.
 
     Returns:
       The batch dims, lhs's other dims, rhs's other dims. Gradients have the dtypes of lhs and rhs.
@@ -54,6 +56,7 @@ def fp8_dot_general(
       layer = nnx.Linear(256, 512, dot_general=fp8_dot_general, rngs=rngs)
     """
     del precision
+    check_bool(OP, "shared_columns", shared_columns)
     lhs, rhs = as_float(OP, "lhs", jnp.asarray(lhs)), as_float(OP, "rhs", jnp.asarray(rhs))
     (contract, rhs_contract), (batch, rhs_batch) = dimension_numbers
     contract, batch = _normal(contract, lhs.ndim), _normal(batch, lhs.ndim)
@@ -71,7 +74,8 @@ def fp8_dot_general(
         shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
         if 0 in shape:
             return jnp.zeros(shape, dtype)
-        return _multiply(x, w, len(batch), len(contract), dtype).reshape(shape)
+        y = _multiply(x, w, len(batch), len(contract), dtype, shared_columns)
+        return y.reshape(shape)
 
     return _sharded(run, lhs, rhs, numbers, out_sharding)
 
@@ -85,7 +89,9 @@ def dot_general_like_lhs(
     return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, out_sharding=out_sharding)
 
 
-def _multiply(x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.dtype) -> jax.Array:
+def _multiply(
+    x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.dtype, shared_columns: bool
+) -> jax.Array:
     """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n].
 
     Rows stay apart, since a mesh may cut each of their dims. One batch is none: then k and n keep
@@ -95,7 +101,7 @@ def _multiply(x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.
     k, n = math.prod(x.shape[-contract:]), math.prod(w.shape[batch + contract :])
 
     def multiply(x, w):
-        return fp8_matmul(x, w, preferred_element_type=dtype)
+        return fp8_matmul(x, w, preferred_element_type=dtype, shared_columns=shared_columns)
 
     if math.prod(sizes) == 1:
         return multiply(x.reshape(*rows, k), w.reshape(k, n))

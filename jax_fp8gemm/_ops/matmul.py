@@ -33,6 +33,7 @@ def fp8_matmul(
     preferred_element_type: DTypeLike | None = None,
     scale_rounding: ScaleRounding = "pow2",
     residuals: Residuals = "fp8_t",
+    shared_columns: bool = True,
 ) -> jax.Array:
     """Multiplies in FP8, forward and backward: y[..., n] = Σ_k x[..., k] · w[k, n].
 
@@ -47,6 +48,8 @@ def fp8_matmul(
       residuals: what is kept of x for the backward pass. "fp8_t": the transposed FP8 copy, 1.03
         bytes an element. "fp8": FP8 rows, quantized again in the backward pass (exact with pow2).
         "input": x itself.
+      shared_columns: whether neighbouring columns of gradients may share a scale in the GEMM that
+        makes the gradient to w: the same error, up to a third faster. See `quantize_both`.
 
     Returns:
       [..., n]. Gradients have the dtypes of x and w. Residuals are named "fp8_matmul_x" and
@@ -73,7 +76,15 @@ def fp8_matmul(
         got += f"{describe_weight('w', w)} (k={w.shape[0]}, n={n})"
         fix = "if w is stored [n, k], pass w.T"
         fail(op, "dim k differs between x and w.", got, f"w [{k}, n]", fix)
-    spec = spec_of(op, x, w, preferred_element_type, scale_rounding, residuals)
+    spec = spec_of(
+        op,
+        x,
+        w,
+        preferred_element_type,
+        rounding=scale_rounding,
+        residuals=residuals,
+        shared_columns=shared_columns,
+    )
     y: jax.Array = _matmul(*vary_alike(x if x.ndim > 1 else x[None], *split(w)), spec)
     return y if x.ndim > 1 else y[0]
 
@@ -97,7 +108,10 @@ def _backward(spec: MatmulSpec, residuals, dy):
     saved, saved_w, like_x, like_w = residuals
     tokens = _tokens(dy)
     rows, transposed = cast_both(
-        tokens, scale_rounding=spec.scale_rounding, token_dims=tokens.ndim - 1
+        tokens,
+        scale_rounding=spec.scale_rounding,
+        shared_columns=spec.shared_columns,
+        token_dims=tokens.ndim - 1,
     )
     kn = from_bits(saved_w)
     dx = multiply(rows, kn, like_x.dtype).reshape(*dy.shape[:-1], kn.shape[0])

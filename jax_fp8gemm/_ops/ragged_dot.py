@@ -39,6 +39,7 @@ def fp8_ragged_dot(
     preferred_element_type: DTypeLike | None = None,
     scale_rounding: ScaleRounding = "pow2",
     residuals: Residuals = "fp8_t",
+    shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
 ) -> jax.Array:
     """Multiplies groups of rows by a matrix each, as jax.lax.ragged_dot does, in FP8.
@@ -53,6 +54,7 @@ def fp8_ragged_dot(
       preferred_element_type: dtype of the result; default: the promoted dtype of lhs and rhs.
       scale_rounding: "pow2" or "none", see `quantize`.
       residuals: what is kept of lhs, as in `fp8_matmul`.
+      shared_columns: of the gradient to rhs, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast bf16 weights themselves, without FP8 copies in memory:
         faster with few rows in a group, and the same numbers. None: where there are 512 rows or
         fewer in a group on average, everything is bf16, and neither a mesh in use nor the types of
@@ -80,7 +82,15 @@ def fp8_ragged_dot(
     sizes = as_int32(op, "group_sizes", group_sizes)
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     _check_ragged(op, lhs, rhs, sizes)
-    spec = spec_of(op, lhs, rhs, preferred_element_type, scale_rounding, residuals)
+    spec = spec_of(
+        op,
+        lhs,
+        rhs,
+        preferred_element_type,
+        rounding=scale_rounding,
+        residuals=residuals,
+        shared_columns=shared_columns,
+    )
     if not rhs.shape[0]:
         return jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
     w, copies = split(rhs)
@@ -142,7 +152,12 @@ def _forward(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
 
 def _backward(spec: MatmulSpec, residuals, dy):
     saved, saved_rhs, group_sizes, like_lhs, like_rhs = residuals
-    rows, transposed = cast_both(dy, scale_rounding=spec.scale_rounding, group_sizes=group_sizes)
+    rows, transposed = cast_both(
+        dy,
+        scale_rounding=spec.scale_rounding,
+        shared_columns=spec.shared_columns,
+        group_sizes=group_sizes,
+    )
     if spec.cast_in_gemm:
         dlhs = multiply_casting(rows, (saved_rhs,), group_sizes, transposed=False)
     else:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jax_fp8gemm._bind.meshes import explicit_sharding
 from jax_fp8gemm._core.bits import from_bits, named, save
-from jax_fp8gemm._core.checks import FLOATS, check_option
+from jax_fp8gemm._core.checks import FLOATS, check_bool, check_option
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.types import Residuals, ScaleRounding
@@ -31,18 +31,32 @@ class MatmulSpec:
     dtype: jnp.dtype
     scale_rounding: ScaleRounding
     residuals: Residuals
+    shared_columns: bool
     name: str
     cast_in_gemm: bool = False
 
 
 def spec_of(
-    op: str, lhs: Any, rhs: Any, preferred: DTypeLike | None, rounding: Any, residuals: Any
+    op: str,
+    lhs: Any,
+    rhs: Any,
+    preferred: DTypeLike | None,
+    *,
+    rounding: Any,
+    residuals: Any,
+    shared_columns: Any,
 ) -> MatmulSpec:
     """Checks the options of a matmul, and returns its spec."""
     check_option(op, "scale_rounding", rounding, ScaleRounding)
     check_option(op, "residuals", residuals, Residuals)
-    dtype = result_dtype(op, lhs, rhs, preferred)
-    return MatmulSpec(dtype=dtype, scale_rounding=rounding, residuals=residuals, name=op)
+    check_bool(op, "shared_columns", shared_columns)
+    return MatmulSpec(
+        dtype=result_dtype(op, lhs, rhs, preferred),
+        scale_rounding=rounding,
+        residuals=residuals,
+        shared_columns=shared_columns,
+        name=op,
+    )
 
 
 def result_dtype(op: str, lhs: Any, rhs: Any, preferred: DTypeLike | None) -> jnp.dtype:

@@ -9,6 +9,7 @@ from jax_fp8gemm._core.checks import (
     HALVES,
     as_float,
     as_groups,
+    check_bool,
     check_option,
     check_quantized,
     renamed,
@@ -93,6 +94,7 @@ def swiglu_backward(
     group_sizes: ArrayLike | None = None,
     *,
     scale_rounding: ScaleRounding = "pow2",
+    shared_columns: bool = False,
 ) -> SwigluGradients:
     """The backward pass of row_weight · silu(gate) · up, with all casts in one pass.
 
@@ -102,6 +104,7 @@ def swiglu_backward(
       row_weight: f32 [m].
       group_sizes: int [g], see `quantize_both`.
       scale_rounding: "pow2" or "none", see `quantize`.
+      shared_columns: of the transposed gradients to gate and up, see `quantize_both`.
 
     Returns:
       SwigluGradients: the gradient to h as rows; transposed copies of the gradient to gate, of the
@@ -115,6 +118,7 @@ def swiglu_backward(
     """
     op = "swiglu_backward"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
+    check_bool(op, "shared_columns", shared_columns)
     check_quantized(op, "h", h)
     gradient = as_float(op, "gradient", gradient)
     row_weight, groups = _checked_rows(op, h.qvalue, row_weight, group_sizes)
@@ -124,7 +128,12 @@ def swiglu_backward(
         expected = "h [m, 2f] scaled by 1x128, gradient [m, f], f a multiple of 128"
         fail(op, "h and gradient do not fit.", got, expected, "pad f with zeros")
     return cast_swiglu_backward(
-        h, gradient, row_weight, scale_rounding=scale_rounding, group_sizes=groups
+        h,
+        gradient,
+        row_weight,
+        scale_rounding=scale_rounding,
+        shared_columns=shared_columns,
+        group_sizes=groups,
     )
 
 

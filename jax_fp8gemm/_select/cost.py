@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jax_fp8gemm._core.layout import K_STEP, ROW_BLOCKS, ROWS, ceil_div
+from jax_fp8gemm._core.layout import K_STEP, ROW_BLOCKS, ceil_div
 from jax_fp8gemm._select.problem import SMS, GemmConfig, Problem, blocks
 
 TENSOR_RATE = 8192  # FP8 operations per clock and SM, measured
@@ -19,7 +19,7 @@ class CostModel:
     bandwidth: float = 4.7e12  # B/s from device memory, when every SM asks for its share
     l2_bytes: float = 46.0  # per clock into one SM
     tensor: float = 1.25  # clocks of a step over the tensor core's own
-    per_column: float = 1.25  # likewise with a scale for each column
+    shared_columns: float = 1.0  # likewise with a scale for each column, which blocks share
     few_rows_tensor: float = 2.5
     few_rows_l2_bytes: float = 59.0
     cast_step: float = 1800.0  # clocks that a step takes at least, where rhs is cast
@@ -51,7 +51,7 @@ def predicted_seconds(problem: Problem, config: GemmConfig) -> float:
     if few_rows:
         tensor *= model.few_rows_tensor
     else:
-        tensor *= model.per_column if p.tiles[1] in (ROW_BLOCKS, ROWS) else model.tensor
+        tensor *= model.shared_columns if p.tiles[1] == ROW_BLOCKS else model.tensor
     # A multicast saves reads of L2, but what arrives in an SM is the same.
     loaded = K_STEP * (min(c.block_m, m) + c.block_n * (2 if p.casts else 1))
     loads = loaded / (model.few_rows_l2_bytes if few_rows else model.l2_bytes)

@@ -14,11 +14,24 @@ from jax_fp8gemm._select.problem import SPREAD, GemmConfig, Problem
 from jax_fp8gemm._tools.timing import Contender
 
 
-def random_operand(key: jax.Array, shape: tuple[int, ...], tile: Tile) -> QArray:
-    """Returns normal numbers in FP8, with scales of about 1/100 that differ from tile to tile."""
-    values, scales = jax.random.split(key)
+def random_operand(
+    key: jax.Array, shape: tuple[int, ...], tile: Tile, shared: float = 0.0
+) -> QArray:
+    """Returns normal numbers in FP8, with scales of about 1/100 that differ from tile to tile.
+
+    shared: the share of blocks of 128 rows that have one scale for each 128 of k, as casts with
+    `shared_columns` make them. Only for tiles of 1x128.
+    """
+    values, scales, chosen = jax.random.split(key, 3)
     q = jnp.clip(64 * jax.random.normal(values, shape, jnp.bfloat16), -448, 448).astype(FP8)
     scale = jax.random.uniform(scales, scale_shape(shape, tile), minval=0.005, maxval=0.015)
+    if shared:
+        first = scale[..., ::SCALE_BLOCK, :]
+        common = jax.random.uniform(chosen, first.shape) < shared
+        common, first = (
+            jnp.repeat(x, SCALE_BLOCK, -2)[..., : scale.shape[-2], :] for x in (common, first)
+        )
+        scale = jnp.where(common, first, scale)
     return QArray(q, scale)
 
 
@@ -56,8 +69,13 @@ def sizes_of(problem: Problem, groups: ArrayLike) -> np.ndarray:
     return operand
 
 
-def random_operands(problem: Problem, sizes: np.ndarray | None = None, *, seed: int = 0) -> tuple:
-    """Returns lhs, rhs and, in a grouped variant, the group operand for groups of `sizes`."""
+def random_operands(
+    problem: Problem, sizes: np.ndarray | None = None, *, seed: int = 0, shared: float = 0.0
+) -> tuple:
+    """Returns lhs, rhs and, in a grouped variant, the group operand for groups of `sizes`.
+
+    shared: of rhs, see `random_operand`.
+    """
     row, p = VARIANTS[problem.variant], problem
     letters = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
     groups = None
@@ -68,9 +86,9 @@ def random_operands(problem: Problem, sizes: np.ndarray | None = None, *, seed: 
         if p.variant == "masked":
             letters["m"] = round_up(int(groups.max()), 64)
     keys = jax.random.split(jax.random.key(seed))
-    make = jax.jit(random_operand, static_argnums=(1, 2))
+    make = jax.jit(random_operand, static_argnums=(1, 2, 3))
     shapes = (tuple(letters[c] for c in dims) for dims in (row.lhs, row.rhs))
-    operands = tuple(make(*a) for a in zip(keys, shapes, p.tiles, strict=True))
+    operands = tuple(make(*a) for a in zip(keys, shapes, p.tiles, (0.0, shared), strict=True))
     return operands if groups is None else (*operands, jnp.asarray(groups))
 
 

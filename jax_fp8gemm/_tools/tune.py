@@ -17,6 +17,7 @@ import time
 import jax
 
 from jax_fp8gemm._core.errors import fail
+from jax_fp8gemm._core.layout import ROW_BLOCKS
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.cost import predicted_seconds
@@ -70,7 +71,9 @@ def tune(problems: list[Problem], totals: list, count: int, reps: int) -> list[T
 
     def make_operands(problem, total) -> tuple:
         grouped = VARIANTS[problem.variant].group_operand
-        return random_operands(problem, group_sizes(problem, total) if grouped else None)
+        sizes = group_sizes(problem, total) if grouped else None
+        # The rhs of a weight gradient: its casts share the scales of columns.
+        return random_operands(problem, sizes, shared=float(problem.tiles[1] == ROW_BLOCKS))
 
     def make_trial(problem, config, operands) -> Trial:
         return Trial(problem, config, compiled(problem, config, operands))

@@ -82,6 +82,13 @@ inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
 inline uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
   return max_nan_bf16x2(a & 0x7fff7fff, b & 0x7fff7fff);
 }
+inline uint32_t redux_min(uint32_t value) {
+  for (int distance = 1; distance < 32; distance *= 2) {
+    value = min(value, __shfl_xor_sync(~0u, value, distance));
+  }
+  return value;
+}
+
 inline uint32_t redux_max(uint32_t value) {
   for (int distance = 16; distance > 0; distance /= 2) {
     value = max(value, __shfl_xor_sync(~0u, value, distance));

@@ -10,8 +10,13 @@ from numerics import calc_diff, product64
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.variants import SCALES
-from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
-from jax_fp8gemm._tools.operands import compiled, random_operands, sample_error
+from jax_fp8gemm._select.problem import GemmConfig, Problem, deepest, why_illegal
+from jax_fp8gemm._tools.operands import (
+    compiled,
+    executable_of,
+    random_operands,
+    sample_error,
+)
 from jax_fp8gemm._tools.shapes import DENSE, ODD, WEIGHT_GRADIENT
 
 BOUND = {"bf16": 1e-5, "f32": 1e-6}  # calc_diff
@@ -118,6 +123,80 @@ def test_every_tail_of_n(n):
 def test_every_tail_of_k(k):
     for config in (CONFIGS[0], CONFIGS[3], CONFIGS[7], CONFIGS[11]):
         check(Problem("dense", 130, 200, k), config)
+
+
+# Where scales of columns are common, another loop runs (csrc/kernels/inspector.cuh).
+SHARING = [
+    Problem("dense", 300, 392, 640, 1, "1x128_1x128", "f32"),
+    Problem("dense", 300, 392, 640, 1, "1x128_1x128", "bf16"),
+    Problem("dense", 130, 264, 384, 1, "row_row", "bf16"),
+    Problem("batched", 200, 264, 384, 3, "1x128_1x128", "f32"),
+    Problem("ragged_contracting", 200, 264, 1536, 3, "1x128_1x128", "f32"),
+    Problem("contiguous", 256, 264, 384, 2, "row_row", "bf16"),
+]
+SHAPES_OF_BLOCKS = [
+    (256, 128, "none"), (256, 128, "lhs"), (256, 128, "rhs"), (256, 96, "none"),
+    (128, 192, "none"), (128, 160, "lhs"), (128, 144, "none"), (128, 112, "none"), (128, 64, "rhs"),
+]  # fmt: skip
+
+
+def sharing_configs(problem: Problem) -> list[GemmConfig]:
+    wanted = [GemmConfig("persistent", m, n, 8, multicast) for m, n, multicast in SHAPES_OF_BLOCKS]
+    return deepest(problem, wanted)
+
+
+@pytest.mark.parametrize("problem", SHARING, ids=str)
+def test_common_scales_give_the_bits_of_single_ones(problem):
+    """One column with another scale takes its block, and no other column's bits, off that loop."""
+    lhs, rhs, *groups = random_operands(problem, shared=1.0)
+    odd = fp8.QArray(rhs.qvalue, rhs.scale.at[..., 5, :].mul(2))
+    mine = np.arange(problem.n) != 5
+    for config in sharing_configs(problem):
+        run = compiled(problem, config, (lhs, rhs, *groups))
+        out = run()
+        assert sample_error(problem, out, (lhs, rhs, *groups)) < BOUND[problem.out]
+        other = executable_of(problem, config, (lhs, rhs, *groups))(lhs, odd, *groups)
+        np.testing.assert_array_equal(np.asarray(out)[..., mine], np.asarray(other)[..., mine])
+        some = random_operands(problem, shared=0.5)
+        assert sample_error(problem, compiled(problem, config, some)(), some) < BOUND[problem.out]
+
+
+HOSTILE = {
+    "zero": lambda s: s.at[5].set(0),
+    "negative": lambda s: -s,
+    "one_negative": lambda s: s.at[200, 1].mul(-1),
+    "nan": lambda s: s.at[130, 2].set(jnp.nan),
+    "inf": lambda s: s.at[131, 2].set(jnp.inf),
+    "a_block_of_nan": lambda s: s.at[128:256, 1].set(jnp.nan),
+    "a_block_of_zeros": lambda s: s.at[128:256].set(0),
+    "the_last_column": lambda s: s.at[-1].mul(2),
+    "no_powers_of_two": lambda s: s * 0.7,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_scales_of_users_are_multiplied_as_they_are(name):
+    problem = Problem("dense", 256, 389, 512, 1, "1x128_1x128", "f32")
+    lhs, rhs = random_operands(problem, shared=1.0)
+    rhs = fp8.QArray(rhs.qvalue, HOSTILE[name](rhs.scale))
+    expected = product64(lhs, rhs, problem.tiles)
+    finite = np.isfinite(expected)
+    for config in sharing_configs(problem)[:5]:
+        out = np.asarray(compiled(problem, config, (lhs, rhs))())
+        np.testing.assert_array_equal(np.isfinite(out), finite)
+        assert calc_diff(out[finite], expected[finite]) < BOUND["f32"]
+
+
+def test_slices_of_shared_operands_keep_their_values():
+    """From column 40 on, blocks of the slice hold columns of two blocks of scales."""
+    problem = Problem("dense", 256, 640, 512, 1, "1x128_1x128", "f32")
+    lhs, rhs = random_operands(problem, shared=1.0)
+    some = fp8.QArray(rhs.qvalue[40:], rhs.scale[40:])
+    for config in sharing_configs(problem)[:5]:
+        whole, part = (
+            fp8.gemm(lhs, own, out_dtype=jnp.float32, config=config) for own in (rhs, some)
+        )
+        np.testing.assert_array_equal(part, whole[:, 40:])
 
 
 def test_init_is_added():
