@@ -19,7 +19,7 @@ WINGS = {
     "_select": "problem candidates cost choice",
     "_bind": "native partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
-    "_moe": "routing exchange weights experts layer",
+    "_moe": "gate routing exchange weights experts layer",
     "_tools": "timing operands shapes tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}
