@@ -15,11 +15,11 @@ import jax
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.choice import file_name
 from jax_fp8gemm._select.problem import Problem
+from jax_fp8gemm._tools.profile import LIMITS
 from jax_fp8gemm._tools.timing import spread
 
 HERE = pathlib.Path(__file__).parent
-PEAK = 1763e12  # FLOP/s with promotion at the power limit, measured
-BANDWIDTH = 4.4e12  # B/s, read only, measured
+PEAK, _, BANDWIDTH = LIMITS["NVIDIA H200"]
 START = time.perf_counter()
 
 

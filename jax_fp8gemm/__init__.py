@@ -24,14 +24,17 @@ from jax_fp8gemm._ops.ragged_dot import fp8_ragged_dot
 from jax_fp8gemm._ops.swiglu import swiglu_backward, swiglu_quantize, swiglu_quantize_both
 from jax_fp8gemm._ops.weights import PreparedWeight, prepare_weight
 from jax_fp8gemm._select.problem import GemmConfig
+from jax_fp8gemm._tools.profile import KernelRow, Profile, profile
 
 __all__ = [
     "EXPORT_CHECKS",
     "BothCopies",
     "ExpertKernels",
     "GemmConfig",
+    "KernelRow",
     "Permutation",
     "PreparedWeight",
+    "Profile",
     "QArray",
     "Routing",
     "SwigluGradients",
@@ -46,6 +49,7 @@ __all__ = [
     "permute",
     "prepare_experts",
     "prepare_weight",
+    "profile",
     "quantize",
     "quantize_both",
     "quantize_rows",

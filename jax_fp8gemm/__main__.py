@@ -1,6 +1,11 @@
-"""`python -m jax_fp8gemm`: what is here, what is missing, and whether the kernels work."""
+"""`python -m jax_fp8gemm`: what is here, what is missing, and whether the kernels work.
 
+`python -m jax_fp8gemm profile MODULE:FUNCTION`: where a program's time goes on the GPU.
+"""
+
+import argparse
 import contextlib
+import importlib
 import platform
 import sys
 
@@ -9,11 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_fp8gemm._bind.native import cache_folder, compile, device_facts, nvrtc_facts
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.version import __version__
 from jax_fp8gemm._ops.gemm import gemm
 from jax_fp8gemm._ops.quantize import quantize
 from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import Problem, attributes
+from jax_fp8gemm._tools.profile import profile
+
+# What the program to profile is.
+PROGRAM = "a function without arguments that returns a jitted function and its arguments"
 
 
 def line(name: str, value: object) -> None:
@@ -76,7 +86,53 @@ def product_check() -> bool:
     return bool(error < 1e-3)
 
 
-def main() -> int:
+def load_program(place: str) -> tuple:
+    """Calls FUNCTION of MODULE; returns a function and its arguments.
+
+    Raises:
+      ValueError, TypeError: there is no such function, or it returns something else.
+    """
+    op, (module, _, name) = "profile", place.partition(":")
+    if not module or not name:
+        fix = "write the module, a colon and the function, such as models.step:program"
+        fail(op, "there is no function to call.", place, "MODULE:FUNCTION", fix)
+    try:
+        make = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        fix = "run it from the folder that has the module, or set PYTHONPATH"
+        fail(op, f"module {module!r} cannot be imported.", str(error), "a module", fix)
+    if not callable(make):
+        fix = f"define {name} in {module}"
+        fail(op, f"{module} has no function {name!r}.", place, "MODULE:FUNCTION", fix)
+    made = make()
+    if not isinstance(made, tuple) or not made or not callable(made[0]):
+        got = f"{name}() returned {type(made).__name__}"
+        expected, fix = "a tuple: a function, then its arguments", "return jax.jit(step), x, w"
+        fail(op, f"{place} makes no program.", got, expected, fix, TypeError)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jax_fp8gemm", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("profile", help="kernels of a program by kind, on the GPU")
+    command.add_argument("place", metavar="MODULE:FUNCTION", help=PROGRAM)
+    command.add_argument("--reps", type=int, default=5, help="runs to take the mean of")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        return report()
+    try:
+        profile(*load_program(options.place), reps=options.reps)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if "\n  fix " not in str(error):
+            raise  # an error of the program, with the place where it happened
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def report() -> int:
+    """Prints what `python -m jax_fp8gemm` says; returns its exit status."""
     line("jax_fp8gemm", __version__)
     line("versions", f"jax {jax.__version__}, Python {platform.python_version()}")
     hopper, compiler = devices(), toolchain()

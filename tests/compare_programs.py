@@ -32,9 +32,13 @@ IGNORED = {
 }
 
 # Programs that may differ, with the reason: since the last release.
+ROUTER = "the router's products are of bf16 parts, and its sort has narrower keys"
 EXPECTED = {
     "moe_casts": "a bf16 rhs has operands of its own; its second array stood in the scale's place",
     "ragged_casts": "likewise",
+    "permute": "its sort has narrower keys, and rows are counted without a scatter",
+    **dict.fromkeys(("moe", "moe_grad", "moe_capacity", "moe_sigmoid"), ROUTER),
+    **dict.fromkeys(("experts_all_gather", "experts_all_to_all"), ROUTER),
 }
 
 

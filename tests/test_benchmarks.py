@@ -21,6 +21,7 @@ from jax_fp8gemm._tools import shapes, timing
 SCRIPTS = (
     "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm",
     "gemm", "grouped", "gemm_rows", "deepgemm_peer", "plot", "before_after",
+    "router",
 )  # fmt: skip
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 OURS = [("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]
@@ -214,6 +215,20 @@ def test_a_layer_beside_its_peers(load, tmp_path):
     script.save(rows, str(path))
     script.save(rows, str(path))  # in place of the stored ones
     assert len(json.loads(path.read_text())) == 3
+
+
+def test_the_router_beside_what_it_was(load, monkeypatch):
+    script = load("router")
+    monkeypatch.setattr(script, "SAMPLE", 20)
+    rows = [row for part in script.parts("", [script.Shape(70, 40, 12, 3)]) for row in part]
+    assert len({row["op"] for row in rows}) == len(rows) == 6
+    ours, before = rows[:2]
+    assert (ours["us"], ours["peer"], ours["peer_us"], ours["kernels"]) == (3.0, "float32", 3.0, 2)
+    for name in ("error_logits", "error_dkernel"):
+        assert ours[name] <= before[name] < 1e-6
+    assert 1e-3 < ours["error_dx"] < 1.0001 * before["error_dx"]
+    assert ours["tokens_that_choose_otherwise"] == 0
+    assert rows[4]["same_bits"] and "same_bits" not in rows[5]
 
 
 def test_each_card_has_its_own_results(load, monkeypatch):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_h200_compile import TARGET, pytestmark
+from test_h200_compile import TARGET, compiled, pytestmark
 
 __all__ = ["pytestmark"]  # skips where the plugin or NVRTC is not installed
 
@@ -116,3 +116,51 @@ def test_a_layer_with_many_experts_needs_little_beside_their_gradients(tmp_path)
     # with every group from a multiple of 128 on: FP8 [h + 2 f, 8192 rows + 32 · 127].
     turned = (7168 + 2 * 2048) * (8192 + 32 * 127)
     assert int(done.stdout) < 1.2 * turned
+
+
+ROUTER = """
+import re, sys, jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+from jax_fp8gemm._moe.gate import gate_logits
+from jax_fp8gemm._moe.routing import permutation_of, route
+target = open(sys.argv[1]).read()
+topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+at = NamedSharding(Mesh(np.array(topology.devices), ("x",)), P())
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=at)
+
+def step(x, kernel, d):
+    def router(x, kernel):
+        routing = route(gate_logits(x, kernel), 8)
+        permutation = permutation_of(routing.expert_index, 128)
+        return (routing.gate_weights, routing.aux_loss), (permutation, permutation.inverse())
+    (weights, aux_loss), pull, order = jax.vjp(router, x, kernel, has_aux=True)
+    return weights, aux_loss, order, pull((d, jnp.float32(1)))
+
+for name, x in (("bf16", jnp.bfloat16), ("f32", jnp.float32)):
+    made = jax.jit(step).lower(shape(24576, 1536, dtype=x), shape(1536, 128), shape(24576, 8))
+    text = made.compile().as_text()
+    products = re.findall(r"^.* dot\\((%[^ ,]+), (%[^ ,)]+)\\)", text, re.M)
+    dtype_of = dict(re.findall(r"(%[^ ]+) = (\\w+)\\[", text))
+    print(name, *[f"{dtype_of[a]}x{dtype_of[b]}" for a, b in products])
+    sorts = re.findall(r" sort\\(|cub_sort", text)
+    rows = r"\\[196608\\]\\{0\\}"
+    keys = re.findall(rf"u8{rows}, s32{rows}\\) (?:sort|custom-call)", text)
+    print(f"{name}-sorts", len(sorts), len(keys))
+    print(f"{name}-scatters", text.count(" scatter("))
+"""
+
+
+def test_the_router_uses_tensor_cores_and_sorts_once(tmp_path):
+    """Products of bf16 alone: of a bf16 x two for the logits, one for dx and two for the kernel's
+    gradient. The one sort has keys of a byte; top-k has none."""
+    printed, _ = compiled(ROUTER, tmp_path)
+    assert printed["bf16"] == ["bf16xbf16"] * 5
+    # Parts of x: 1 and 3 GEMMs for the logits, as many for the kernel's gradient, one for dx.
+    assert printed["f32"] == ["bf16xbf16"] * 9
+    assert printed["bf16-sorts"] == printed["f32-sorts"] == ["1", "1"]
+    # The inverse order, and the gradient of the weights' choice.
+    assert printed["bf16-scatters"] == ["2"]

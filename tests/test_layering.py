@@ -19,8 +19,8 @@ WINGS = {
     "_select": "problem candidates cost choice",
     "_bind": "native partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
-    "_moe": "routing exchange weights experts layer",
-    "_tools": "timing operands shapes tune",
+    "_moe": "gate routing exchange weights experts layer",
+    "_tools": "timing operands shapes hlo profile tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}
 DOORS = ["__init__", "linen", "nnx", "checkpoint", "deep_gemm", "tuning", "__main__"]

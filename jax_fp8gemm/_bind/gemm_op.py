@@ -278,8 +278,16 @@ def _on_one_device(*operands: jax.Array, spec: GemmSpec) -> jax.Array:
     for name, tile in zip(("lhs_scale", "rhs_scale"), spec.tiles, strict=True):
         if name in named:
             named[name] = scale_to_kernel(named[name], tile)
-    (out,) = bind_primitive(GEMM, spec, tuple(named.values()))
+    with jax.named_scope(_label(spec, tuple(named.values()))):
+        (out,) = bind_primitive(GEMM, spec, tuple(named.values()))
     return out.reshape(shape)
+
+
+def _label(spec: GemmSpec, operands: Arrays) -> str:
+    """Returns what profilers show beside the kernel, such as fp8_gemm_ragged_g8_m4096_n512_k256."""
+    sizes = spec.sizes(operands)
+    dims = "_".join(f"{letter}{sizes[letter]}" for letter in "gmnk" if letter in sizes)
+    return f"fp8_gemm_{spec.variant.name}_{dims}"
 
 
 # ---- many devices, many GEMMs -------------------------------------------------------------------

@@ -14,6 +14,7 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.exchange import TokenExchange, axis_size, make_slots, send
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.gate import gate_logits
 from jax_fp8gemm._moe.routing import Routing, route
 from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
 from jax_fp8gemm._ops.matmul import fp8_matmul
@@ -65,7 +66,7 @@ def moe(
 
     Args:
       x: bf16, f16 or f32 [..., h]; with expert_axis this device's tokens.
-      gate_kernel: bf16, f16 or f32 [h, e]; logits are made in float32.
+      gate_kernel: bf16, f16 or f32 [h, e]; logits are as exact as float32 products.
       kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. With
         expert_axis the experts of this device: e / devices of them, in the order of the devices.
       top_k, score_function, bias, normalize, routed_scaling_factor: see `route`.
@@ -116,11 +117,8 @@ def moe(
         "moe", kernels, rounding=scale_rounding, rows=rows, others=(x,), wanted=cast_in_gemm
     )
     tokens = x.reshape(-1, x.shape[-1])
-    logits = jnp.dot(
-        tokens.astype(jnp.float32), gate_kernel.astype(jnp.float32), precision="highest"
-    )
     routing = route(
-        logits,
+        gate_logits(tokens, gate_kernel),
         top_k,
         score_function=score_function,
         bias=bias,

@@ -23,6 +23,10 @@ from jax_fp8gemm._core.qarray import exportable
 from jax_fp8gemm._core.types import ScoreFunction
 
 SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
+# From so many scores on, and for so few choices, one maximum after the other should take less time
+# than XLA's sort of every token's scores. Below, launches count, and a sort is a single one. An
+# estimate: benchmarks/router.py times both on large batches.
+MANY_SCORES, FEW_CHOICES = 1 << 18, 16
 
 
 @exportable()
@@ -95,7 +99,7 @@ def route(
     softmax = score_function == "softmax"
     scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
     steered = scores if bias is None else scores + bias.astype(jnp.float32)[None]
-    expert_index = jax.lax.top_k(jax.lax.stop_gradient(steered), top_k)[1]
+    expert_index = _choose(jax.lax.stop_gradient(steered), top_k)
     weights = jnp.take_along_axis(scores, expert_index, axis=1)
     if normalize:
         weights = weights / (weights.sum(1, keepdims=True) + SMALLEST_SUM)
@@ -126,16 +130,39 @@ def _mean(x: jax.Array, axis: str | None) -> jax.Array:
     return mean if axis is None else jax.lax.pmean(mean, axis)
 
 
+def _choose(scores: jax.Array, top_k: int) -> jax.Array:
+    """Returns the same as jax.lax.top_k: int32 [t, top_k], of equal scores the first."""
+    unknown = jax.export.is_symbolic_dim(scores.shape[0])
+    if unknown or scores.size < MANY_SCORES or top_k > FEW_CHOICES:
+        return jax.lax.top_k(scores, top_k)[1]
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    keys = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    gone = jnp.iinfo(jnp.int32).min
+    keys = jnp.maximum(keys, gone + 1)
+    expert = jnp.arange(scores.shape[1], dtype=jnp.int32)[None]
+    chosen = []
+    for _ in range(top_k):
+        chosen.append(jax.lax.argmax(keys, 1, jnp.int32))
+        keys = jnp.where(expert == chosen[-1][:, None], gone, keys)
+    return jnp.stack(chosen, 1)
+
+
+def count_choices(expert_index: jax.Array, num_experts: int) -> jax.Array:
+    """Returns int32 [num_experts]: how many of the choices are of each; without atomics."""
+    same = expert_index[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None]
+    return same.sum((0, 1), dtype=jnp.int32)
+
+
 def _aux_loss(
     scores: jax.Array, expert_index: jax.Array, softmax: bool, axis: str | None
 ) -> jax.Array:
-    e, top_k = scores.shape[1], expert_index.shape[1]
-    chosen = (expert_index[:, :, None] == jnp.arange(e)[None, None]).sum(
-        1, dtype=jnp.float32
-    ) / top_k
+    e = scores.shape[1]
+    chosen = count_choices(expert_index, e).astype(jnp.float32) / max(expert_index.size, 1)
+    if axis is not None:
+        chosen = jax.lax.pmean(chosen, axis)
     sums = scores.sum(1, keepdims=True) + SMALLEST_SUM
     shares = scores if softmax else scores / sums
-    return e * jnp.sum(_mean(chosen, axis) * _mean(shares, axis))
+    return e * jnp.sum(chosen * _mean(shares, axis))
 
 
 # ---- the order of the rows ----------------------------------------------------------------------
@@ -169,10 +196,15 @@ def permutation_of(expert_index: jax.Array, num_experts: int) -> Permutation:
 
     A choice outside 0..num_experts-1 goes to no expert: its row lies past the groups.
     """
-    flat = expert_index.reshape(-1).astype(jnp.int32)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    sizes = jnp.bincount(flat, length=num_experts)
-    return Permutation(jnp.argsort(flat, stable=True).astype(jnp.int32), sizes.astype(jnp.int32))
+    expert_index = expert_index.astype(jnp.int32)
+    flat = expert_index.reshape(-1)
+    # A radix sort passes over the rows once for each byte of the keys.
+    narrow = next(d for d in (jnp.uint8, jnp.uint16, jnp.uint32) if num_experts <= jnp.iinfo(d).max)
+    known = (flat >= 0) & (flat < num_experts)
+    keys = jnp.where(known, flat, num_experts).astype(narrow)
+    row = jnp.arange(flat.size, dtype=jnp.int32)
+    _, order = jax.lax.sort((keys, row), num_keys=1, is_stable=True)
+    return Permutation(order, count_choices(expert_index, num_experts))
 
 
 def cut(permutation: Permutation, capacity: int) -> Permutation:

@@ -5,13 +5,14 @@ another framework are timed the same way. This file imports nothing of the packa
 load it by path and time any version with it.
 """
 
+import contextlib
 import functools
 import glob
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,15 @@ OURS = "fp8_"  # all our entry points begin like this
 Contender = Callable[[], Any]  # starts work; returns arrays to wait for, or waits itself
 Event = tuple[str, float]  # name of a kernel, µs
 Bursts = bool | Sequence[Sequence[Hashable]]
+
+
+class Kernel(NamedTuple):
+    """A kernel or copy in a trace; `stats` has the hlo_op and hlo_module that launched it."""
+
+    start_ns: float
+    name: str
+    us: float
+    stats: dict[str, Any]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -66,11 +76,7 @@ def device_kernels(
     for run in contenders.values():
         jax.block_until_ready(run())
     jax.block_until_ready(_flush_by_reading(buffer, jnp.uint32(0)))
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        jax.profiler.start_trace(folder, profiler_options=options)
+    with tracing() as events:
         for index, (name, rest) in enumerate(order):
             if rest:
                 time.sleep(PAUSE)
@@ -81,8 +87,7 @@ def device_kernels(
             else:
                 jax.block_until_ready(_flush_by_reading(buffer, value))
             jax.block_until_ready(contenders[name]())
-        jax.profiler.stop_trace()
-        launches = between_flushes(_kernels(folder), flush)
+    launches = between_flushes([(event.name, event.us) for event in events], flush)
     if len(launches) != len(order):
         raise RuntimeError(f"{len(launches)} flushes in the trace, {len(order)} expected")
     found: dict[Hashable, list[list[Event]]] = {name: [] for name in contenders}
@@ -104,16 +109,34 @@ def launch_order(names: list, reps: int, burst: Bursts) -> list[tuple[Hashable, 
     ]
 
 
-def _kernels(folder: str) -> list[Event]:
-    """Returns everything that ran on the first GPU, in order."""
-    events = []
-    for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            if plane.name.startswith("/device:GPU:0"):
-                for line in plane.lines:
-                    if "Stream" in line.name:
-                        events += [(e.start_ns, e.name, e.duration_ns / 1e3) for e in line.events]
-    return [(name, us) for _, name, us in sorted(events)]
+@contextlib.contextmanager
+def tracing() -> Iterator[list[Kernel]]:
+    """Yields a list that has, after the block, everything that ran on the first GPU, in order."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 0
+    events: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder, profiler_options=options)
+        try:
+            yield events
+        finally:
+            jax.profiler.stop_trace()
+        for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+            events += kernels_of(jax.profiler.ProfileData.from_file(path))
+    events.sort(key=lambda event: event.start_ns)
+
+
+def kernels_of(trace: Any) -> list[Kernel]:
+    """Returns what a jax.profiler.ProfileData has of the first GPU."""
+    return [
+        Kernel(event.start_ns, event.name, event.duration_ns / 1e3, dict(event.stats))
+        for plane in trace.planes
+        if plane.name.startswith("/device:GPU:0")
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    ]
 
 
 def between_flushes(events: Iterable[Event], flush: str = "write") -> list[list[Event]]:

@@ -199,3 +199,20 @@ def test_check_command_says_that_the_kernels_run():
     )
     assert done.returncode == 0 and "kernels run on this GPU" in done.stdout
     assert native.device_facts()["devices"][0]["name"] in done.stdout
+
+
+def test_a_profile_names_our_kernels_and_their_limit(capsys):
+    def step(x, w):
+        y = fp8.fp8_matmul(x, w)
+        return y, jnp.dot(x, w), jnp.take(y, jnp.arange(0, 4096, 2), axis=0)
+
+    x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4096, 4096), (4096, 2048)))
+    found = fp8.profile(step, x, w, reps=3)
+    assert str(found) in capsys.readouterr().out
+    (ours,) = (row for row in found.rows if row.label == "fp8_gemm_dense_m4096_n2048_k4096")
+    assert ours.kind == "GEMM" and ours.flops == 2 * 4096 * 2048 * 4096
+    assert 0.3 < ours.of_limit < 1.2  # L2 is warm
+    casts = [row for row in found.rows if row.kind == "cast"]
+    assert len(casts) == 2 and all(row.launches == 1 for row in casts)
+    bf16 = [row for row in found.by_kind()["GEMM"] if row is not ours]
+    assert bf16 and all(row.flops == ours.flops for row in bf16)

@@ -1,0 +1,152 @@
+"""The router's logits: float32 products from bf16 parts, at the speed of tensor cores.
+
+A float32 number is the sum of three bf16 numbers, an f16 number of two. So a product of matrices
+is a sum of bf16 GEMMs. Those of a bf16 x take x as it is, and have the parts of the other matrix
+side by side.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_fp8gemm._bind.meshes import enter
+from jax_fp8gemm._bind.partition import Dim, Rule
+
+PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # 8 bits each, of 8, 11 and 24
+# Products of parts i and j count if i + j < ORDER. The others are 2⁻²⁴ or, for bf16 results, 2⁻¹⁶
+# of the result.
+ORDER = {"bfloat16": 2, "float16": 3, "float32": 3}
+# A tensor core cuts its sum off to float32 after every 16 of k, where a float32 loop rounds. In a
+# long sum that is a bias. So it is made in pieces (Ootomo & Yokota, arXiv 2203.03341, section 3).
+# With pieces of 512 the error is 5.4e-7 of the result's norm for any k, by the model of a tensor
+# core in tests/test_gate.py. That of a float32 loop is 7e-7 at k = 1536 and 1.5e-6 at 7168.
+LONGEST_SUM = 512
+
+Contracted = tuple[int, int]  # the contracted dim of each operand
+
+
+def gate_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x · kernel as float32 products would give it, f32 [t, e].
+
+    Its gradients, of any order in reverse mode, are made in the same way.
+
+    Args:
+      x: bf16, f16 or f32 [t, h].
+      kernel: bf16, f16 or f32 [h, e].
+    """
+    rule = Rule(
+        op="moe",
+        operands=((Dim("t"), Dim("h")), (Dim("h"), Dim("e"))),
+        results=((Dim("t"), Dim("e")),),
+        voters=((0, 1), (1, 1)),
+        summed=frozenset("h"),
+    )
+    return enter(rule, lambda manual: lambda *both: _product(*both, (1, 0), "float32"), (x, kernel))
+
+
+def parts(x: jax.Array) -> list[jax.Array]:
+    """Returns bf16 arrays whose sum is x, the largest first.
+
+    What rounds past the largest bf16 number, 3.39e38, is infinite. Bits below 2⁻¹³³ are lost.
+    """
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    found, rest = [], x.astype(jnp.float32)
+    for _ in range(PARTS[x.dtype.name]):
+        # Not a cast there and back: XLA may leave that out.
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        found.append(part.astype(jnp.bfloat16))
+        rest = jnp.where(jnp.isfinite(part), rest - part, 0)
+    return found
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(a: jax.Array, b: jax.Array, contracted: Contracted, dtype: str) -> jax.Array:
+    """Returns the product of two matrices: a's other dim, b's other dim."""
+    wanted = [
+        (i, j)
+        for i in range(PARTS[a.dtype.name])
+        for j in range(PARTS[b.dtype.name])
+        if i + j < ORDER[dtype]
+    ]
+    m, n = a.shape[1 - contracted[0]], b.shape[1 - contracted[1]]
+    short = a.shape[contracted[0]] <= LONGEST_SUM or dtype != "float32"
+    of_parts = _one_sum if short and m * n > a.size + b.size else _side_by_side
+    return of_parts(parts(a), parts(b), wanted, contracted).astype(dtype)
+
+
+def _forward(a, b, contracted: Contracted, dtype: str):
+    return _product(a, b, contracted, dtype), (a, b)
+
+
+def _backward(contracted: Contracted, dtype: str, operands, d):
+    a, b = operands
+    free = 1 - contracted[0], 1 - contracted[1]
+    of_a = (d, b, (1, free[1])) if contracted[0] == 1 else (b, d, (free[1], 1))
+    of_b = (a, d, (free[0], 0)) if contracted[1] == 0 else (d, a, (0, free[0]))
+    return _product(*of_a, a.dtype.name), _product(*of_b, b.dtype.name)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _one_sum(a, b, wanted, contracted: Contracted) -> jax.Array:
+    """All products as one GEMM, one behind the other along the contracted dim, small ones first.
+
+    For results that are larger than the operands.
+    """
+    ordered = sorted(wanted, key=sum, reverse=True)
+    left = jnp.stack([a[i] for i, _ in ordered], contracted[0])
+    right = jnp.stack([b[j] for _, j in ordered], contracted[1])
+    dims = tuple((dim, dim + 1) for dim in contracted)
+    return _dot(left, right, (dims, ((), ())))
+
+
+def _side_by_side(a, b, wanted, contracted: Contracted) -> jax.Array:
+    """A GEMM for each part of a, with parts of b side by side; the largest product by itself."""
+    out = _long_dot(a[0], b[0], contracted)
+    dims = contracted[:1], (2 * contracted[1],)  # one more dim beside it
+    small = jnp.zeros_like(out)
+    for i, part in enumerate(a):
+        others = [b[j] for other, j in wanted if other == i and i + j > 0]
+        if others:
+            beside = jnp.stack(others, 1 - contracted[1])
+            small += _dot(part, beside, (dims, ((), ()))).sum(1)
+    return out + small
+
+
+def _long_dot(a: jax.Array, b: jax.Array, contracted: Contracted) -> jax.Array:
+    """One product, summed in float32 over pieces of at most LONGEST_SUM."""
+    dims = contracted[:1], contracted[1:]
+    k = a.shape[contracted[0]]
+    least = max(1, -(-k // LONGEST_SUM))
+    count = next((c for c in range(least, 2 * least) if k % c == 0), least)
+    if count == 1:
+        return _dot(a, b, (dims, ((), ())))
+    inner = tuple((dim + 1,) for dim in contracted)
+    left, right = _cut(a, contracted[0], count), _cut(b, contracted[1], count)
+    return _dot(left, right, (inner, dims)).sum(0)
+
+
+def _cut(x: jax.Array, dim: int, count: int) -> jax.Array:
+    """Splits a dim in two, [count, rest], with zeros behind it if need be."""
+    missing = [(0, 0), (0, 0)]
+    missing[dim] = (0, -x.shape[dim] % count)
+    shape = [*x.shape[:dim], count, -1, *x.shape[dim + 1 :]]
+    return jnp.pad(x, missing).reshape(shape)
+
+
+def _dot(a: jax.Array, b: jax.Array, dims) -> jax.Array:
+    """bf16 operands and float32 sums, whatever jax_default_matmul_precision says."""
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=dims,
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+    def widened(a, b):  # XLA's CPU back end lacks some of these products, such as aᵀ · [k, 2, n]
+        return dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=dot)
