@@ -21,6 +21,7 @@ from jax_fp8gemm._ops.quantize import (
     requantize,
 )
 from jax_fp8gemm._ops.ragged_dot import fp8_ragged_dot
+from jax_fp8gemm._ops.statistics import CastStatistics, cast_statistics
 from jax_fp8gemm._ops.swiglu import swiglu_backward, swiglu_quantize, swiglu_quantize_both
 from jax_fp8gemm._ops.weights import PreparedWeight, prepare_weight
 from jax_fp8gemm._select.problem import GemmConfig
@@ -29,6 +30,7 @@ from jax_fp8gemm._tools.profile import KernelRow, Profile, profile
 __all__ = [
     "EXPORT_CHECKS",
     "BothCopies",
+    "CastStatistics",
     "ExpertKernels",
     "GemmConfig",
     "KernelRow",
@@ -39,6 +41,7 @@ __all__ = [
     "Routing",
     "SwigluGradients",
     "__version__",
+    "cast_statistics",
     "dequantize",
     "expert_ffn",
     "fp8_dot_general",

@@ -18,7 +18,7 @@ WINGS = {
     "_core": "version errors extension types layout qarray bits checks groups variants reference",
     "_select": "problem candidates cost choice",
     "_bind": "native partition meshes op merge gemm_op quantize_op",
-    "_ops": "casts quantize swiglu gemm weights recipe matmul ragged_dot dot_general",
+    "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
     "_moe": "gate routing exchange weights experts layer",
     "_tools": "timing operands shapes hlo profile tune",
 }
