@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from protocol import facts, progress
 from train_moe import compiled_step, initial, optimizer
-from watch import DENSE, GROUPED, moe_lm, watched
+from watch import MATRICES, group_of_steps, moe_lm, shares, watched
 
 from jax_fp8gemm._core import reference
-from jax_fp8gemm._core.groups import group_of_step, place_by_groups
+from jax_fp8gemm._core.groups import place_by_groups
 from jax_fp8gemm._core.layout import ROW_BLOCKS
 from jax_fp8gemm._core.qarray import FP8
 
@@ -114,7 +114,7 @@ def operands_of(params: dict, tokens: jax.Array) -> Iterator[tuple[str, Operands
     arm = watched(seen, jnp.float32)
     jax.block_until_ready(jax.grad(lambda p: moe_lm.loss(p, tokens, SIZE, arm)[0])(params))
     jax.effects_barrier()
-    assert len(found) == SIZE.layers * len(DENSE + GROUPED)
+    assert len(found) == SIZE.layers * len(MATRICES)
     for name, arrays in found:
         yield name, tuple(None if a is None else np.asarray(a) for a in arrays)
 
@@ -175,22 +175,6 @@ def errors(x: np.ndarray, dy: np.ndarray, spreads: Iterable[int]) -> list[dict[s
     return found
 
 
-def shares(scale: np.ndarray, group: np.ndarray) -> dict[str, float]:
-    """Returns the share of blocks whose columns share, and of those that do in every step.
-
-    "whole" counts 128 columns along all tokens of one group: a GEMM is fast where all steps share.
-
-    Args:
-      scale: [columns, steps]. group: int [steps], the group of each; negative where there is none.
-    """
-    alike = np.ptp(scale.reshape(-1, 128, scale.shape[1]), axis=1) == 0
-    groups = [alike[:, group == g] for g in np.unique(group[group >= 0])]
-    return {
-        "blocks": np.mean(np.concatenate(groups, 1)),
-        "whole": np.mean([one.all(1) for one in groups]),
-    }
-
-
 def made_up_rows(name: str) -> list[dict]:
     """Returns a row for each spread, the mean over seeds."""
     make, found = MADE_UP[name], {spread: [] for spread in SPREADS}
@@ -225,9 +209,7 @@ def of_operands(x: np.ndarray, dy: np.ndarray, sizes: np.ndarray | None) -> list
     largest = np.argmax(sizes)
     own = slice(sizes[:largest].sum(), sizes[: largest + 1].sum())
     placed = np.asarray(place_by_groups(jnp.asarray(dy), jnp.asarray(sizes)))
-    steps = len(placed) // 128
-    group = np.asarray(group_of_step(jnp.asarray(sizes), steps))
-    group = np.where(group < len(sizes), group, -1)
+    group = group_of_steps(sizes, len(placed) // 128)
     return [
         {**row, **shares(scales_of(placed, spread), group)}
         for spread, row in zip(SPREADS, errors(x[own], dy[own], SPREADS), strict=True)
@@ -235,7 +217,18 @@ def of_operands(x: np.ndarray, dy: np.ndarray, sizes: np.ndarray | None) -> list
 
 
 def mean(rows: list[dict]) -> dict[str, float]:
-    return {key: round(float(np.mean([row[key] for row in rows])), 5) for key in rows[0]}
+    """Returns the mean of each measure, and the largest increase of all."""
+    found = {key: np.mean([row[key] for row in rows]) for key in rows[0]}
+    found["increase_most"] = max(row["increase"] for row in rows)
+    return {key: round(float(value), 5) for key, value in found.items()}
+
+
+def store(rows: list[dict], path: pathlib.Path) -> None:
+    """Writes rows in place of stored ones of the same data."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    fresh = {row["data"] for row in rows}
+    rows = [row for row in kept if row["data"] not in fresh] + [{**r, **facts()} for r in rows]
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def main() -> None:
@@ -243,13 +236,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--only", choices=("made_up", "training"))
     options = parser.parse_args()
-    rows = []
     for name in MADE_UP if options.only != "training" else ():
-        rows += made_up_rows(name)
+        store(made_up_rows(name), options.out)
         progress(name)
     if options.only != "made_up":
-        rows += trained_rows()
-    options.out.write_text("[\n" + ",\n".join(json.dumps({**r, **facts()}) for r in rows) + "\n]\n")
+        store(trained_rows(), options.out)
 
 
 if __name__ == "__main__":

@@ -72,12 +72,16 @@ def _f32_dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(jnp.float32), w)
 
 
-def _fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return fp8.fp8_matmul(x, w, preferred_element_type=jnp.bfloat16)
+def fp8_arm(name: str, shared_columns: bool = True) -> Arm:
+    """Returns the arm of this library. shared_columns: see `fp8_matmul`."""
+    how = {"shared_columns": shared_columns}
 
+    def experts(x: jax.Array, routing: fp8.Routing, kernels: fp8.ExpertKernels) -> jax.Array:
+        return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, kernels, **how)
 
-def _fp8_experts(x: jax.Array, routing: fp8.Routing, kernels: fp8.ExpertKernels) -> jax.Array:
-    return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, kernels)
+    return Arm(
+        name, functools.partial(fp8.fp8_matmul, preferred_element_type=jnp.bfloat16, **how), experts
+    )
 
 
 def plain_experts(ragged_dot: Callable = jax.lax.ragged_dot, dtype=jnp.bfloat16) -> Callable:
@@ -96,7 +100,7 @@ def plain_experts(ragged_dot: Callable = jax.lax.ragged_dot, dtype=jnp.bfloat16)
     return experts
 
 
-FP8 = Arm("fp8", _fp8_dot, _fp8_experts)
+FP8 = fp8_arm("fp8")
 BF16 = Arm("bf16", _bf16_dot, plain_experts())
 F32 = Arm("f32", _f32_dot, plain_experts(dtype=jnp.float32), jnp.float32)
 
@@ -123,6 +127,22 @@ def init(key: jax.Array, size: Size) -> dict:
     }
     embed = 0.02 * jax.random.normal(next(keys), (256, w))
     return {"embed": embed, "layers": layers, "head": 0.02 * matrices(w, 256) * w**0.5}
+
+
+@jax.custom_vjp
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns table[tokens]. Its gradient is a product: XLA leaves open in which order a scatter
+    adds, so that no two runs would be the same."""
+    return table[tokens]
+
+
+def _embed_backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
+    tokens, rows = kept
+    picked = jax.nn.one_hot(tokens.reshape(-1), rows)
+    return jnp.dot(picked.T, dy.reshape(len(picked), -1), precision="highest"), None
+
+
+embed.defvjp(lambda table, tokens: (table[tokens], (tokens, len(table))), _embed_backward)
 
 
 def norm(x: jax.Array, dtype: jnp.dtype, weight: jax.Array | float = 1.0) -> jax.Array:
@@ -165,11 +185,11 @@ def loss(params: dict, tokens: jax.Array, size: Size, arm: Arm) -> tuple[jax.Arr
     tokens: uint8 [batch, context + 1].
     """
     tokens = tokens.astype(jnp.int32)
-    x = params["embed"][tokens[:, :-1]]
+    x = embed(params["embed"], tokens[:, :-1])
     step = functools.partial(layer, size=size, arm=arm)
     x, balance = jax.lax.scan(step, x, params["layers"])
     logits = jnp.dot(norm(x, arm.dtype), params["head"].astype(arm.dtype)).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
+    picked = jnp.sum(logits * jax.nn.one_hot(tokens[:, 1:], 256), -1)
     entropy = jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
     return entropy + 0.01 * balance.mean(), entropy
 
