@@ -1,11 +1,20 @@
 """Does training in FP8 end where bf16 does? Pairs of runs from the same seeds and batches.
 
-python benchmarks/train_moe.py --runs bf16:0 fp8:0 control:0   # each run is stored when it ends
-python benchmarks/train_moe.py --report                        # table and picture of what is stored
+    python benchmarks/train_moe.py --runs bf16:0 fp8:0 control:0   # each is stored when it ends
+    python benchmarks/train_moe.py --report                    # table and picture of what is stored
 
 Arms: "fp8", everything but embedding, head, router, norms and attention in FP8; "bf16", on the
 best grouped product that JAX has; "control", bf16 again, its initial weights changed by 1e-5 of
 their size: how far two equal recipes drift apart by chance.
+
+What do scales that columns share change? Then nothing else may: every op has to be deterministic.
+
+    export XLA_FLAGS=--xla_gpu_deterministic_ops=true
+    python benchmarks/train_moe.py --out benchmarks/results/train_moe_columns.json --resume \\
+      --watch 250 --runs fp8:0 fp8_again:0 fp8_own_scales:0 fp8_control:0
+
+Arms: "fp8_own_scales", where each column of a gradient has its own scale; "fp8_again", which must
+repeat "fp8" to the last bit; "fp8_control", from weights changed as those of "control".
 """
 
 import argparse
@@ -13,21 +22,18 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from protocol import facts
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-
-import moe_lm
 from pallas_peer import tuned
+from protocol import facts
+from watch import column_statistics, moe_lm
 
 LARGE = moe_lm.Size(width=1024, layers=8, heads=8, experts=16, hidden=1024, context=1024)
 TINY = moe_lm.Size(width=64, layers=2, heads=2, experts=4, hidden=128, context=32)
@@ -37,12 +43,16 @@ NOISE = 1e-5
 RATE = 6e-4  # of learning, at its highest
 EVERY = 10  # steps between stored losses
 COMPARED = 4  # sequences of a batch whose gradients are compared with float32's
+BESIDE = {"fp8": "bf16", "control": "bf16", "fp8_own_scales": "fp8", "fp8_again": "fp8",
+          "fp8_control": "fp8"}  # the arm that each is compared with  # fmt: skip
+COLORS = {"bf16": "tab:blue", "fp8": "tab:orange", "control": "tab:gray",
+          "fp8_own_scales": "tab:green", "fp8_control": "tab:gray"}  # fmt: skip
 
 
 @functools.cache
 def arm_of(name: str, size: moe_lm.Size, sequences: int) -> moe_lm.Arm:
-    if name == "fp8":
-        return moe_lm.FP8
+    if name.startswith("fp8"):
+        return moe_lm.fp8_arm(name, shared_columns=name != "fp8_own_scales")
     if name == "control":
         return arm_of("bf16", size, sequences)
     rows = sequences * size.context * size.top_k
@@ -88,45 +98,61 @@ def compiled_step(
     return step.lower(params, jax.eval_shape(rule.init, params), tokens).compile()
 
 
-def train(name: str, seed: int, size: moe_lm.Size, steps: int, sequences: int) -> dict:
+def train(name: str, seed: int, size: moe_lm.Size, options: argparse.Namespace) -> dict:
     """Returns the losses of one run and what it cost."""
     text, digest = moe_lm.corpus()
-    train_text, held_out = text[:-HELD_OUT], text[-HELD_OUT:]
+    steps, sequences = options.steps, options.sequences
     arm, rule = arm_of(name, size, sequences), optimizer(steps)
-    params = initial(seed, size, NOISE if name == "control" else 0.0)
-    state = rule.init(params)
-    draw = np.random.default_rng(seed)
-    tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
-    step = compiled_step(arm, size, rule, sequences)
+    changed = name.endswith("control")
+    params = initial(seed, size, NOISE if changed else 0.0)
+    step, state = compiled_step(arm, size, rule, sequences), rule.init(params)
+    run: dict = {"arm": name, "seed": seed, "steps": steps, "cosine": {}, "columns": {}}
 
-    def compared() -> dict[str, float]:
-        own = name != "control"  # whose arithmetic is bf16's
-        return cosine(params, tokens[:COMPARED], size, arm) if own else {}
+    def look(when: str, index: int) -> None:
+        if not changed and options.cosines and when:
+            run["cosine"][when] = cosine(params, tokens[:COMPARED], size, arm)
+        if options.watch and index % options.watch == 0:
+            run["columns"][str(index)] = column_statistics(params, tokens, size)
 
-    cosines = {"start": compared()}
     losses, times = [], []
+    batches = drawn(text[:-HELD_OUT], seed, sequences, size)
+    tokens = next(batches)
     for index in range(steps):
+        look("" if index else "start", index)
         start = time.perf_counter()
         params, state, entropy = step(params, state, tokens)
-        tokens = jnp.asarray(moe_lm.batch(train_text, draw, sequences, size.context))
+        tokens = next(batches)
         losses.append(float(entropy))
         times.append(time.perf_counter() - start)
-        if (index + 1) % EVERY == 0:
-            print(f"\r{name}:{seed} {index + 1}/{steps} loss {losses[-1]:.4f} "
-                  f"{1e3 * np.median(times):.1f} ms a step", end="", flush=True)  # fmt: skip
-    print()
-    cosines["end"] = compared()
+        progress(f"{name}:{seed}", losses, times, steps)
+    look("end", steps)
+    median = float(np.median(times))
     return {
-        "arm": name, "seed": seed, "steps": steps, "tokens_a_step": sequences * size.context,
+        **run, "tokens_a_step": sequences * size.context,
         "losses": [round(float(np.mean(losses[i : i + EVERY])), 5)
                    for i in range(0, steps, EVERY)],
-        "held_out": round(evaluate(params, held_out, size, arm, sequences), 5),
-        "cosine": cosines,
-        "ms_a_step": round(1e3 * float(np.median(times)), 2),
-        "tokens_per_s": round(sequences * size.context / float(np.median(times))),
+        "last_loss": losses[-1],
+        "held_out": round(evaluate(params, text[-HELD_OUT:], size, arm, sequences), 5),
+        "ms_a_step": round(1e3 * median, 2),
+        "tokens_per_s": round(sequences * size.context / median),
         "bytes_temporary": step.memory_analysis().temp_size_in_bytes, "corpus_sha256": digest,
-        "corpus_bytes": len(text), **facts(),
+        "corpus_bytes": len(text), "xla_flags": os.environ.get("XLA_FLAGS", ""), **facts(),
     }  # fmt: skip
+
+
+def drawn(text: np.ndarray, seed: int, sequences: int, size: moe_lm.Size) -> Iterator[jax.Array]:
+    draw = np.random.default_rng(seed)
+    while True:
+        yield jnp.asarray(moe_lm.batch(text, draw, sequences, size.context))
+
+
+def progress(run: str, losses: list[float], times: list[float], steps: int) -> None:
+    done = len(losses)
+    if done % EVERY == 0 or done == steps:
+        end = "\n" if done == steps else ""
+        ms = 1e3 * np.median(times)
+        text = f"\r{run} {done}/{steps} loss {losses[-1]:.4f} {ms:.1f} ms a step"
+        print(text, end=end, flush=True)
 
 
 @functools.cache
@@ -185,9 +211,12 @@ def compare_gradients(params, tokens, size: moe_lm.Size, arm: moe_lm.Arm) -> dic
 # ---- What is stored -----------------------------------------------------------------------------
 
 
+def stored(path: pathlib.Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def store(run: dict, path: pathlib.Path) -> None:
-    runs = json.loads(path.read_text()) if path.exists() else []
-    kept = [r for r in runs if (r["arm"], r["seed"]) != (run["arm"], run["seed"])]
+    kept = [r for r in stored(path) if (r["arm"], r["seed"]) != (run["arm"], run["seed"])]
     lines = (json.dumps(r) for r in [*kept, run])
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -195,18 +224,16 @@ def store(run: dict, path: pathlib.Path) -> None:
 def report(path: pathlib.Path) -> None:
     """Prints the table of gaps and saves the curves beside the results."""
     by_arm: dict[str, dict[int, dict]] = {}
-    for run in json.loads(path.read_text()):
+    for run in stored(path):
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
-    print(
-        "| arm | seed | trained | held-out | gap to bf16 | ms a step | cosine at start | at end |"
-    )
+    print("| arm | seed | trained | held-out | gap | ms a step | cosine at start | at end |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for arm, seed in itertools.product(by_arm, range(10)):
         run = by_arm[arm].get(seed)
         if run:
-            start, end = (run["cosine"][when].get("all", "") for when in ("start", "end"))
+            start, end = (run["cosine"].get(when, {}).get("all", "") for when in ("start", "end"))
             print(f"| {arm} | {seed} | {last(run):.4f} | {run['held_out']:.4f} | "
-                  f"{gap(run, by_arm.get('bf16', {}).get(seed))} | {run['ms_a_step']} | "
+                  f"{gap(run, by_arm.get(BESIDE.get(arm), {}).get(seed))} | {run['ms_a_step']} | "
                   f"{start} | {end} |")  # fmt: skip
     plot(by_arm, path.with_suffix(".png"))
 
@@ -216,8 +243,8 @@ def last(run: dict) -> float:
     return float(np.mean(run["losses"][-max(1, len(run["losses"]) // 10) :]))
 
 
-def gap(run: dict, bf16: dict | None) -> str:
-    return "" if bf16 is None else f"{100 * (last(run) / last(bf16) - 1):+.3f} %"
+def gap(run: dict, other: dict | None) -> str:
+    return "" if other is None else f"{100 * (last(run) / last(other) - 1):+.3f} %"
 
 
 def smooth(run: dict) -> np.ndarray:
@@ -232,16 +259,16 @@ def plot(by_arm: dict, path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for arm, color in (("bf16", "tab:blue"), ("fp8", "tab:orange"), ("control", "tab:gray")):
+    for arm, color in COLORS.items():
         for index, (seed, run) in enumerate(by_arm.get(arm, {}).items()):
             x = EVERY * np.arange(1, len(run["losses"]) + 1)
             left.plot(x, run["losses"], color=color, lw=0.8, label=None if index else arm)
-            bf16 = by_arm.get("bf16", {}).get(seed)
-            if bf16 and arm != "bf16":
-                ratio = 100 * (smooth(run) / smooth(bf16) - 1)
+            other = by_arm.get(BESIDE.get(arm), {}).get(seed)
+            if other:
+                ratio = 100 * (smooth(run) / smooth(other) - 1)
                 right.plot(x[-len(ratio) :], ratio, color=color, lw=0.8)
     left.set(xlabel="step", ylabel="loss, nats per byte", yscale="log")
-    right.set(xlabel="step", ylabel="gap to bf16 of the same seed, %")
+    right.set(xlabel="step", ylabel="gap to the run beside it, of the same seed, %")
     left.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -255,12 +282,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tiny", action="store_true", help="a model that trains on a CPU")
+    add = parser.add_argument
+    add("--watch", type=int, default=0, help="store how alike columns are, every so many steps")
+    add("--no-cosines", dest="cosines", action="store_false", help="no float32 gradients beside")
+    add("--resume", action="store_true", help="leave out the runs that are stored")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     size = TINY if options.tiny else LARGE
+    done = [f"{r['arm']}:{r['seed']}" for r in stored(options.out)] if options.resume else []
     for run in options.runs:
-        name, seed = run.split(":")
-        store(train(name, int(seed), size, options.steps, options.sequences), options.out)
+        if run not in done:
+            name, seed = run.split(":")
+            store(train(name, int(seed), size, options), options.out)
     if options.report:
         report(options.out)
 

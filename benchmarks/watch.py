@@ -84,7 +84,8 @@ def shares(scale: np.ndarray, group: np.ndarray) -> dict[str, float]:
     Args:
       scale: [columns, steps]. group: int [steps], the group of each; negative where there is none.
     """
-    alike = np.ptp(scale.reshape(-1, 128, scale.shape[1]), axis=1) == 0
+    whole_blocks = np.pad(scale, ((0, -len(scale) % 128), (0, 0)), mode="edge")
+    alike = np.ptp(whole_blocks.reshape(-1, 128, scale.shape[1]), axis=1) == 0
     groups = [alike[:, group == g] for g in np.unique(group[group >= 0])]
     return {
         "blocks": np.mean(np.concatenate(groups, 1)),
