@@ -23,6 +23,11 @@ MARKED = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- /figures -->)", re.D
 
 Row = dict
 
+# A file of training runs and its arms; gaps are to the first.
+BF16_RUNS = "train_moe.json", ("bf16", "control", "fp8")
+COLUMN_RUNS = "train_moe_columns.json", ("fp8", "fp8_own_scales", "fp8_control", "fp8_again")
+CHOSEN = 10  # SHARED_SPREAD of jax_fp8gemm/_core/reference.py
+
 FAMILIES = {  # how a family is called for a reader; one that is not here goes by its own name
     "dense": "`dense`, shapes of DeepSeek-V3 (tuned)",
     "gradient": "weight gradient",
@@ -243,9 +248,9 @@ def host() -> str:
     return table("what | µs", lines, "lr") + ("\n" + card(rows) + "\n" if rows else "")
 
 
-def by_arm() -> dict[str, list[dict]]:
-    runs = sorted(stored("train_moe.json"), key=lambda run: run["seed"])
-    return {arm: [run for run in runs if run["arm"] == arm] for arm in ("bf16", "control", "fp8")}
+def by_arm(name: str, arms: tuple[str, ...]) -> dict[str, list[dict]]:
+    runs = sorted(stored(name), key=lambda run: run["seed"])
+    return {arm: [run for run in runs if run["arm"] == arm] for arm in arms}
 
 
 def last(run: dict) -> float:
@@ -255,7 +260,7 @@ def last(run: dict) -> float:
 
 def training() -> str:
     """README: the training runs, a line for each arm."""
-    arms = by_arm()
+    arms = by_arm(*BF16_RUNS)
     lines = []
     for arm, runs in arms.items():
         if not runs:
@@ -273,23 +278,89 @@ def training() -> str:
 
 
 def training_runs() -> str:
-    """docs/numerics.md: every training run."""
-    arms = by_arm()
-    bf16 = {run["seed"]: run for run in arms["bf16"]}
+    """docs/numerics.md: every training run beside bf16."""
+    return every_run(*BF16_RUNS)
+
+
+def every_run(name: str, arms: tuple[str, ...]) -> str:
+    """Returns a line for each run of a file; gaps are to the first arm's run of the same seed."""
+    base, found = arms[0], by_arm(name, arms)
+    twins = {run["seed"]: run for run in found[base]}
     lines = []
-    for arm, runs in arms.items():
+    for arm, runs in found.items():
         for run in runs:
-            twin = bf16.get(run["seed"])
-            gap = (
-                "" if arm == "bf16" or not twin else f"{100 * (last(run) / last(twin) - 1):+.2f} %"
-            )
+            twin = twins.get(run["seed"])
+            gap = "" if arm == base or not twin else f"{100 * (last(run) / last(twin) - 1):+.2f} %"
             cosines = [run["cosine"].get(when, {}).get("all") for when in ("start", "end")]
             lines.append((arm, run["seed"], f"{last(run):.4f}", gap, f"{run['held_out']:.4f}",
                           f"{run['ms_a_step']:.1f}",
                           *("" if c is None else f"{c:.4f}" for c in cosines)))  # fmt: skip
-    head = "arm | seed | loss, last 100 | gap to bf16 | held out | ms a step"
+    head = f"arm | seed | loss, last 100 | gap to {base} | held out | ms a step"
     head += " | cosine at start | at end"
     return table(head, lines, "lrrrrrrr")
+
+
+# ---- scales that columns share ------------------------------------------------------------------
+
+
+def of_data(rows: list[Row]) -> dict[str, dict[int, Row]]:
+    """Returns rows by data and spread. Of a training run: all matrices, the worst or the mean."""
+    found: dict[str, dict[int, list[Row]]] = {}
+    for row in rows:
+        spreads = found.setdefault(row["data"].partition(":")[0], {})
+        spreads.setdefault(row["spread"], []).append(row)
+    how = dict.fromkeys(("blocks", "whole"), statistics.fmean)
+    keys = ("own_worst", "worst", "own_total", "total", "increase", "blocks", "whole")
+    return {
+        data: {spread: {key: how.get(key, max)(row[key] for row in some) for key in keys}
+               for spread, some in spreads.items()}
+        for data, spreads in found.items()
+    }  # fmt: skip
+
+
+def percent(value: float, digits: int = 0) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def column_errors() -> str:
+    """docs/numerics.md: errors of gradients to weights, with scales that columns share."""
+    spreads, errors = (8, 9, 10, 11, 12), ("own_worst", "worst", "own_total", "total")
+    lines = []
+    for data, rows in of_data(stored("shared_columns.json")).items():
+        found = [percent(rows[CHOSEN][key], 2) for key in errors]
+        lines.append((data, *found, *(percent(rows[s]["increase"], 2) for s in spreads)))
+    head = "dy | worst column: own scale | shared | all of dw: own scales | shared"
+    head += "".join(f" | increase at 2^{s}" for s in spreads)
+    return table(head, lines, "lrrrrrrrrr")
+
+
+def column_shares() -> str:
+    """docs/numerics.md: the share of blocks whose columns share a scale."""
+    spreads, lines = (6, 8, 9, 10, 11, 12), []
+    for data, rows in of_data(stored("shared_columns.json")).items():
+        if "at the limit" not in data:
+            found = [(percent(rows[s]["blocks"]), percent(rows[s]["whole"])) for s in spreads]
+            lines.append((data, *map(", ".join, found)))
+    return table("dy" + "".join(f" | 2^{s}" for s in spreads), lines, "l" + "r" * len(spreads))
+
+
+def column_runs() -> str:
+    """docs/numerics.md: training with and without scales that columns share."""
+    return every_run(*COLUMN_RUNS)
+
+
+def column_watch() -> str:
+    """docs/numerics.md: how many blocks share over a training run, the mean over seeds."""
+    runs = by_arm(*COLUMN_RUNS)["fp8"]
+    lines = []
+    for step in runs[0]["columns"] if runs else ():
+        at = [run["columns"][step] for run in runs]
+        for matrix in at[0]:
+            means = [statistics.fmean(one[matrix][key] for one in at)
+                     for key in ("shared", "whole", "underflow")]  # fmt: skip
+            lines.append((step, matrix, *(percent(mean, 2) for mean in means)))
+    head = "step | gradient to the result of | blocks that share | in every step | underflows"
+    return table(head, lines, "rlrrr")
 
 
 BLOCKS = {
@@ -303,6 +374,10 @@ BLOCKS = {
     "host": host,
     "training": training,
     "training-runs": training_runs,
+    "column-errors": column_errors,
+    "column-shares": column_shares,
+    "column-runs": column_runs,
+    "column-watch": column_watch,
 }
 
 
