@@ -351,14 +351,14 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
 // whose copies stay in its own CTA goes on at once.
 template <GemmSpec spec>
 FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
-  constexpr int kWaiting = kMathWarps + (is_inspected(spec) ? kInspectors : 0);  // warps
-  constexpr int kThreads = (kWaiting + 1) * kWarpThreads;
+  constexpr bool kInspected = GemmTraits<spec>::kInspected;
+  constexpr int kThreads = (kMathWarps + 1 + (kInspected ? kInspectors : 0)) * kWarpThreads;
   if constexpr (GemmTraits<spec>::kCluster) {
     cluster_arrive_relaxed();
     cluster_wait();
   } else if (warp == kProducer) {
     bar_arrive(kReadyBarrier, kThreads);
-  } else if (warp <= kWaiting) {  // not the idle ones
+  } else if (warp < kMathWarps || kInspected) {
     bar_sync(kReadyBarrier, kThreads);
   }
 }
