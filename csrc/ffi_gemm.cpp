@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -134,6 +135,15 @@ TensorMapShape tile_shape(const Buffer& operand, int rows) {
           true};
 }
 
+// The last block's tile, where there are others and they have more rows: see has_tails().
+std::optional<TensorMapShape> tail_shape(const GemmSpec& spec, const Buffer& operand, int rows) {
+  const int64_t left = operand.rows % rows;
+  if (!has_tails(spec) || operand.rows < rows || left == 0) return std::nullopt;
+  TensorMapShape shape = tile_shape(operand, rows);
+  shape.box[1] = uint32_t(left);
+  return shape;
+}
+
 // `rows` of the operand, of which `block_rows` make a tile.
 TensorMapShape row_scale_shape(const Buffer& scale, int block_rows, int64_t rows) {
   return {kTensorMapFloat32,
@@ -172,6 +182,8 @@ Status encode_maps(const Driver& driver, const GemmSpec& spec, const Operands& o
   };
   const bool casts = is_cast(spec.rhs);
   then(params.rhs, casts ? bf16_tile_shape(o.rhs) : tile_shape(o.rhs, spec.block_n), o.rhs);
+  if (auto shape = tail_shape(spec, o.lhs, spec.block_m)) then(params.lhs_tail, *shape, o.lhs);
+  if (auto shape = tail_shape(spec, o.rhs, spec.block_n)) then(params.rhs_tail, *shape, o.rhs);
   if (casts) then(params.rhs_right, bf16_tile_shape(o.rhs_right), o.rhs_right);
   if (is_per_row(spec.lhs_scale)) {
     then(params.lhs_scale, row_scale_shape(o.lhs_scale, spec.block_m, o.lhs.rows), o.lhs_scale);

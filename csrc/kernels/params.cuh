@@ -106,6 +106,10 @@ struct GemmParams {
   // Where rhs is bf16: it may lie in two arrays side by side, by their last dims.
   int32_t left_columns;  // of the first, which `rhs` is the map of
   TensorMap rhs_right;
+  // Where has_tails(): `lhs` and `rhs` with tiles of as many rows as the last block has, where it
+  // has fewer than the others.
+  TensorMap lhs_tail;
+  TensorMap rhs_tail;
 };
 
 // ---- Quantising ---------------------------------------------------------------------------------

@@ -16,12 +16,15 @@ template <GemmSpec spec, class Shared>
 struct Producer {
   const GemmParams& params;
   Shared& shared;
-  uint32_t base;    // of shared memory; asked for once, since the answer takes its time
-  uint32_t rank;    // in the cluster; CTA 0 loads what both share
-  int end_step;     // past the end of k
+  uint32_t base;             // of shared memory; asked for once, since the answer takes its time
+  uint32_t rank;             // in the cluster; CTA 0 loads what both share
+  int end_step;              // past the end of k
+  int scale_bytes_of_stage;  // but where a block begins at any row
   int stage_bytes;  // what a full barrier expects: all that lands in this CTA, a multicast included
 
   // The block at work.
+  const TensorMap* lhs_map;
+  const TensorMap* rhs_map;
   int lhs_row, rhs_row;    // in the operands' maps
   int lhs_line, rhs_line;  // in the maps of row scales
   int lhs_scale_row, rhs_scale_row;
@@ -41,9 +44,11 @@ struct Producer {
         end_step(ceil_div(p.k, kBlockK)) {
     const int lhs_rows = copied_rows(spec.block_m, p.m), rhs_rows = copied_rows(spec.block_n, p.n);
     const int scaled_rows = is_per_row(spec.rhs_scale) ? rhs_rows : spec.block_n;
-    stage_bytes = (lhs_rows + (kCasts ? 0 : rhs_rows)) * kBlockK +
-                  (kAnyRow ? 0 : scale_bytes(spec.lhs_scale, lhs_rows)) +
-                  (kCasts ? 0 : scale_bytes(spec.rhs_scale, scaled_rows));
+    scale_bytes_of_stage = (kAnyRow ? 0 : scale_bytes(spec.lhs_scale, lhs_rows)) +
+                           (kCasts ? 0 : scale_bytes(spec.rhs_scale, scaled_rows));
+    stage_bytes = (lhs_rows + (kCasts ? 0 : rhs_rows)) * kBlockK + scale_bytes_of_stage;
+    lhs_map = &params.lhs;
+    rhs_map = &params.rhs;
     prefetch_tensormap(params.lhs);
     prefetch_tensormap(params.rhs);
     if constexpr (is_per_row(spec.lhs_scale) && !kAnyRow) prefetch_tensormap(params.lhs_scale);
@@ -60,6 +65,7 @@ struct Producer {
     rhs_scale_row = block.n;
     lhs_line = lhs_group * (spec.lhs_scale == ScaleTile::k1x128 ? end_step : 1);
     rhs_line = rhs_group * (spec.rhs_scale == ScaleTile::k1x128 ? end_step : 1);
+    if constexpr (has_tails(spec)) begin_tails(block);
     if constexpr (kAnyRow) begin_any_row(block.m);
     if constexpr (spec.lhs_scale == ScaleTile::kTensor) {
       lhs_scales = params.lhs_scale_data + 4 * lhs_group;
@@ -83,11 +89,10 @@ struct Producer {
     const uint32_t full = address(&shared.full[stage]);
     mbarrier_arrive_expect_tx(full, stage_bytes + (kAnyRow ? lhs_scale_bytes : 0));
     if constexpr (!kCasts) {
-      load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], params.rhs, full, step,
+      load_tile<spec.multicast == Multicast::kRhs>(shared.rhs[stage], *rhs_map, full, step,
                                                    rhs_row);
     }
-    load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], params.lhs, full, step,
-                                                 lhs_row);
+    load_tile<spec.multicast == Multicast::kLhs>(shared.lhs[stage], *lhs_map, full, step, lhs_row);
     const uint32_t lhs_slot = address(shared.lhs_scale[stage]);
     const uint32_t rhs_slot = address(shared.rhs_scale[stage]);
     if constexpr (kAnyRow) {
@@ -125,6 +130,19 @@ struct Producer {
     } else if (rank == 0) {
       cp_async_bulk_tensor_2d_multicast(address(to), map, full, step * kBlockK, row, 0b11);
     }
+  }
+
+  // Last blocks copy the rows that exist. A cluster's block that is computed in vain has none, and
+  // is filled with zeros.
+  FP8GEMM_DEVICE void begin_tails(const Block& block) {
+    const int lhs_rows = copied_rows(spec.block_m, params.m), lhs_left = params.m - block.m;
+    const int rhs_rows = copied_rows(spec.block_n, params.n), rhs_left = params.n - block.n;
+    const bool lhs_ends = block.m > 0 && lhs_left > 0 && lhs_left < lhs_rows;
+    const bool rhs_ends = block.n > 0 && rhs_left > 0 && rhs_left < rhs_rows;
+    lhs_map = lhs_ends ? &params.lhs_tail : &params.lhs;
+    rhs_map = rhs_ends ? &params.rhs_tail : &params.rhs;
+    stage_bytes = ((lhs_ends ? lhs_left : lhs_rows) + (rhs_ends ? rhs_left : rhs_rows)) * kBlockK +
+                  scale_bytes_of_stage;
   }
 
   // The scales of a block that begins at row m: from the multiple of four before it on, as many as

@@ -119,6 +119,16 @@ def test_every_tail_of_n(n):
         check(Problem("dense", 70, n, 256), config)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_last_blocks_of_any_size(config):
+    """They are copied by maps of their own, shared ones and those computed in vain too."""
+    for m, n in ((259, 393), (333, 200), (511, 131), (300, 520)):
+        for scales in ("1x128_128x128", "1x128_1x128"):
+            problem = Problem("dense", m, n, 272, 1, scales)
+            if why_illegal(problem, config) is None:
+                check(problem, config)
+
+
 @pytest.mark.parametrize("k", [16, 32, 112, 128, 144, 240, 256, 272, 384, 528, 1040])
 def test_every_tail_of_k(k):
     for config in (CONFIGS[0], CONFIGS[3], CONFIGS[7], CONFIGS[11]):
