@@ -73,6 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="how long, compiling included")
     parser.add_argument("--seed", type=int, default=0, help="of programs and of data")
     parser.add_argument("--threads", type=int, default=6, help="programs at a time")
+    parser.add_argument("--programs", type=int, help="stop after so many, too")
     parser.add_argument("--record", help="the file that the run is added to")
     parser.add_argument("--planted", default="", help="name of a fault that was planted")
     parser.add_argument("--summary", action="store_true", help="print sums and do nothing else")
@@ -164,6 +165,8 @@ class Soak:
     def work(self) -> None:
         while time.monotonic() < self.end and self.errors < MOST_ERRORS:
             with self.lock:
+                if self.number == self.args.programs:
+                    return
                 self.number += 1
                 number, checks = self.number, self.draw.program()
                 calls = self.draw.rng.random() < CALL_SHARE
@@ -189,8 +192,9 @@ class Soak:
         """Many seeds in one program, called by two threads at once."""
         work = sum(check.work for check in checks)
         repeats = 4 if self.tiny else max(4, min(MOST_REPEATS, LOOP_WORK // work))
-        run, index, end = loop(checks, repeats), 0, self.until(LOOP_SECONDS)
-        while time.monotonic() < end:
+        run, index = loop(checks, repeats), 0
+        end = self.until(0.2 if self.tiny else LOOP_SECONDS)
+        while not index or time.monotonic() < end:
             starts = [index, index + repeats]
             index += 2 * repeats
             twice = [Result(run, seed, start) for start in starts]
@@ -205,8 +209,9 @@ class Soak:
         """One seed at a time, into poisoned memory."""
         if not check.results:
             return
-        run, index, end = Calls(check), 0, self.until(CALL_SECONDS)
-        while time.monotonic() < end:
+        run, index = Calls(check), 0
+        end = self.until(0.2 if self.tiny else CALL_SECONDS)
+        while not index or time.monotonic() < end:
             wrong, changed = run(seed, index)
             if wrong:
                 self.found((check,), seed, index, "wrong in poisoned memory", values=wrong)
