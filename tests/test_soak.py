@@ -65,9 +65,9 @@ def gemms() -> list[Gemm]:
         options |= {"scales": "row_row", "extremes": False, "out": "f32", "init": True}
         found.append(Gemm(variant, **SHAPE, **options))
     found.append(Gemm("ragged_contracting", **SHAPE, g=3, scales="row_row", extremes=True))
-    found.append(Gemm("batched", **SHAPE, g=3, scales="tensor_tensor", rhs="cast"))
+    found.append(Gemm("batched", **SHAPE, g=3, scales="tensor_tensor", cast=True))
     found.append(Gemm("ragged", **CASTING, rhs="bf16_transposed", pair=True, extremes=True))
-    found.append(Gemm("masked", **CASTING, rhs="bf16"))
+    found.append(Gemm("masked", **CASTING, rhs="bf16", cast=True))
     return found
 
 
@@ -106,7 +106,7 @@ def test_programs_are_those_of_the_seed():
     assert {check.variant for check in checks if isinstance(check, Gemm)} == set(DIMS)
     assert {type(check) for check in checks} == {Gemm, Gradients, Cast, Swiglu}
     gemms = [check for check in checks if isinstance(check, Gemm)]
-    for field in ("scales", "out", "init", "rhs", "pair", "extremes"):
+    for field in ("scales", "out", "init", "rhs", "cast", "pair", "extremes"):
         assert len({getattr(check, field) for check in gemms}) > 1, field
     kernels = {check.config.kernel for check in gemms if check.config}
     assert kernels == {"persistent", "few_rows"}

@@ -84,8 +84,8 @@ class Draw:
         out = self.some("bf16", "f32")
         gemm = {"variant": variant, "g": g, "scales": scales, "out": out, **shape}
         init = out == "f32" and self.rng.random() < 0.4
-        rest = {"init": init, "rhs": self.some("fp8", "fp8", "cast")}
-        rest["extremes"] = rest["rhs"] == "fp8" and self.rng.random() < 0.3
+        cast = self.rng.random() < 0.3
+        rest = {"init": init, "cast": cast, "extremes": not cast and self.rng.random() < 0.3}
         return Gemm(**gemm, **rest, config=self._config(gemm, init))
 
     def _config(self, gemm: dict, init: bool):
@@ -101,8 +101,9 @@ class Draw:
         if pair:
             last = "n" if rhs == "bf16_transposed" else "k"
             shape[last] = -(-shape[last] // 256) * 256
-        extremes = self.rng.random() < 0.2
-        return Gemm(variant, **shape, g=g, rhs=rhs, pair=pair, extremes=extremes)
+        cast = self.rng.random() < 0.5
+        extremes = not cast and self.rng.random() < 0.4
+        return Gemm(variant, **shape, g=g, rhs=rhs, cast=cast, pair=pair, extremes=extremes)
 
     def gradients(self) -> Gradients:
         g = self.some(0, 0, 1, 3, 8)

@@ -26,8 +26,8 @@ class Gemm:
     """What of a GEMM its compiled program depends on.
 
     Attributes:
-      rhs: "fp8"; "bf16" [g, n, k] or "bf16_transposed" [g, k, n], which the kernel casts; "cast":
-        both operands are bf16, and other kernels of the same program cast them.
+      rhs: "fp8"; "bf16" [g, n, k] or "bf16_transposed" [g, k, n], which the kernel casts.
+      cast: operands in FP8 are made of bf16 by other kernels of the same program.
       pair: a rhs that the kernel casts lies in two arrays.
       extremes: NaN, infinities, 3e38 and denormals in some rows and columns.
       config: None: the chosen one.
@@ -42,6 +42,7 @@ class Gemm:
     out: str = "bf16"
     init: bool = False
     rhs: str = "fp8"
+    cast: bool = False
     pair: bool = False
     extremes: bool = False
     config: GemmConfig | None = None
@@ -50,7 +51,7 @@ class Gemm:
 
     @property
     def name(self) -> str:
-        return self.variant if self.rhs in ("fp8", "cast") else f"{self.variant}, bf16 rhs"
+        return self.variant if self.rhs == "fp8" else f"{self.variant}, bf16 rhs"
 
     @property
     def work(self) -> int:
@@ -91,7 +92,7 @@ class Gemm:
 
     def run(self, operands: dict[str, jax.Array]) -> list[jax.Array]:
         """Returns what jax_fp8gemm says."""
-        if self.rhs.startswith("bf16"):
+        if self.rhs != "fp8":
             return [self._run_casting(operands)]
         lhs, rhs = (self._operand(operands, i, name) for i, name in enumerate(("lhs", "rhs")))
         options = {"variant": self.variant, "out_dtype": DTYPES[self.out], "config": self.config}
@@ -102,7 +103,7 @@ class Gemm:
 
     def _operand(self, operands, i: int, name: str) -> fp8.QArray:
         tile = exact.SCALES[self.scales][i]
-        if self.rhs == "cast":
+        if self.cast:
             return fp8.quantize(
                 self._floats(operands, i, name).astype(jnp.bfloat16), exact.TILES[tile]
             )
