@@ -12,6 +12,7 @@ from jax_fp8gemm._select.problem import Problem
 
 EDGES = (1, 2, 3, 7, 8, 9, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 385, 511, 513, 640)
 MOST_WORK, MOST_LARGE_WORK = 2**30, 2**35  # multiplications, those with other groups' zeros counted
+MOST_NUMBERS = 2**27  # of an operand, likewise
 LARGE_SHARE = 0.04
 
 Check = Gemm | Gradients | Cast | Swiglu
@@ -65,7 +66,8 @@ class Draw:
             m, n, k = self.rows(), self.columns(), self.depth()
             if large:
                 m, n, k = (int(x * self.rng.integers(1, 12)) for x in (m, n, k))
-            if m * n * k * groups <= (MOST_LARGE_WORK if large else MOST_WORK):
+            fits = (m + n) * k * groups <= MOST_NUMBERS
+            if fits and m * n * k * groups <= (MOST_LARGE_WORK if large else MOST_WORK):
                 return {"m": m, "n": n, "k": k}
 
     # ---- checks ----

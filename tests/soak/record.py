@@ -64,7 +64,8 @@ class Run:
     """
 
     def __init__(self, path: pathlib.Path, about: dict, planted: str = ""):
-        self.path, self.lock, self.list = path, threading.Lock(), "planted" if planted else "runs"
+        self.path, self.list = path, "planted" if planted else "runs"
+        self.lock = threading.RLock()  # a signal may come while its thread has the lock
         self.row = about | {"planted": planted} if planted else dict(about)
         self.row |= dict.fromkeys(TOTALS, 0) | {"products": {}, "found": []}
 

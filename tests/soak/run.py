@@ -43,7 +43,7 @@ from jax_fp8gemm import GemmConfig  # noqa: E402
 KINDS = {kind.__name__: kind for kind in (Gemm, Gradients, Cast, Swiglu)}
 LOOP_SECONDS, CALL_SECONDS = 1.5, 1.0  # of one program
 CALL_SHARE = 0.25  # of programs, that are also called one by one
-LOOP_WORK, MOST_REPEATS = 2**36, 512
+LOOP_WORK, MOST_REPEATS = 2**38, 512  # of one call
 PATIENCE = 120  # seconds past the end after which the GPU is taken to hang
 MOST_ERRORS = 5  # after which it is taken to be lost
 
