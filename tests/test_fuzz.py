@@ -48,8 +48,10 @@ def quick_compilation():
 
 # ---- what is drawn ------------------------------------------------------------------------------
 
-sizes = st.sampled_from((0, 1, 2, 3, 7, 31, 64, 127, 128, 129, 200, 257)) | st.integers(0, 40)
-depths = st.sampled_from((16, 16, 32, 112, 128, 144, 272)) | st.just(0)
+# Zeros are rare: an empty dim hides all others.
+SIZES = (1, 2, 3, 5, 7, 16, 31, 33, 40, 63, 64, 65, 100, 127, 128, 129, 200, 255, 257)
+sizes = st.sampled_from((*SIZES, *SIZES, 0))
+depths = st.sampled_from((16, 32, 48, 112, 128, 144, 256, 272, 400, 0))
 counts = st.integers(1, 5)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -115,7 +117,7 @@ def groups_of_rows(rng, g: int, m: int) -> np.ndarray:
     return found
 
 
-@fuzz(60)
+@fuzz(100)
 @hypothesis.given(
     variant=st.sampled_from(list(DIMS)), m=sizes, n=sizes, k=depths, g=counts,
     scales=st.sampled_from(SCALES), f32=st.booleans(), init=st.booleans(), seed=seeds,
@@ -213,7 +215,7 @@ def test_swiglu(m, f, rounding, seed):
 # ---- matmuls ------------------------------------------------------------------------------------
 
 
-@fuzz(20)
+@fuzz(16)
 @hypothesis.given(
     lead=st.sampled_from(((), (2,), (3, 128))), m=sizes, n=sizes, k=sizes,
     rounding=st.sampled_from(ROUNDINGS), residuals=st.sampled_from(("fp8_t", "fp8", "input")),
@@ -239,7 +241,7 @@ def slack(room: list, rounding: str) -> tuple[np.ndarray, int]:
     return magnitudes, depth if rounding == "pow2" else depth + 2**18
 
 
-@fuzz(20)
+@fuzz(14)
 @hypothesis.given(
     m=sizes, n=sizes, k=sizes, g=counts, rounding=st.sampled_from(ROUNDINGS),
     residuals=st.sampled_from(("fp8_t", "fp8", "input")), dtype=st.sampled_from(("bf16", "f32")),
@@ -264,7 +266,7 @@ def test_ragged_dot_and_its_gradients(m, n, k, g, rounding, residuals, dtype, ca
 # ---- experts ------------------------------------------------------------------------------------
 
 
-@fuzz(20)
+@fuzz(10)
 @hypothesis.given(
     t=st.integers(0, 40), e=st.integers(1, 9), top_k=st.integers(1, 9), biased=st.booleans(),
     score=st.sampled_from(("softmax", "sigmoid")), seed=seeds,
@@ -281,7 +283,7 @@ def test_route(t, e, top_k, biased, score, seed):
     np.testing.assert_allclose(np.asarray(got.gate_weights), weights, rtol=1e-5)
 
 
-@fuzz(20)
+@fuzz(12)
 @hypothesis.given(
     t=st.integers(0, 30), top_k=st.integers(1, 4), e=st.integers(0, 6), h=st.integers(1, 9),
     seed=seeds,
@@ -303,7 +305,7 @@ def test_permute_and_back(t, top_k, e, h, seed):
     np.testing.assert_array_equal(np.asarray(back), x * kept)
 
 
-@fuzz(12)
+@fuzz(8)
 @hypothesis.given(
     t=st.integers(0, 20), top_k=st.integers(1, 3), e=st.integers(1, 4), routes=st.booleans(),
     h=st.sampled_from((16, 128, 144, 7)), f=st.sampled_from((128, 256)),

@@ -208,10 +208,10 @@ def test_records_add_up(run, tmp_path, capsys):
 
 def test_a_terminated_run_leaves_its_record(tmp_path):
     path = tmp_path / "record.json"
-    command = [sys.executable, str(HERE / "soak/run.py"), "--seconds", "200", "--record", str(path)]
+    command = [sys.executable, str(HERE / "soak/run.py"), "--seconds", "400", "--record", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        end = time.monotonic() + 150
+        end = time.monotonic() + 300
         while not path.exists() and time.monotonic() < end:
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
