@@ -2,8 +2,9 @@
 # make test      sets everything up and runs the tests
 # make lint      checks form, types and C++ layout
 # make sanitize  runs the host code under sanitizers, with a fake compiler and a fake driver
-# make soak      on a Hopper GPU: products known to the bit for SECONDS, drawn from SEED
-# make sanitize-gpu  on a Hopper GPU: every kernel under compute-sanitizer
+# make soak      on a Hopper GPU: products known to the bit, for SECONDS, drawn from SEED
+# make plant     on a Hopper GPU: shows that the soak finds faults
+# make sanitize-gpu  on a Hopper GPU: every family of kernels under compute-sanitizer
 # make gpu       on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 # What the tests bring (compilers for a GPU that is not there) must not disturb the demo.

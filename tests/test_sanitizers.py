@@ -127,3 +127,17 @@ def test_a_family_runs(sanitizers):
     sanitized = importlib.import_module("sanitized")
     for apart in (False, True):
         assert sanitized.run(sanitized.swiglus()[:2], apart) == 0
+
+
+def test_settled_operands_come_from_casts(sanitizers):
+    sanitized = importlib.import_module("sanitized")
+    checks = sanitized.settled([c for make in sanitized.FAMILIES.values() for c in make()])
+    gemms = [check for check in checks if isinstance(check, sanitized.Gemm)]
+    assert all(check.m % 4 == 0 for check in checks)
+    assert all(gemm.cast and gemm.k % 512 == 0 for gemm in gemms)
+    for gemm in gemms:
+        if gemm.config:
+            fields = ("variant", "m", "n", "k", "g", "scales", "out")
+            sizes = {name: getattr(gemm, name) for name in fields}
+            problem = sanitized.Problem(**sizes, accumulate=gemm.init)
+            assert sanitized.why_illegal(problem, gemm.config) is None

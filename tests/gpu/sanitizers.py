@@ -27,7 +27,7 @@ from soak.record import digest  # noqa: E402
 
 FAMILIES = ("persistent", "few_rows", "grouped", "casting", "casts", "swiglu")
 TOOLS = ("racecheck", "initcheck", "memcheck", "synccheck")  # the slowest first
-SECONDS = 150  # of one program
+SECONDS = 180  # of one program
 JOBS = 8
 KERNELS = "fp8_"  # part of the names of all kernels of the library
 ENVIRONMENT = {
