@@ -2,6 +2,9 @@
 # make test      sets everything up and runs the tests
 # make lint      checks form, types and C++ layout
 # make sanitize  runs the host code under sanitizers, with a fake compiler and a fake driver
+# make soak      on a Hopper GPU: products known to the bit, for SECONDS, drawn from SEED
+# make plant     on a Hopper GPU: shows that the soak finds faults
+# make sanitize-gpu  on a Hopper GPU: every family of kernels under compute-sanitizer
 # make gpu       on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 # What the tests bring (compilers for a GPU that is not there) must not disturb the demo.
@@ -12,7 +15,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
-.PHONY: demo test gpu lint sanitize clean
+.PHONY: demo test gpu lint sanitize sanitize-gpu soak plant clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python examples/demo.py
@@ -56,6 +59,19 @@ gpu: $(TEST)/.installed
 	$(TEST)/bin/python benchmarks/gemm.py --only host
 	$(TEST)/bin/python benchmarks/readme.py --write
 	$(TEST)/bin/python benchmarks/plot.py
+
+# Adds a run to the record. SEED must differ from run to run, or the same data come again.
+SECONDS ?= 540
+SEED ?= $(shell date +%s)
+soak: $(TEST)/.installed
+	$(RECORD) $(TEST)/bin/python tests/soak/run.py --seconds $(SECONDS) --seed $(SEED)
+
+# Shows that it finds faults, in scratch copies of the package.
+plant: $(TEST)/.installed
+	$(RECORD) $(TEST)/bin/python tests/soak/plant.py
+
+sanitize-gpu: $(TEST)/.installed
+	$(RECORD) $(TEST)/bin/python tests/gpu/sanitizers.py --record $(CARD)-sanitizers.json
 
 $(DEMO)/bin/python $(TEST)/bin/python:
 	$(PYTHON) -m venv $(@D)/..
