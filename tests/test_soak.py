@@ -81,6 +81,8 @@ OTHERS = [
     Cast("both", 40, 33, dtype="f32", g=3, rounding="none"),
     Cast("transposed", 40, 33, tile="128x128"),
     Cast("requantize", 40, 33, g=3),
+    Cast("both", 40, 150, share=True, extremes=True),
+    Cast("requantize", 140, 33, g=3, share=True),
     Swiglu(9, 33, g=3),
     Swiglu(40, 128, backward=True, rounding="none", g=3),
 ]
@@ -150,8 +152,8 @@ def test_a_fault_of_every_variant_is_found(variant, fault, break_gemm):
 def test_a_fault_of_a_cast_is_found(monkeypatch):
     right = reference.quantize
 
-    def off_by_a_step(*args):
-        q, scale = right(*args)
+    def off_by_a_step(*args, **options):
+        q, scale = right(*args, **options)
         bits = jax.lax.bitcast_convert_type(q, jnp.uint8)
         bits = bits.at[..., 0, 0].set(bits[..., 0, 0] ^ 1)
         return jax.lax.bitcast_convert_type(bits, q.dtype), scale

@@ -81,6 +81,7 @@ def casts() -> list[Cast]:
     ]
     found += [Cast(kind, 150, 136, "f16") for kind in ("transposed", "both", "requantize")]
     found += [Cast(kind, 150, 131, tile="128x128") for kind in ("transposed", "both")]
+    found += [Cast(kind, 150, 136, share=True) for kind in ("transposed", "requantize")]
     for kind in ("rows", "transposed", "both", "requantize"):
         found.append(Cast(kind, 300, 136, g=4, index=kind != "transposed"))
     return found

@@ -54,6 +54,18 @@ def scales(largest: jax.Array, rounding: str) -> tuple[jax.Array, jax.Array]:
     return tuple(pair)
 
 
+def shared(largest: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns the scales [rows, steps] of blocks of 128 rows that lie within 2^10: the largest."""
+    rows, steps = scale.shape
+    pad = ((0, -rows % 128), (0, 0))
+    blocks = jnp.pad(scale, pad).reshape(-1, 128, steps)
+    counts = jnp.pad(largest != 0, pad).reshape(-1, 128, steps)
+    most = jnp.where(counts, blocks, 0).max(1, keepdims=True)
+    least = jnp.where(counts, blocks, jnp.inf).min(1, keepdims=True)
+    close = jnp.isfinite(most) & (most > 0) & (most <= least * 2.0**10)
+    return jnp.where(close, most, blocks).reshape(-1, steps)[:rows]
+
+
 def tile_largest(x: jax.Array, tile: tuple) -> jax.Array:
     """Returns the largest magnitude of each tile of float32 [rows, columns], NaN above all."""
     rows, columns = x.shape
@@ -84,14 +96,20 @@ def bits(x: jax.Array) -> jax.Array:
     return jnp.where((found & 0x7F) == 0x7F, jnp.uint8(0x7F), found)
 
 
-def wrong_cast(q: fp8.QArray, x: jax.Array, tile: tuple, rounding: str, used=None) -> jax.Array:
+def wrong_cast(
+    q: fp8.QArray, x: jax.Array, tile: tuple, rounding: str, used=None, share: bool = False
+) -> jax.Array:
     """Returns which values of q are wrong, as a cast of float32 x; their scales wrong: all are.
 
     Without powers of two the division may be off by a unit in the last place, and so may fall on
     the other side of a tie. Denormals may count as zeros. used: which values have a meaning.
+    share: rows of a block may have a common scale, see shared().
     """
     largest = tile_largest(x, tile)
     scale, reciprocal = scales(largest, rounding)
+    if share:
+        scale = shared(largest, scale)
+        reciprocal = 1 / scale
     scaled = x * each(reciprocal, tile, x.shape)
     got = bits(q.qvalue)
     near = 2.0**-21 if rounding == "none" else 0.0
@@ -130,7 +148,10 @@ KINDS = ("quantize", "rows", "transposed", "both", "requantize")
 
 @dataclasses.dataclass(frozen=True)
 class Cast:
-    """A cast of [m, k]. g: groups of rows, 0 for none. index: rows are gathered."""
+    """A cast of [m, k]. g: groups of rows, 0 for none. index: rows are gathered.
+
+    share: the transposed copy has shared columns.
+    """
 
     kind: str
     m: int
@@ -141,6 +162,7 @@ class Cast:
     g: int = 0
     index: bool = False
     extremes: bool = False
+    share: bool = False
 
     products = 0
     results = ()
@@ -174,6 +196,8 @@ class Cast:
             return [fp8.quantize(x, tile, **given)]
         if self.kind == "rows":
             return [fp8.quantize_rows(x, **given)]
+        if self.share:
+            given["shared_columns"] = True
         if self.kind == "transposed":
             return [fp8.quantize_transposed(x, tile, **given)]
         if self.kind == "both":
@@ -194,7 +218,8 @@ class Cast:
         if self.kind in ("quantize", "rows", "both"):
             found.append(wrong_cast(copies.pop(0), x, tile, self.rounding, used))
         if copies:
-            found.append(wrong_cast(copies[0], lines_of(x, sizes, tile).T, tile, self.rounding))
+            lines = lines_of(x, sizes, tile).T
+            found.append(wrong_cast(copies[0], lines, tile, self.rounding, share=self.share))
         return found
 
 

@@ -129,10 +129,13 @@ class Draw:
         elif kind in ("transposed", "both") and not grouped:
             tile = self.some("1x128", "128x128")
         gathers = kind in ("rows", "both", "requantize") and tile == "1x128"
+        rounding = self.some("pow2", "pow2", "none")
+        turns = kind in ("transposed", "both", "requantize") and tile == "1x128"
         return Cast(
             kind, self.rows(), self.some(self.rows(), self.depth()),
             dtype=self.some("bf16", "f16", "f32"), tile=tile,
-            rounding=self.some("pow2", "pow2", "none"), g=self.some(1, 3, 8, 40) if grouped else 0,
+            rounding=rounding, g=self.some(1, 3, 8, 40) if grouped else 0,
+            share=turns and rounding == "pow2" and self.rng.random() < 0.5,
             index=gathers and self.rng.random() < 0.4, extremes=self.rng.random() < 0.4,
         )  # fmt: skip
 

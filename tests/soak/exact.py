@@ -44,6 +44,17 @@ def powers(key: jax.Array, shape: tuple[int, ...], e: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def shared(key: jax.Array, scale: jax.Array) -> jax.Array:
+    """Gives blocks of 128 rows their first row's scale: all of them, none, or each by chance."""
+    rows = scale.shape[-2]
+    first = scale[..., ::128, :]
+    which, coins = jax.random.split(key)
+    chance = jnp.array([0.0, 0.9, 1.0])[jax.random.randint(which, (), 0, 3)]
+    chosen = jax.random.uniform(coins, first.shape) < chance
+    chosen, first = (jnp.repeat(x, 128, -2)[..., :rows, :] for x in (chosen, first))
+    return jnp.where(chosen, first, scale)
+
+
 def scale_shape(shape: tuple[int, ...], tile: str) -> tuple[int, ...]:
     """Returns the shape of the scales of [..., rows, columns]."""
     *lead, rows, columns = shape

@@ -68,13 +68,15 @@ class Gemm:
 
     def make(self, key: jax.Array) -> dict[str, jax.Array]:
         """Returns operands: FP8 values as whole float32 numbers, scales, groups, init."""
-        keys = jax.random.split(key, 7)
+        keys = jax.random.split(key, 8)
         e, tiles = exact.exponents(self.k), exact.SCALES[self.scales]
         made = {}
         for i, name in enumerate(("lhs", "rhs")):
             shape = self.shape(i)
             made[name] = exact.integers(keys[i], shape)
             made[f"{name}_scale"] = exact.powers(keys[2 + i], exact.scale_shape(shape, tiles[i]), e)
+        if tiles[1] in ("1x128", "row"):
+            made["rhs_scale"] = exact.shared(keys[7], made["rhs_scale"])
         if self.variant == "contiguous":
             made["groups"] = exact.blocks_of_rows(keys[4], self.g, self.m)
         elif self.variant in ("ragged", "ragged_contracting"):
