@@ -5,10 +5,12 @@ is collect(experts(send(x))), and the backward pass collect(experts'(send(dy))).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from jax_fp8gemm._bind.partition import Axes
 from jax_fp8gemm._core.bits import map_rows
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.qarray import QArray, exportable
@@ -20,15 +22,23 @@ class TokenExchange:
     """Static description of how tokens travel.
 
     Attributes:
-      axis: mesh axis over which tokens and experts are split.
+      axes: mesh axes over which tokens and experts are split.
+      gathered: mesh axes over which tokens are split, and each expert's hidden dim: what arrives
+        is gathered over them too, and results are summed.
       kind: "all_gather": every device sees all tokens; or "all_to_all": a token goes once to each
         device that holds one of its experts.
       wire: "fp8" or "bf16", as what x and the gradient dy are sent. Results are collected in bf16.
     """
 
-    axis: str
+    axes: Axes
+    gathered: Axes = ()
     kind: ExchangeKind
     wire: Wire
+
+    @property
+    def everywhere(self) -> Axes:
+        """The axes over which every device gets all that is sent."""
+        return (*self.axes, *self.gathered) if self.kind == "all_gather" else self.gathered
 
 
 @exportable()
@@ -69,11 +79,12 @@ def send(
     """Returns what this device receives: [rows, ...] of [t, ...]; empty slots hold `empty`."""
     if exchange is None:
         return x
-    if exchange.kind == "all_gather":
-        return jax.lax.all_gather(x, exchange.axis, tiled=True)
-    assert slots is not None
-    x = x.at[slots.token].get(mode="fill", fill_value=empty)
-    return jax.lax.all_to_all(x, exchange.axis, 0, 0, tiled=True)
+    if exchange.kind == "all_to_all":
+        assert slots is not None
+        x = x.at[slots.token].get(mode="fill", fill_value=empty)
+        x = jax.lax.all_to_all(x, exchange.axes, 0, 0, tiled=True)
+    everywhere = exchange.everywhere
+    return jax.lax.all_gather(x, everywhere, tiled=True) if everywhere else x
 
 
 def send_quantized(q: QArray, exchange: TokenExchange | None, slots: Slots | None) -> QArray:
@@ -88,28 +99,27 @@ def collect(y: jax.Array, exchange: TokenExchange | None, slots: Slots | None) -
     """
     if exchange is None:
         return y
+    if exchange.everywhere:
+        y = jax.lax.psum_scatter(y, exchange.everywhere, tiled=True)
     if exchange.kind == "all_gather":
-        return jax.lax.psum_scatter(y, exchange.axis, tiled=True)
+        return y
     assert slots is not None
-    back = jax.lax.all_to_all(y, exchange.axis, 0, 0, tiled=True)
+    back = jax.lax.all_to_all(y, exchange.axes, 0, 0, tiled=True)
     parts = back.at[slots.slot].get(mode="fill", fill_value=0)
     return parts.astype(jnp.float32).sum(1).astype(y.dtype)
 
 
-def axis_size(op: str, axis: str, num_experts: int) -> int:
-    """Returns the size of a mesh axis that is to hold num_experts experts, evenly.
+def axis_size(op: str, axes: Axes, num_experts: int) -> int:
+    """Returns how many devices of mesh axes hold num_experts experts, evenly; inside shard_map.
 
     Raises:
-      ValueError: there is no such axis here, or num_experts is no multiple of its size.
+      ValueError: num_experts is no multiple of it.
     """
-    try:
-        size = jax.lax.axis_size(axis)
-    except NameError:
-        got, fix = f"expert_axis {axis!r}", f"call {op} inside jax.shard_map over that axis"
-        fail(op, f"there is no mesh axis {axis!r} here.", got, "a manual axis of the mesh", fix)
+    size = math.prod(jax.lax.axis_size(axis) for axis in axes)
     if num_experts % size:
         what = f"{num_experts} experts do not split over {size} devices."
-        got = f"{num_experts} experts, mesh axis {axis!r} of {size} devices"
+        names = ", ".join(map(repr, axes))
+        got = f"{num_experts} experts, mesh axis {names} of {size} devices"
         fix = f"use a multiple of {size} experts, or fewer devices for them"
         fail(op, what, got, f"num_experts % {size} == 0", fix)
     return size

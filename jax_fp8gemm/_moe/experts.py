@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
@@ -26,8 +27,27 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.layout import K_MULTIPLE
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding
-from jax_fp8gemm._moe.exchange import Slots, TokenExchange, collect, send, send_quantized
+from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
+from jax_fp8gemm._moe.exchange import (
+    Slots,
+    TokenExchange,
+    collect,
+    make_slots,
+    send,
+    send_quantized,
+)
+from jax_fp8gemm._moe.placement import (
+    AxisNames,
+    ExpertAxes,
+    TokenAxes,
+    are_manual,
+    axes_of,
+    exchange_of,
+    place,
+    ready_outside,
+    received_rows,
+    size_of,
+)
 from jax_fp8gemm._moe.routing import (
     Permutation,
     cut,
@@ -65,6 +85,12 @@ def expert_ffn(
     kernels: ExpertKernels,
     *,
     capacity: int | None = None,
+    expert_axis: AxisNames | None = None,
+    tensor_axis: AxisNames | None = None,
+    token_axes: TokenAxes | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    exchange: ExchangeKind = "all_gather",
+    wire: Wire = "fp8",
     scale_rounding: ScaleRounding = "pow2",
     cast_in_gemm: bool | None = None,
 ) -> jax.Array:
@@ -80,7 +106,10 @@ def expert_ffn(
       gate_weights: f32 [t, top_k].
       kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not.
       capacity: rows that an expert takes at most, 1 or more. Later tokens' rows beyond it add
-        nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`.
+        nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`. Over
+        devices: of the tokens that its device receives.
+      expert_axis, tensor_axis, token_axes, mesh, exchange, wire: see `moe`. expert_index numbers
+        the experts of all devices.
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
 
@@ -99,24 +128,75 @@ def expert_ffn(
     """
     op = "expert_ffn"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
+    check_option(op, "exchange", exchange, ExchangeKind)
+    check_option(op, "wire", wire, Wire)
     kernels = as_kernels(op, "kernels", kernels)
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
     expert_index = as_int32(op, "expert_index", expert_index)
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     check_tokens(op, x, expert_index, gate_weights, kernels)
     check_positive(op, "capacity", capacity)
-    if capacity is not None:
-        capacity = min(int(capacity), expert_index.size)
+    axes = axes_of(op, expert_axis, tensor_axis, token_axes)
+    spec = FfnSpec(
+        capacity=None if capacity is None else int(capacity),
+        axes=axes,
+        exchange=exchange,
+        wire=wire,
+        scale_rounding=scale_rounding,
+        cast_in_gemm=cast_in_gemm,
+    )
+    if not axes.any or are_manual(op, axes):
+        return _ffn(spec, x, expert_index, gate_weights, kernels)
+    where = place(op, x, kernels, axes, token_axes, mesh)
+    spec = dataclasses.replace(spec, axes=where.axes)
+    kernels = ready_outside(
+        op,
+        kernels,
+        where,
+        rows=expert_index.size,
+        x=x,
+        rounding=scale_rounding,
+        wanted=cast_in_gemm,
+    )
+    operands, tokens = (x, expert_index, gate_weights, kernels), where.tokens
+    specs = tokens, tokens, tokens, where.kernels(kernels)
+    return where.like(where.run(functools.partial(_ffn, spec), operands, specs, tokens), x)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FfnSpec:
+    """Static description of one call; as the arguments of expert_ffn."""
+
+    capacity: int | None
+    axes: ExpertAxes
+    exchange: ExchangeKind
+    wire: Wire
+    scale_rounding: ScaleRounding
+    cast_in_gemm: bool | None
+
+
+def _ffn(
+    spec: FfnSpec,
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
+) -> jax.Array:
+    """expert_ffn on one device, or on the shards of a device inside shard_map."""
+    op, (t, top_k) = "expert_ffn", expert_index.shape
+    via = exchange_of(op, spec.axes, spec.exchange, spec.wire)
+    received, here = received_rows(spec.axes, t, top_k), size_of(spec.axes.experts)
     kernels = ready(
         op,
         kernels,
-        rounding=scale_rounding,
-        rows=expert_index.size,
+        rounding=spec.scale_rounding,
+        rows=received // here,
         others=(x,),
-        wanted=cast_in_gemm,
+        wanted=spec.cast_in_gemm,
     )
-    spec = ExpertSpec(scale_rounding=scale_rounding, capacity=capacity)
-    return run_experts(x, expert_index, gate_weights, kernels, spec)
+    capacity = None if spec.capacity is None else min(spec.capacity, received)
+    experts = ExpertSpec(scale_rounding=spec.scale_rounding, capacity=capacity, exchange=via)
+    return run_spread(x, expert_index, gate_weights, kernels, experts, spec.axes, t)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +226,35 @@ def run_experts(
     gate_weights = gate_weights.astype(jnp.float32)
     run = automatic(lambda *operands: _experts(*operands, spec), x)
     return run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
+
+
+def run_spread(
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
+    spec: ExpertSpec,
+    axes: ExpertAxes,
+    room: int,
+) -> jax.Array:
+    """As expert_ffn, checked, over the manual axes of a mesh: choices travel here, x further in.
+
+    Args:
+      x, expert_index, gate_weights: of this device's tokens. Experts are numbered over all devices.
+      room: tokens that a device sends to another one at most, by all_to_all.
+    """
+    slots, via = None, spec.exchange
+    own = kernels.wi_0.shape[0]
+    if via is not None:
+        if via.kind == "all_to_all":
+            slots = make_slots(expert_index, own, size_of(axes.experts), room)
+        expert_index, gate_weights, slots = vary_alike(expert_index, gate_weights, slots)
+        expert_index = send(expert_index, via, slots, empty=-1)
+        gate_weights = send(gate_weights, via, slots)
+    if axes.experts:
+        expert_index = expert_index - own * jax.lax.axis_index(axes.experts)
+    y = run_experts(x, expert_index, gate_weights, kernels, spec, slots)
+    return jax.lax.psum(y, axes.summed) if axes.summed else y
 
 
 def check_tokens(
@@ -201,6 +310,9 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
     return y, (*saved, back, permutation, gate_weights, slots, like)
 
 
+# NOTE: jitted, for jax.vmap with spmd_axis_name around shard_map: op by op, JAX 0.10.2 takes the
+# constants of a backward rule for unsharded, and refuses to add them to what is sharded.
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(spec: ExpertSpec, residuals, dy):
     saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
     sizes, top_k, rounding = permutation.group_sizes, gate_weights.shape[1], spec.scale_rounding

@@ -54,7 +54,7 @@ def route(
     bias: jax.Array | None = None,
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
-    axis: str | None = None,
+    axis: str | tuple[str, ...] | None = None,
 ) -> Routing:
     """Chooses top_k experts for each token: the largest score + bias, weighted by the score alone.
 
@@ -70,8 +70,8 @@ def route(
       bias: f32 [e], steers the choice only: it has no gradient and is in no weight.
       normalize: whether the weights of a token sum to routed_scaling_factor.
       routed_scaling_factor: factor of the weights.
-      axis: inside shard_map, the mesh axis over which tokens are split evenly. Then aux_loss and
-        z_loss are those of all tokens.
+      axis: inside shard_map, the mesh axis, or axes, over which tokens are split evenly. Then
+        aux_loss and z_loss are those of all tokens.
 
     Returns:
       Routing.
@@ -120,14 +120,17 @@ def _check_route(logits: Any, top_k: Any, bias: Any) -> None:
         fail("route", "bias does not fit the logits.", got, f"bias [{e}]", "pass one per expert")
 
 
-def _mean(x: jax.Array, axis: str | None) -> jax.Array:
+def _mean(x: jax.Array, axis: str | tuple[str, ...] | None) -> jax.Array:
     """The mean over tokens, dim 0; zero without any."""
     mean = x.sum(0) / max(x.shape[0], 1)
     return mean if axis is None else jax.lax.pmean(mean, axis)
 
 
 def _aux_loss(
-    scores: jax.Array, expert_index: jax.Array, softmax: bool, axis: str | None
+    scores: jax.Array,
+    expert_index: jax.Array,
+    softmax: bool,
+    axis: str | tuple[str, ...] | None,
 ) -> jax.Array:
     e, top_k = scores.shape[1], expert_index.shape[1]
     chosen = (expert_index[:, :, None] == jnp.arange(e)[None, None]).sum(
