@@ -326,6 +326,7 @@ def sharding_rule(spec: CastSpec, rank: int, whole_tokens: bool) -> Rule:
         voters=((0, 10),),  # x outvotes its copies: rather these travel, being smaller
         whole=frozenset("rtgp" + "m" * (spec.grouped or spec.gather) + "hkf" * uncut),
         blocked=blocked_letters(*operands.values(), *results) | set("m" * spec.transposed),
+        names=spec.names,
     )
 
 
