@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
-from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows
+from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows, to_bits
 from jax_fp8gemm._core.checks import (
     as_float,
     as_int32,
@@ -34,7 +35,7 @@ from jax_fp8gemm._moe.exchange import (
     collect,
     make_slots,
     send,
-    send_quantized,
+    send_together,
 )
 from jax_fp8gemm._moe.placement import (
     AxisNames,
@@ -51,6 +52,7 @@ from jax_fp8gemm._moe.placement import (
 from jax_fp8gemm._moe.routing import (
     Permutation,
     cut,
+    first_choices,
     permutation_of,
     rows_or_zero,
     sum_rows,
@@ -194,18 +196,32 @@ def _ffn(
         others=(x,),
         wanted=spec.cast_in_gemm,
     )
-    capacity = None if spec.capacity is None else min(spec.capacity, received)
-    experts = ExpertSpec(scale_rounding=spec.scale_rounding, capacity=capacity, exchange=via)
-    return run_spread(x, expert_index, gate_weights, kernels, experts, spec.axes, t)
+    experts = ExpertSpec(
+        scale_rounding=spec.scale_rounding,
+        axes=spec.axes,
+        capacity=None if spec.capacity is None else min(spec.capacity, received),
+        exchange=via,
+        room=t,
+    )
+    return run_experts(x, expert_index, gate_weights, kernels, experts)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
-    """Static description of one expert block; as the arguments of expert_ffn."""
+    """Static description of one expert block; as the arguments of expert_ffn.
+
+    Attributes:
+      axes: manual axes of the mesh.
+      room: tokens that a device sends to another one at most, by all_to_all.
+      most_rows: that the experts of a device take at most; None: all.
+    """
 
     scale_rounding: ScaleRounding
+    axes: ExpertAxes
     capacity: int | None = None
     exchange: TokenExchange | None = None
+    room: int = 0
+    most_rows: int | None = None
 
 
 def run_experts(
@@ -214,47 +230,24 @@ def run_experts(
     gate_weights: jax.Array,
     kernels: ExpertKernels,
     spec: ExpertSpec,
-    slots: Slots | None = None,
-) -> jax.Array:
-    """As expert_ffn, checked. With an exchange x and the result are this device's tokens [t, h].
+) -> tuple[jax.Array, jax.Array]:
+    """As expert_ffn, checked; on the manual axes of a mesh with this device's tokens and experts.
 
-    Then expert_index and gate_weights are those of all rows that the device receives, and experts
-    are numbered from its first.
+    Experts are numbered over all devices.
+
+    Returns:
+      y [t, h], and int32 [] how many rows the experts of this device took.
     """
     if 0 in x.shape or 0 in expert_index.shape:
-        return jnp.zeros_like(x)
+        return jnp.zeros_like(x), jnp.zeros_like(x, jnp.int32, shape=())
+    slots, via, axes = None, spec.exchange, spec.axes
+    if via is not None and via.kind == "all_to_all":
+        own = kernels.wi_0.shape[0]
+        slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
     gate_weights = gate_weights.astype(jnp.float32)
-    run = automatic(lambda *operands: _experts(*operands, spec), x)
-    return run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
-
-
-def run_spread(
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate_weights: jax.Array,
-    kernels: ExpertKernels,
-    spec: ExpertSpec,
-    axes: ExpertAxes,
-    room: int,
-) -> jax.Array:
-    """As expert_ffn, checked, over the manual axes of a mesh: choices travel here, x further in.
-
-    Args:
-      x, expert_index, gate_weights: of this device's tokens. Experts are numbered over all devices.
-      room: tokens that a device sends to another one at most, by all_to_all.
-    """
-    slots, via = None, spec.exchange
-    own = kernels.wi_0.shape[0]
-    if via is not None:
-        if via.kind == "all_to_all":
-            slots = make_slots(expert_index, own, size_of(axes.experts), room)
-        expert_index, gate_weights, slots = vary_alike(expert_index, gate_weights, slots)
-        expert_index = send(expert_index, via, slots, empty=-1)
-        gate_weights = send(gate_weights, via, slots)
-    if axes.experts:
-        expert_index = expert_index - own * jax.lax.axis_index(axes.experts)
-    y = run_experts(x, expert_index, gate_weights, kernels, spec, slots)
-    return jax.lax.psum(y, axes.summed) if axes.summed else y
+    run = automatic(lambda *operands: _experts(*operands, spec), x, None)
+    y, rows = run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
+    return (jax.lax.psum(y, axes.summed) if axes.summed else y), rows
 
 
 def check_tokens(
@@ -293,33 +286,38 @@ def _experts(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
 def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
     """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; kernels, in FP8 if copies
     were made; who goes where."""
-    top_k, e = expert_index.shape[1], kernels.wi_0.shape[0]
-    xq, saved_x = named(_received(_pad_h(x), slots, spec), "moe_x")
-    permutation = permutation_of(expert_index, e)
-    if spec.capacity is not None:
-        permutation = cut(permutation, spec.capacity)
+    # An empty slot holds zeros, so that what travels is the number of the expert plus one.
+    choices = expert_index + 1, gate_weights
+    xq, (expert_index, gate_weights) = _received(_pad_h(x), slots, spec, *choices)
+    if spec.exchange is not None:  # what remembers x need not send it again for these
+        expert_index = checkpoint_name(expert_index, "moe_x")
+        gate_weights = checkpoint_name(gate_weights, "moe_x")
+    xq, saved_x = named(xq, "moe_x")
+    permutation = _permutation(expert_index - 1, kernels.wi_0.shape[0], spec)
     token, row_weight = _rows(permutation, gate_weights)
     gemms = _ragged_gemms if spec.capacity is None else _masked_gemms
     matrices = operand(kernels, "up"), operand(kernels, "down")
     y, hq = gemms(xq, token, row_weight, permutation.group_sizes, matrices, spec)
-    y = _collected(y, permutation, top_k, slots, x, spec)
+    y = _collected(y, permutation, gate_weights, slots, x, spec)
     saved = saved_x, save(hq, "moe_h")
     back = operand(kernels, "down_back"), operand(kernels, "up_back")
     # Empty arrays that remember dtypes and shapes.
     like = [a[:0] for a in (x, kernels.wi_0, kernels.wi_1, kernels.wo)]
-    return y, (*saved, back, permutation, gate_weights, slots, like)
+    rows = permutation.group_sizes.sum(dtype=jnp.int32)
+    return (y, rows), (*saved, back, permutation, gate_weights, slots, like)
 
 
 # NOTE: jitted, for jax.vmap with spmd_axis_name around shard_map: op by op, JAX 0.10.2 takes the
 # constants of a backward rule for unsharded, and refuses to add them to what is sharded.
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(spec: ExpertSpec, residuals, dy):
+def _backward(spec: ExpertSpec, residuals, gradients):
+    dy, _ = gradients
     saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
-    sizes, top_k, rounding = permutation.group_sizes, gate_weights.shape[1], spec.scale_rounding
+    sizes, rounding = permutation.group_sizes, spec.scale_rounding
     token, row_weight = _rows(permutation, gate_weights)
     by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
     if spec.exchange is not None and spec.exchange.wire == "fp8":
-        received = _received(_pad_h(dy), slots, spec)
+        received, _ = _received(_pad_h(dy), slots, spec)
         dyq, dyt = _take(received, token), recast(received, **by_groups)
     else:
         dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups)
@@ -328,7 +326,7 @@ def _backward(spec: ExpertSpec, residuals, dy):
         from_bits(saved_h), da, row_weight, scale_rounding=rounding, group_sizes=sizes
     )
     dx = multiply_by(up, d.h, sizes, transposed=False)
-    dx = _collected(dx, permutation, top_k, slots, like[0], spec)
+    dx = _collected(dx, permutation, gate_weights, slots, like[0], spec)
     d_down = _contracting(d.activation_transposed, dyt, sizes, like[3].dtype)
     # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
     saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
@@ -338,11 +336,26 @@ def _backward(spec: ExpertSpec, residuals, dy):
         _contracting(xt, d.up_transposed, sizes, like[2].dtype),
         d_down,
     ]
-    d_weights = rows_or_zero(d.row_weight, permutation.inverse()).reshape(gate_weights.shape)
+    d_weights = rows_or_zero(d.row_weight, permutation.inverse(gate_weights.size))
+    d_weights = collect(d_weights.reshape(gate_weights.shape), spec.exchange, slots)
     return dx, None, d_weights, _kernel_gradients(d_kernels, like[1:]), None
 
 
 _experts.defvjp(_forward, _backward)
+
+
+def _permutation(expert_index: jax.Array, e: int, spec: ExpertSpec) -> Permutation:
+    """Returns the order of the rows of this device's e experts."""
+    if spec.axes.experts:
+        expert_index = expert_index - e * jax.lax.axis_index(spec.axes.experts)
+    if spec.most_rows is not None:
+        expert_index = first_choices(expert_index, e, spec.most_rows)
+    permutation = permutation_of(expert_index, e)
+    if spec.capacity is not None:
+        permutation = cut(permutation, spec.capacity)
+    if spec.most_rows is not None:  # the rest lies past the groups
+        permutation = dataclasses.replace(permutation, order=permutation.order[: spec.most_rows])
+    return permutation
 
 
 def _rows(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -413,10 +426,11 @@ def _take(q: QArray, index: jax.Array) -> QArray:
     return map_rows(lambda x: take_rows(x, index), q)
 
 
-def _collected(rows, permutation, top_k: int, slots, like: jax.Array, spec: ExpertSpec):
+def _collected(rows, permutation, gate_weights, slots, like: jax.Array, spec: ExpertSpec):
     """Returns the sum of each own token's rows, as wide as `like` and of its dtype."""
     dtype = like.dtype if spec.exchange is None else jnp.bfloat16  # what travels is bf16
-    sums = collect(sum_rows(rows, permutation, top_k, dtype), spec.exchange, slots)
+    tokens, top_k = gate_weights.shape
+    sums = collect(sum_rows(rows, permutation, top_k, dtype, tokens), spec.exchange, slots)
     return sums[:, : like.shape[1]].astype(like.dtype)
 
 
@@ -430,9 +444,14 @@ def _sent(x: jax.Array, slots: Slots | None, spec: ExpertSpec) -> jax.Array:
     return send(x.astype(jnp.bfloat16), spec.exchange, slots)
 
 
-def _received(x: jax.Array, slots: Slots | None, spec: ExpertSpec) -> QArray:
-    """What the experts' device has of everybody's x, scaled by 1x128."""
-    rounding = spec.scale_rounding
-    if spec.exchange is not None and spec.exchange.wire == "fp8":
-        return send_quantized(cast_rows(x, scale_rounding=rounding), spec.exchange, slots)
-    return cast_rows(_sent(x, slots, spec), scale_rounding=rounding)
+def _received(
+    x: jax.Array, slots: Slots | None, spec: ExpertSpec, *beside: jax.Array
+) -> tuple[QArray, list[jax.Array]]:
+    """What the experts' device has of everybody's x, scaled by 1x128, and of what goes with it."""
+    via, rounding = spec.exchange, spec.scale_rounding
+    if via is not None and via.wire == "bf16":
+        floats, *others = send_together((x.astype(jnp.bfloat16), *beside), via, slots)
+        return cast_rows(floats, scale_rounding=rounding), others
+    bits = to_bits(cast_rows(x, scale_rounding=rounding))
+    values, scale, *others = send_together((*bits, *beside), via, slots)
+    return from_bits((values, scale)), others

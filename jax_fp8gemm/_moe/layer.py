@@ -14,7 +14,7 @@ from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.exchange import axis_size
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_spread
+from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
 from jax_fp8gemm._moe.placement import (
     AxisNames,
     ExpertAxes,
@@ -39,6 +39,7 @@ OPTIONS = (
     "normalize",
     "routed_scaling_factor",
     "capacity_factor",
+    "device_capacity_factor",
     "expert_axis",
     "tensor_axis",
     "token_axes",
@@ -67,6 +68,7 @@ def moe(
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
     capacity_factor: float | None = None,
+    device_capacity_factor: float | None = None,
     shared: ExpertKernels | None = None,
     expert_axis: AxisNames | None = None,
     tensor_axis: AxisNames | None = None,
@@ -91,6 +93,10 @@ def moe(
       capacity_factor: None keeps every row. Else an expert takes capacity_factor times its even
         share of the rows at most. With exchange "all_to_all" it is a device that takes
         capacity_factor times its even share of a device's rows, at most all its tokens.
+      device_capacity_factor: None: a device has memory for the rows of all tokens that it receives.
+        Else for device_capacity_factor times its even share of them. Nothing is lost while they
+        fit. Of more rows it takes first choices before second ones, in the order of tokens. The
+        others add nothing and have no gradient, and Routing.dropped counts them.
       shared: ExpertKernels [h, fs], [h, fs], [fs, h] of an expert that sees every token.
       expert_axis: the mesh axis, or axes, that split the experts. Inside shard_map it is one of its
         axes. Elsewhere moe makes its own shard_map, over all axes of the mesh.
@@ -121,16 +127,8 @@ def moe(
       y, routing = moe(x, gate_kernel, kernels, top_k=2)
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
-    options = {"score_function": ScoreFunction, "exchange": ExchangeKind, "wire": Wire}
-    given = {"score_function": score_function, "exchange": exchange, "wire": wire}
-    for name, literal in options.items():
-        check_option("moe", name, given[name], literal)
-    check_option("moe", "scale_rounding", scale_rounding, ScaleRounding)
-    check_bool("moe", "normalize", normalize)
-    check_bool("moe", "cast_in_gemm", cast_in_gemm, or_none=True)
     x, gate_kernel = as_float("moe", "x", x), as_float("moe", "gate_kernel", gate_kernel)
     kernels = as_kernels("moe", "kernels", kernels)
-    _check_capacity(capacity_factor)
     if shared is not None:
         shared = as_kernels("moe", "shared", shared, ndim=2)
     axes = axes_of("moe", expert_axis, tensor_axis, token_axes)
@@ -141,12 +139,14 @@ def moe(
         normalize=normalize,
         routed_scaling_factor=routed_scaling_factor,
         capacity_factor=capacity_factor,
+        device_capacity_factor=device_capacity_factor,
         axes=axes,
         exchange=exchange,
         wire=wire,
         scale_rounding=scale_rounding,
         cast_in_gemm=cast_in_gemm,
     )
+    spec.check()
     if not axes.any or are_manual("moe", axes):
         return _layer(spec, x, gate_kernel, kernels, bias, shared)
     where = place("moe", x, kernels, axes, token_axes, mesh)
@@ -162,11 +162,23 @@ class LayerSpec:
     normalize: bool
     routed_scaling_factor: float
     capacity_factor: float | None
+    device_capacity_factor: float | None
     axes: ExpertAxes
     exchange: ExchangeKind
     wire: Wire
     scale_rounding: ScaleRounding
     cast_in_gemm: bool | None
+
+    def check(self) -> None:
+        """Raises a ValueError or a TypeError for an option that is none."""
+        check_option("moe", "score_function", self.score_function, ScoreFunction)
+        check_option("moe", "exchange", self.exchange, ExchangeKind)
+        check_option("moe", "wire", self.wire, Wire)
+        check_option("moe", "scale_rounding", self.scale_rounding, ScaleRounding)
+        check_bool("moe", "normalize", self.normalize)
+        check_bool("moe", "cast_in_gemm", self.cast_in_gemm, or_none=True)
+        _check_factor("capacity_factor", self.capacity_factor)
+        _check_factor("device_capacity_factor", self.device_capacity_factor)
 
 
 def _over_devices(
@@ -186,7 +198,7 @@ def _over_devices(
         y, routing = _layer(spec, x, gate_kernel, kernels, bias, shared)
         each = (routing.expert_index, routing.gate_weights, routing.scores)
         folded = [part.reshape(*x.shape[:-1], -1) for part in each]
-        return y, folded, (routing.aux_loss, routing.z_loss)
+        return y, folded, (routing.aux_loss, routing.z_loss, routing.dropped)
 
     kernels = ready_outside(
         "moe",
@@ -239,10 +251,10 @@ def _layer(
         axis=spec.axes.tokens or None,
     )
     check_tokens("moe", tokens, routing.expert_index, routing.gate_weights, kernels)
-    y = _routed(spec, tokens, routing, kernels)
+    y, dropped = _routed(spec, tokens, routing, kernels)
     if shared is not None:
         y = y + _shared(spec, tokens, shared)
-    return y.reshape(x.shape), routing
+    return y.reshape(x.shape), dataclasses.replace(routing, dropped=dropped)
 
 
 def _rows_here(spec: LayerSpec, x: jax.Array) -> int:
@@ -253,28 +265,44 @@ def _rows_here(spec: LayerSpec, x: jax.Array) -> int:
 
 def _routed(
     spec: LayerSpec, tokens: jax.Array, routing: Routing, kernels: ExpertKernels
-) -> jax.Array:
-    """What the chosen experts add, with the room that capacity_factor gives them."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns what the chosen experts add, with the room that there is, and what had no room."""
     t, top_k = routing.expert_index.shape
     axes, factor, capacity, room = spec.axes, spec.capacity_factor, None, t
     via = exchange_of("moe", axes, spec.exchange, spec.wire)
+    received, devices = received_rows(axes, t, top_k), size_of(axes.experts)
     if factor is not None and via is not None and via.kind == "all_to_all":
-        room = min(t, max(1, math.ceil(factor * t * top_k / size_of(axes.experts))))
+        room = min(t, max(1, math.ceil(factor * t * top_k / devices)))
     elif factor is not None:
-        rows, e = received_rows(axes, t, top_k), kernels.wi_0.shape[0] * size_of(axes.experts)
-        capacity = min(rows, max(1, math.ceil(factor * rows / e)))
-    experts = ExpertSpec(scale_rounding=spec.scale_rounding, exchange=via, capacity=capacity)
-    return run_spread(
-        tokens, routing.expert_index, routing.gate_weights, kernels, experts, axes, room
+        e = kernels.wi_0.shape[0] * devices
+        capacity = min(received, max(1, math.ceil(factor * received / e)))
+    most, factor = None, spec.device_capacity_factor
+    if factor is not None:
+        most = min(received, max(1, math.ceil(factor * received / devices)))
+    experts = ExpertSpec(
+        scale_rounding=spec.scale_rounding,
+        axes=axes,
+        capacity=capacity,
+        exchange=via,
+        room=room,
+        most_rows=most,
     )
+    choices = routing.expert_index, routing.gate_weights
+    y, rows = run_experts(tokens, *choices, kernels, experts)
+    if most is None:
+        return y, None
+    every = tuple(dict.fromkeys((*axes.tokens, *axes.experts, *axes.tensor)))
+    # Devices of a tensor axis take the same rows.
+    taken = jax.lax.psum(rows, every) // size_of(axes.tensor) if every else rows
+    return y, t * top_k * size_of(axes.tokens) - taken
 
 
-def _check_capacity(capacity_factor: Any) -> None:
-    number = isinstance(capacity_factor, int | float) and not isinstance(capacity_factor, bool)
-    if capacity_factor is not None and not (number and 0 < capacity_factor < math.inf):
-        got, fix = f"capacity_factor={capacity_factor!r}", "leave it out to keep every row"
+def _check_factor(name: str, factor: Any) -> None:
+    number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if factor is not None and not (number and 0 < factor < math.inf):
+        got, fix = f"{name}={factor!r}", "leave it out to keep every row"
         expected = "a finite number above 0, or None"
-        fail("moe", "capacity_factor is not a positive number.", got, expected, fix)
+        fail("moe", f"{name} is not a positive number.", got, expected, fix)
 
 
 def _check_router(x: jax.Array, gate_kernel: jax.Array) -> None:

@@ -36,6 +36,8 @@ class Routing:
       scores: f32 [t, e], of all experts, before the choice.
       aux_loss: f32 [], the load-balance loss; 1 for a perfect balance, more for a worse one.
       z_loss: f32 [], the mean square of the logsumexp of the logits.
+      dropped: int32 [], how many of all choices found no room on their devices or with their
+        experts; None unless `moe` has a device_capacity_factor.
     """
 
     expert_index: jax.Array
@@ -43,6 +45,7 @@ class Routing:
     scores: jax.Array
     aux_loss: jax.Array
     z_loss: jax.Array
+    dropped: jax.Array | None = None
 
 
 @renamed(score="score_function", scale="routed_scaling_factor")
@@ -158,13 +161,18 @@ class Permutation:
     order: jax.Array
     group_sizes: jax.Array
 
-    def inverse(self) -> jax.Array:
-        """Returns the row of each pair, int32 [rows]; `rows` for pairs that have none."""
+    def inverse(self, pairs: int | None = None) -> jax.Array:
+        """Returns the row of each pair, int32 [pairs]; `rows` for pairs that have none.
+
+        Args:
+          pairs: how many there are; None: as many as rows.
+        """
         rows = self.order.shape[0]
+        pairs = rows if pairs is None else pairs
         row = jnp.arange(rows, dtype=jnp.int32)
         inside = row < self.group_sizes.sum()
-        nowhere = jnp.full(rows, rows, jnp.int32)
-        return nowhere.at[jnp.where(inside, self.order, rows)].set(row, mode="drop")
+        nowhere = jnp.full(pairs, rows, jnp.int32)
+        return nowhere.at[jnp.where(inside, self.order, pairs)].set(row, mode="drop")
 
 
 def permutation_of(expert_index: jax.Array, num_experts: int) -> Permutation:
@@ -176,6 +184,16 @@ def permutation_of(expert_index: jax.Array, num_experts: int) -> Permutation:
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     sizes = jnp.bincount(flat, length=num_experts)
     return Permutation(jnp.argsort(flat, stable=True).astype(jnp.int32), sizes.astype(jnp.int32))
+
+
+def first_choices(expert_index: jax.Array, num_experts: int, most: int) -> jax.Array:
+    """Returns choices int [t, top_k] without those past the first `most`, which are no expert.
+
+    First choices of all tokens come before second ones, each in the order of the tokens.
+    """
+    inside = (expert_index >= 0) & (expert_index < num_experts)
+    place = jnp.cumsum(inside.T.reshape(-1), dtype=jnp.int32).reshape(inside.T.shape).T
+    return jnp.where(inside & (place <= most), expert_index, num_experts)
 
 
 def cut(permutation: Permutation, capacity: int) -> Permutation:
@@ -263,9 +281,16 @@ def rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
     return rows.at[index].get(mode="fill", fill_value=0)
 
 
-def sum_rows(rows: jax.Array, permutation: Permutation, top_k: int, dtype: jnp.dtype) -> jax.Array:
-    """As unpermute, rounded to `dtype` once."""
-    pairs = rows_or_zero(rows, permutation.inverse()).reshape(-1, top_k, rows.shape[1])
+def sum_rows(
+    rows: jax.Array,
+    permutation: Permutation,
+    top_k: int,
+    dtype: jnp.dtype,
+    tokens: int | None = None,
+) -> jax.Array:
+    """As unpermute, rounded to `dtype` once; tokens: None: as many as rows / top_k."""
+    row = permutation.inverse(None if tokens is None else tokens * top_k)
+    pairs = rows_or_zero(rows, row).reshape(-1, top_k, rows.shape[1])
     return pairs.astype(jnp.float32).sum(1).astype(dtype)
 
 
