@@ -9,13 +9,22 @@ import flax.linen.dtypes as dtypes
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
+from jax.sharding import AbstractMesh, Mesh
 
+from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._core.errors import fail, message
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
-from jax_fp8gemm._moe.exchange import axis_size
 from jax_fp8gemm._moe.layer import OPTIONS, moe
+from jax_fp8gemm._moe.placement import (
+    AxisNames,
+    TokenAxes,
+    are_manual,
+    axes_of,
+    sharding_names,
+    size_of,
+)
 from jax_fp8gemm._moe.routing import Routing
 from jax_fp8gemm._moe.weights import ExpertKernels
 from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
@@ -162,11 +171,13 @@ class Fp8MoE(nn.Module):
 
     Attributes:
       num_experts, hidden_features: e and f.
-      top_k, score_function, normalize, routed_scaling_factor, capacity_factor, exchange, wire,
+      top_k, score_function, normalize, routed_scaling_factor, capacity_factor,
+        device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
         scale_rounding, shared_columns, cast_in_gemm: see `moe`.
+        With expert_axis the parameters are `nn.Partitioned` over it and over tensor_axis, unless
+        their initializers say otherwise. Inside jax.shard_map `apply` takes this device's shards,
+        and `init` belongs outside.
       shared_features: fs, the hidden width of an expert that sees every token; 0 for none.
-      expert_axis: the mesh axis that splits tokens and experts. Then `apply` belongs inside
-        jax.shard_map, with this device's experts; `init` outside, and it makes them all.
       dtype: of the computation; default: the input's. The router is float32.
       param_dtype: of the parameters.
       gate_init, wi_init, wo_init, shared_wi_init, shared_wo_init: initializers.
@@ -184,7 +195,7 @@ class Fp8MoE(nn.Module):
     routed_scaling_factor: float = 1.0
     capacity_factor: float | None = None
     shared_features: int = 0
-    expert_axis: str | None = None
+    expert_axis: AxisNames | None = None
     exchange: ExchangeKind = "all_gather"
     wire: Wire = "fp8"
     scale_rounding: ScaleRounding = "pow2"
@@ -197,6 +208,10 @@ class Fp8MoE(nn.Module):
     wo_init: Initializer = expert_init
     shared_wi_init: Initializer = kernel_init
     shared_wo_init: Initializer = kernel_init
+    tensor_axis: AxisNames | None = None
+    token_axes: TokenAxes | None = None
+    mesh: Mesh | AbstractMesh | None = None
+    device_capacity_factor: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
@@ -209,30 +224,37 @@ class Fp8MoE(nn.Module):
         Returns:
           y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
         """
-        axis = None if self.is_initializing() else self.expert_axis
-        gate_kernel, kernels, shared = self._parameters(x.shape[-1], axis)
+        gate_kernel, kernels, shared = self._parameters(x.shape[-1])
+        options = {name: getattr(self, name) for name in OPTIONS}
+        if self.is_initializing():  # x may be too short to be split
+            options |= dict.fromkeys(("expert_axis", "tensor_axis", "token_axes"))
         return moe(
             x.astype(self.dtype or x.dtype),
             gate_kernel,
             kernels,
             shared=shared,
             bias=bias,
-            expert_axis=axis,
-            **{name: getattr(self, name) for name in OPTIONS},
+            **options,
         )
 
-    def _parameters(self, h: int, axis: str | None):
+    def _parameters(self, h: int):
+        axes = axes_of("Fp8MoE", self.expert_axis, self.tensor_axis, self.token_axes)
         e, f, fs = self.num_experts, self.hidden_features, self.shared_features
-        own = e if axis is None else e // axis_size("Fp8MoE", axis, e)
+        spread = axes.any and not self.is_initializing()
+        if spread and are_manual("Fp8MoE", axes):  # a device's shards
+            e, tensor = e // size_of(axes.experts), size_of(axes.tensor)
+            f, fs = f // tensor, fs // tensor
 
         def param(name, init, *shape):
-            return self.param(name, init, shape, self.param_dtype)
+            names = sharding_names(axes, name)
+            value = self.param(name, _boxed(init, names), shape, self.param_dtype, unbox=False)
+            return _unboxed(value)
 
-        gate_kernel = param("gate_kernel", self.gate_init, h, e)
+        gate_kernel = param("gate_kernel", self.gate_init, h, self.num_experts)
         kernels = ExpertKernels(
-            wi_0=param("wi_0", self.wi_init, own, h, f),
-            wi_1=param("wi_1", self.wi_init, own, h, f),
-            wo=param("wo", self.wo_init, own, f, h),
+            wi_0=param("wi_0", self.wi_init, e, h, f),
+            wi_1=param("wi_1", self.wi_init, e, h, f),
+            wo=param("wo", self.wo_init, e, f, h),
         )
         if not fs:
             return gate_kernel, kernels, None
@@ -242,3 +264,22 @@ class Fp8MoE(nn.Module):
             wo=param("shared_wo", self.shared_wo_init, fs, h),
         )
         return gate_kernel, kernels, shared
+
+
+def _boxed(init: Initializer, names: tuple) -> Initializer:
+    """Returns an initializer with sharding metadata; init's own, where it has some."""
+
+    def make(*args):
+        value = init(*args)
+        boxed = isinstance(value, nn.meta.AxisMetadata) or not any(names)
+        return value if boxed else nn.Partitioned(value, names)
+
+    return make
+
+
+def _unboxed(value):
+    if not isinstance(value, nn.meta.AxisMetadata):
+        return value
+    if isinstance(value, nn.Partitioned) and not meshes.is_automatic():
+        return value.unbox(apply_constraint=False)  # moe shards it
+    return value.unbox()

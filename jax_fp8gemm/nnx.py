@@ -16,6 +16,7 @@ from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import BLOCKS
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
+from jax_fp8gemm._moe.placement import axes_of, sharding_names
 from jax_fp8gemm._moe.routing import Routing
 from jax_fp8gemm._moe.weights import ExpertKernels
 from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
@@ -200,9 +201,12 @@ class Fp8MoE(nnx.Module):
       dtype: of the computation; default: the input's.
       param_dtype: of the parameters.
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
-      options: score_function, normalize, routed_scaling_factor, capacity_factor, expert_axis,
-        exchange, wire, scale_rounding, shared_columns and cast_in_gemm of `moe`. With expert_axis
-        call the layer inside jax.shard_map, with its experts split over that axis.
+      options: score_function, normalize, routed_scaling_factor, capacity_factor,
+        device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
+        scale_rounding, shared_columns and cast_in_gemm of `moe`.
+        With expert_axis the parameters have sharding metadata (`out_sharding`) with it and
+        tensor_axis, unless their initializers say otherwise. Where a mesh with these axes is in use
+        (`jax.set_mesh`), they are made as shards.
 
     Example:
       y, routing = Fp8MoE(256, 1024, 8, top_k=2, rngs=nnx.Rngs(0))(x)
@@ -235,13 +239,16 @@ class Fp8MoE(nnx.Module):
         shapes = {"gate_kernel": (h, e), "wi_0": (e, h, f), "wi_1": (e, h, f), "wo": (e, f, h)}
         shared = {"shared_wi_0": (h, fs), "shared_wi_1": (h, fs), "shared_wo": (fs, h)}
         _check_names("init", init, {**shapes, **shared})
-        _check_names("options", options, {*OPTIONS, "expert_axis"} - {"top_k"})
+        _check_names("options", options, {*OPTIONS} - {"top_k"})
+        expert_axis, tensor_axis = options.get("expert_axis"), options.get("tensor_axis")
+        axes = axes_of("Fp8MoE", expert_axis, tensor_axis, options.get("token_axes"))
         for name, shape in {**shapes, **shared}.items():
             if 0 in shape and name in shared:
                 setattr(self, name, nnx.data(None))
                 continue
             make = init.get(name, expert_init if len(shape) == 3 else kernel_init)
-            setattr(self, name, nnx.Param(make(rngs.params(), shape, param_dtype)))
+            value = make(rngs.params(), shape, param_dtype)
+            setattr(self, name, _param(value, sharding_names(axes, name)))
         self.dtype = dtype
         self.options = tuple(sorted({"top_k": top_k, **options}.items()))  # hashable
 
@@ -269,6 +276,21 @@ class Fp8MoE(nnx.Module):
             bias=bias,
             **dict(self.options),
         )
+
+
+def _param(value: Any, names: tuple) -> nnx.Param:
+    """Returns a Param with sharding metadata; its initializer's own, where there is some."""
+    if isinstance(value, nnx.VariableMetadata) or not any(names):
+        return nnx.Param(value)
+    mesh = jax.sharding.get_abstract_mesh()
+    used = {
+        axis for entry in names if entry for axis in ((entry,) if isinstance(entry, str) else entry)
+    }
+    if used <= set(mesh.axis_names) and not mesh.manual_axes and len(set(mesh.axis_types)) == 1:
+        return nnx.Param(value, out_sharding=names)  # makes shards of it, or fails without a mesh
+    param = nnx.Param(value)
+    param.set_metadata(out_sharding=names)
+    return param
 
 
 def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:

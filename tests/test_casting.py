@@ -81,6 +81,7 @@ def two_devices():
 CUTS = [((), ("x", None)), ((), (None, "x")), ((None, "x"), ()), (("x",), ("x", None))]
 
 
+@pytest.mark.filterwarnings("ignore:.*a mesh axis splits a dim")  # so it is gathered
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("arrays", [1, 2])

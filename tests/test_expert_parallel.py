@@ -1,6 +1,8 @@
 """moe over the devices of a mesh axis: equal to moe on one device, with all gradients."""
 
 import functools
+import itertools
+import math
 import re
 
 import jax
@@ -46,6 +48,17 @@ def spread(devices: int, check_vma: bool = True, **options):
         out_specs=(P("x"), P()),
         check_vma=check_vma,
     )
+
+
+def spread_with_dropped(devices: int, **options):
+    """Returns moe's y and Routing.dropped, over as many devices."""
+
+    def run(parameters):
+        y, routing = fp8.moe(**parameters, top_k=TOP_K, expert_axis="x", **options)
+        return y, jnp.int32(0) if routing.dropped is None else routing.dropped
+
+    mesh = mesh_of(devices)
+    return jax.shard_map(run, mesh=mesh, in_specs=(SPLIT,), out_specs=(P("x"), P()))
 
 
 def with_gradients(function):
@@ -120,19 +133,98 @@ def test_beside_an_axis_of_data(parameters, alone):
 
 
 def on_the_wire(text: str) -> list[str]:
-    """Returns the collectives of a StableHLO text that move rows of H, with what they are given."""
+    """Returns the collectives of a StableHLO text that move tokens, with what they are given."""
     pattern = r'stablehlo\.(all_gather|all_to_all|reduce_scatter)"[\s\S]*?: \(tensor<([^>]+)>'
-    return sorted(f"{name} {kind}" for name, kind in re.findall(pattern, text) if f"x{H}x" in kind)
+    return sorted(f"{name} {kind}" for name, kind in re.findall(pattern, text))
 
 
-@pytest.mark.parametrize("wire, kind", [("fp8", "ui8"), ("bf16", "bf16")])
-def test_what_is_on_the_wire(parameters, wire, kind):
-    """Forward x and back y; backward dy and back dx. A device has T / 4 tokens."""
-    trace = lambda **options: with_gradients(spread(4, wire=wire, **options)).lower(*parameters)  # noqa: E731
-    gathered = [f"all_gather {T // 4}x{H}x{kind}", f"reduce_scatter {T}x{H}xbf16"]
-    assert on_the_wire(trace().as_text()) == sorted(2 * gathered)
-    swapped = [f"all_to_all {T}x{H}x{kind}", f"all_to_all {T}x{H}xbf16"]
-    assert on_the_wire(trace(exchange="all_to_all").as_text()) == sorted(2 * swapped)
+@pytest.mark.parametrize("wire", ["fp8", "bf16"])
+def test_what_is_on_the_wire(parameters, wire):
+    """Forward x with its choices, and back y; backward dy, and back dx and weights' gradients.
+
+    A device has T / 4 tokens. What goes together goes in words of four bytes.
+    """
+
+    def trace(**options):
+        run = with_gradients(spread(4, wire=wire, **options))
+        return on_the_wire(run.lower(*parameters).as_text())
+
+    x = (H + 4 * H // 128) // 4 if wire == "fp8" else H // 2
+    dy = f"{x}xui32" if wire == "fp8" else f"{H}xbf16"
+    there, back = [f"{x + 2 * TOP_K}xui32", dy], [f"{H}xbf16", f"{H}xbf16", f"{TOP_K}xf32"]
+    expected = [f"all_gather {T // 4}x{row}" for row in there]
+    expected += [f"reduce_scatter {T}x{row}" for row in back]
+    assert trace() == sorted(expected)
+    expected = [f"all_to_all {T}x{row}" for row in there + back]
+    assert trace(exchange="all_to_all") == sorted(expected)
+
+
+def test_what_remembers_tokens_sends_them_once(parameters):
+    """A policy that saves "moe_x" saves the choices that came with it, and nothing goes twice."""
+
+    def count(policy):
+        names = jax.checkpoint_policies.save_only_these_names(*policy)
+        run = jax.checkpoint(spread(4), policy=names)
+        return len(on_the_wire(with_gradients(run).lower(*parameters).as_text()))
+
+    assert count(("moe_x", "moe_h")) == 5  # as without jax.checkpoint
+    assert count(()) == 6
+
+
+def test_a_bound_on_the_rows_of_a_device(parameters, alone):
+    """Exact while it is not exceeded, with all gradients."""
+    named, _ = parameters
+    y, dropped = jax.jit(spread_with_dropped(4, device_capacity_factor=3.0))(named)
+    assert int(dropped) == 0 and calc_diff(y, fp8.moe(**named, top_k=TOP_K)[0]) < 1e-5
+    run = with_gradients(spread(4, device_capacity_factor=3.0))
+    gradients, expected = run(*parameters)[1][0], alone[1][0]
+    for name in ("wi_0", "wi_1", "wo"):
+        got, right = (getattr(one["kernels"], name) for one in (gradients, expected))
+        assert calc_diff(got, right) < 1e-10, name
+    assert calc_diff(gradients["gate_kernel"], expected["gate_kernel"]) < 1e-10
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
+def test_rows_past_the_bound_of_a_device(parameters, exchange):
+    """First choices go before second ones. The rest adds nothing, has no gradient, is counted."""
+    named, _ = parameters
+    routing = fp8.moe(**named, top_k=TOP_K)[1]
+    kept, most = np.asarray(routing.expert_index).copy(), math.ceil(0.8 * T * TOP_K / 4)
+    for device in range(4):
+        taken = 0
+        for j, t in itertools.product(range(TOP_K), range(T)):
+            here = kept[t, j] // (E // 4) == device
+            taken += here
+            if here and taken > most:
+                kept[t, j] = E
+    assert (kept == E).any()
+    bounded = spread_with_dropped(4, device_capacity_factor=0.8, exchange=exchange)
+
+    def of_one(named):
+        return fp8.expert_ffn(named["x"], kept, routing.gate_weights, named["kernels"])
+
+    y, dropped = jax.jit(bounded)(named)
+    assert int(dropped) == (kept == E).sum()
+    assert calc_diff(y, of_one(named)) < 1e-5
+    towards = jax.random.normal(jax.random.key(9), (T, H))
+    gradients = [
+        jax.jit(jax.grad(lambda named, run=run: (run(named) * towards).sum()))(named)["kernels"]
+        for run in (lambda named: bounded(named)[0], of_one)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert calc_diff(a, b) < 1e-10
+
+
+def test_memory_does_not_grow_with_the_devices_where_rows_are_bounded(parameters):
+    """The GEMMs have as many rows as the bound, and not all rows of all devices."""
+
+    def text(**options):
+        return jax.jit(spread_with_dropped(8, **options)).lower(parameters[0]).as_text()
+
+    every, most = f"<{T * TOP_K}x{2 * F}x", f"<{2 * T * TOP_K // 8}x{2 * F}x"
+    assert every in text()
+    bounded = text(device_capacity_factor=2.0)
+    assert most in bounded and every not in bounded
 
 
 def test_capacity_with_all_gather_drops_the_same_rows(parameters):
@@ -165,18 +257,23 @@ def test_slots_against_a_loop(key):
     devices, capacity, own = 3, 6, 3  # the numbers -1 and 9 are no experts
     slots = make_slots(jnp.array(experts), own, devices, capacity)
     token = np.full(devices * capacity, 19)
-    slot = np.full((19, 4), devices * capacity)
+    slot = np.full((19, devices), devices * capacity)
     for device in range(devices):
         taken = 0
         for t, row in enumerate(experts):
             mine = [j for j, i in enumerate(row) if device * own <= i < (device + 1) * own]
             if mine and taken < capacity:
                 token[device * capacity + taken] = t
-                slot[t, mine[0]] = device * capacity + taken
+                slot[t, device] = device * capacity + taken
                 taken += 1
     np.testing.assert_array_equal(slots.token, token)
     np.testing.assert_array_equal(slots.slot, slot)
     assert (token < 19).all()  # every device was full
+    few = make_slots(jnp.array(experts[:, :2]), 1, 9, 19)  # of many devices: the smallest slots
+    every = make_slots(jnp.array(np.tile(experts[:, :2], 5)), 1, 9, 19)
+    assert few.slot.shape == (19, 2) and every.slot.shape == (19, 9)
+    np.testing.assert_array_equal(few.slot, np.sort(every.slot, 1)[:, :2])
+    np.testing.assert_array_equal(few.token, every.token)
 
 
 def test_experts_that_do_not_split(parameters):

@@ -46,7 +46,8 @@ text = made.as_text()
 for target in ("gemm", "quantize"):
     print(target, text.count(f'custom_call_target="jax_fp8gemm_{target}_v1"'))
 travels = [array for _, arrays in collectives(text) for array in arrays]
-print("sent", ("u8", (tokens, 1024)) in travels)
+row = (1024 + 4 * 1024 // 128) // 4 + 2 * 4  # words: FP8, scales, four choices and their weights
+print("sent", ("u32", (tokens, row)) in travels)
 print("back", any(dtype == "bf16" for dtype, _ in travels))
 """
 
@@ -70,6 +71,117 @@ def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tokens, casts,
     # Two GEMMs and their five gradients.
     expected = f"gemm 7 quantize {casts} sent True back True"
     assert done.stdout.split() == expected.split(), done.stdout
+
+
+PLAIN = """
+import sys, jax, jax.numpy as jnp, math
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+import jax_fp8gemm as fp8
+from collectives import collectives
+target = open(sys.argv[1]).read()
+sizes = tuple(map(int, sys.argv[2].split("x")))
+split, factor = sys.argv[3], float(sys.argv[4]) or None
+topology = topologies.get_topology_desc(
+    platform="cuda", target_config=target, topology=f"1x1x{math.prod(sizes)}"
+)
+mesh = Mesh(np.array(topology.devices).reshape(sizes), ("data", "expert", "model"))
+
+def shape(spec, *dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+def loss(x, gate_kernel, kernels):
+    y, routing = fp8.moe(
+        x, gate_kernel, kernels, top_k=4, expert_axis="expert", token_axes=("data", "expert"),
+        tensor_axis="model" if split == "tensor" else None, mesh=mesh,
+        device_capacity_factor=factor,
+    )
+    return (y.astype(jnp.float32) ** 2).mean() + routing.aux_loss, routing.dropped
+
+up, down = P("expert", None, "model"), P("expert", "model", None)
+if split == "fsdp":
+    up, down = P("expert", "data", None), P("expert", None, "data")
+kernels = fp8.ExpertKernels(
+    wi_0=shape(up, 16, 1024, 512), wi_1=shape(up, 16, 1024, 512), wo=shape(down, 16, 512, 1024)
+)
+arrays = (
+    shape(P(("data", "expert")), 8192, 1024), shape(P(), 1024, 16, dtype=jnp.float32), kernels
+)
+at = jax.tree.map(lambda x: x.sharding, arrays)
+step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), out_shardings=(at, None))
+made = step.lower(*arrays).compile()
+for kind, arrays in collectives(made.as_text()):
+    print(kind, *(f"{dtype}{list(shape)}".replace(" ", "") for dtype, shape in arrays))
+print("temporaries", made.memory_analysis().temp_size_in_bytes)
+"""
+
+
+# Of 8192 tokens over data and experts. A token's row has words of x or dy in FP8, with scales; x
+# has its four choices and their weights beside it. An all-gather has its operands first.
+TRAVELS = {
+    ("1x2x1", "tensor"): [
+        "all-gather u32[4096,272] u32[8192,272]",  # x
+        "all-gather u32[4096,264] u32[8192,264]",  # dy
+        "reduce-scatter bf16[4096,1024]",  # y
+        "reduce-scatter bf16[4096,1024]",  # dx
+        "reduce-scatter f32[4096,4]",  # to the gate weights
+        "all-reduce f32[1024,16]",  # to the router
+        "all-reduce f32[16]",  # the losses
+        "all-reduce s32[]",  # how many rows had no room
+    ],
+    ("2x2x2", "tensor"): [
+        "all-gather u32[2048,272] u32[4096,272]",
+        "all-gather u32[2048,264] u32[4096,264]",
+        "reduce-scatter bf16[2048,1024]",
+        "reduce-scatter bf16[2048,1024]",
+        "reduce-scatter f32[2048,4]",
+        "all-reduce bf16[2048,1024]",  # y, dx and gate weights, over the tensor axis
+        "all-reduce bf16[2048,1024]",
+        "all-reduce f32[2048,4]",
+        "all-reduce bf16[6291456]",  # to the kernels of a device, over the data axis
+        "all-reduce f32[1024,16]",
+        "all-reduce f32[16]",
+        "all-reduce s32[]",
+    ],
+}
+
+
+def collectives_of(tmp_path, sizes: str, split: str, factor: float) -> tuple[list[str], int]:
+    """Returns the collectives of a step, and the bytes of its temporaries."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": "",
+        "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(pathlib.Path(__file__).parent),
+    }
+    command = [sys.executable, "-c", PLAIN, str(TARGET), sizes, split, str(factor)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *travels, memory = done.stdout.splitlines()
+    return sorted(travels), int(memory.split()[1])
+
+
+@pytest.mark.parametrize("sizes, split", TRAVELS)
+def test_a_layer_that_divides_itself_compiles_for_h200s(sizes, split, tmp_path):
+    """Under plain jax.jit no weight is gathered, and each token travels as one row."""
+    assert collectives_of(tmp_path, sizes, split, 1.5)[0] == sorted(TRAVELS[sizes, split])
+
+
+def test_fsdp_of_experts_gathers_fp8_and_scatters_gradients(tmp_path):
+    travels, _ = collectives_of(tmp_path, "2x2x1", "fsdp", 1.5)
+    weights = [line for line in travels if "8,1024," in line or "8,512," in line]
+    assert weights and all("f8e4m3fn" in line for line in weights if "all-gather" in line)
+    assert any(line.startswith("reduce-scatter bf16[8,") for line in weights)
+
+
+def test_a_bound_on_rows_bounds_memory(tmp_path):
+    """Of eight devices: 6144 rows on each instead of 32768, beside tokens and weights."""
+    _, bounded = collectives_of(tmp_path, "1x8x1", "tensor", 1.5)
+    _, whole = collectives_of(tmp_path, "1x8x1", "tensor", 0)
+    assert bounded < 0.45 * whole
 
 
 MEMORY = """

@@ -17,9 +17,9 @@ PACKAGE = ROOT / "jax_fp8gemm"
 WINGS = {
     "_core": "version errors extension types layout qarray bits checks groups variants reference",
     "_select": "problem candidates cost choice",
-    "_bind": "native partition meshes op merge gemm_op quantize_op",
+    "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
-    "_moe": "gate routing exchange weights experts layer",
+    "_moe": "gate routing exchange weights placement experts layer",
     "_tools": "timing operands shapes hlo profile tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_fp8gemm._bind import gemm_op, partition, quantize_op
+from jax_fp8gemm._bind.gathered import Gathered, _said
 from jax_fp8gemm._bind.gemm_op import GemmSpec
 from jax_fp8gemm._bind.partition import (
     Dim,
@@ -187,24 +188,103 @@ def test_axes_that_leave_a_remainder_are_dropped_from_the_inner_one_on():
         assert plan(PLAIN, three, sizes={"m": size, "k": 4}) == {"m": axes}
 
 
-def test_blocked_letters_are_cut_into_whole_blocks_and_a_warning_says_where_not():
-    partition._warn_once.cache_clear()
+def test_blocked_letters_are_cut_into_whole_blocks():
     rule = rule_of("m k, n k -> m n", blocked="k")
-    fits = plan(rule, ("m k", ("data", "model")), sizes={"m": 4, "k": 256})
+    fits = plan(rule, ("m k", ("data", ("model",))), sizes={"m": 4, "k": 256})
     assert fits == {"m": ("data",), "k": ("model",)}
-    with pytest.warns(UserWarning) as seen:
-        split = plan(rule, ("m k", (None, ("model", "data"))), sizes={"m": 4, "k": 1280})
+    split = plan(rule, ("m k", (None, ("model", "data"))), sizes={"m": 4, "k": 1280})
     assert split == {"k": ("model",)}  # ten blocks: five on each of two, but not on eight
+
+
+def gathered(rule: Rule, *specs: tuple, sizes: dict[str, int]) -> list[Gathered]:
+    """What `rule` gathers of e4m3 operands with these shardings, which all vote."""
+    shapes = [
+        tuple(sizes[d.letter] if d.per == 1 else -(-sizes[d.letter] // d.per) for d in dims)
+        for dims in rule.operands
+    ]
+    voters = [(dims, P(*spec), 1) for dims, spec in zip(rule.operands, specs, strict=True)]
+    elected = partition.elect(rule, voters)
+    cut = partition.fitted(rule, elected, sizes, MESH)
+    given = [
+        (
+            jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+            P(*spec, *[None] * (len(shape) - len(spec))),
+        )
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    return partition.find_gathered(rule, elected, cut, MESH, given)
+
+
+def test_what_splits_a_block_is_gathered():
+    rule = dataclasses.replace(rule_of("m k, n k -> m n", blocked="k"), names=("x", "w"))
+    sizes = {"m": 4, "n": 8, "k": 1280}
+    (found,) = gathered(rule, (None, ("model", "data")), (None, ("model", "data")), sizes=sizes)
+    assert found == Gathered(
+        op="test",
+        letter="k",
+        size=1280,
+        axes=("model", "data"),
+        devices=8,
+        arrays=("x e4m3[4, 1280], 5120 bytes", "w e4m3[8, 1280], 10240 bytes"),
+        whole=False,
+    )
+    assert not gathered(rule, (None, "model"), (None, "model"), sizes=sizes)
+    assert not gathered(rule, ("data",), (), sizes={**sizes, "k": 128})
+
+
+def test_what_is_whole_is_gathered_and_what_another_letter_outvotes_is_not_named():
+    rule = rule_of("m k, g n k, g -> m n", whole="gm")
+    sizes = {"m": 4, "n": 8, "k": 16, "g": 2}
+    found = gathered(rule, ("data",), ("model", "seq"), ("model",), sizes=sizes)
+    assert [(one.letter, one.axes, one.devices, one.whole) for one in found] == [
+        ("m", ("data",), 4, True),
+        ("g", ("model",), 2, True),
+    ]
+    assert [one.arrays for one in found] == [
+        ("operand 0 e4m3[4, 16], 64 bytes",),
+        ("operand 1 e4m3[2, 8, 16], 256 bytes",),  # a vector of groups is not worth a word
+    ]
+    fsdp = rule_of("m k, n k -> m n", blocked="n")
+    assert not gathered(fsdp, ("data",), ("data",), sizes=sizes)
+    scales = Rule(
+        "test", ((Dim("m"), Dim("k", 128)), dims("m k")), (), ((1, 1),), whole=frozenset("m")
+    )
+    (found,) = gathered(scales, ("data",), (), sizes={"m": 4, "k": 256}) or (None,)
+    assert found is None  # scales are small, and follow their array
+
+
+def test_a_warning_is_given_once_and_one_of_experts_for_all_their_gemms():
+    _said.clear()
+    block = Gathered(
+        op="test",
+        letter="k",
+        size=1280,
+        axes=("model", "data"),
+        devices=8,
+        arrays=("x e4m3[4, 1280], 5120 bytes", "w e4m3[8, 1280], 10240 bytes"),
+        whole=False,
+    )
+    with pytest.warns(UserWarning) as seen:
+        block.warn()
     assert str(seen[0].message) == (
         "test: a mesh axis splits a block of scales; the dim is replicated along it.\n"
-        "  got       k=1280 over model, data of 8 devices: shards of 160\n"
+        "  got       k=1280 over model, data of 8 devices: shards of 160; every device gathers "
+        "x e4m3[4, 1280], 5120 bytes; every device gathers w e4m3[8, 1280], 10240 bytes\n"
         "  expected  shards that are multiples of 128\n"
         "  fix       make k a multiple of 1024, or shard another dim over model, data"
     )
+    experts = dataclasses.replace(block, op="gemm ragged", letter="g", whole=True)
+    with pytest.warns(UserWarning, match=r"pass expert_axis=\('model', 'data'\) to moe"):
+        experts.warn()
+    other = dataclasses.replace(experts, op="gemm ragged_contracting", arrays=("w e4m3[1], 1",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan(rule, ("m k", (None, ("model", "data"))), sizes={"m": 4, "k": 1280})  # once
-        plan(rule, ("m k", ("data",)), sizes={"m": 3, "k": 128})  # no block: nothing to say
+        block.warn()
+        other.warn()
+    columns = dataclasses.replace(block, op="gemm dense", whole=True)
+    for one in (dataclasses.replace(experts, size=4), columns):
+        with pytest.warns(UserWarning):
+            one.warn()
 
 
 def test_an_array_has_the_axes_of_its_letters():

@@ -200,6 +200,7 @@ def test_ragged_dot(mesh, key, w_spec):
     assert near(run(*placed), run(x, w), 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*a mesh axis splits a dim")  # so it is gathered
 def test_ragged_dot_on_explicit_axes(key):
     mesh = mesh_of(AxisType.Explicit)
     x, w = jax.random.normal(key, (256, 512)), jax.random.normal(key, (2, 512, 256))
@@ -224,6 +225,7 @@ def test_dequantize_on_explicit_axes(key):
     assert got.sharding.is_equivalent_to(placed.sharding, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*a mesh axis splits a dim")  # so it is gathered
 def test_permuted_rows_on_explicit_axes(key):
     mesh, sizes = mesh_of(AxisType.Explicit), ((64, 256), (4, 256, 128))
     x, w = (jax.random.normal(k, s) for k, s in zip(jax.random.split(key), sizes, strict=True))
@@ -241,6 +243,7 @@ def test_permuted_rows_on_explicit_axes(key):
     assert got[1][0].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*a mesh axis splits a dim")  # so it is gathered
 @pytest.mark.parametrize("spec", [("data",), (None, "model")])
 def test_moe_on_explicit_axes(key, spec):
     mesh = mesh_of(AxisType.Explicit)

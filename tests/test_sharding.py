@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from numerics import by_name
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._bind import partition
+from jax_fp8gemm._bind.gathered import _said as said
 from jax_fp8gemm._bind.gemm_op import sharding_rule
 from jax_fp8gemm._core.variants import SCALES, VARIANTS
 from jax_fp8gemm._select.problem import Problem
@@ -122,7 +122,28 @@ def test_what_groups_cut_up_stays_whole(mesh):
     lhs, rhs, _ = random_operands(Problem("ragged", 256, 256, 512, 2))
     run, sizes = jax.jit(functools.partial(multiply, variant="ragged")), jnp.array([100, 150])
     placed = place(mesh, (lhs, rhs), ("data", "model"), ("seq", None, "model"))
-    assert near(run(*placed, sizes), run(lhs, rhs, sizes))
+    said.clear()
+    with pytest.warns(UserWarning) as seen:
+        got = run(*placed, sizes)
+    assert near(got, run(lhs, rhs, sizes))
+    rows, experts = sorted((str(one.message) for one in seen), key=len)
+    assert rows == (
+        "gemm ragged: a mesh axis splits a dim that this operation cannot split.\n"
+        "  got       m=256 over data of 2 devices: shards of 128; every device gathers "
+        "lhs e4m3[256, 512], 131072 bytes\n"
+        "  expected  m that is whole on every device\n"
+        "  fix       shard another dim over data, or call this in jax.shard_map; for a mixture of "
+        "experts pass token_axes to moe, expert_ffn or Fp8MoE"
+    )
+    assert experts == (
+        "gemm ragged: a mesh axis splits the experts, and no expert_axis was given: every device "
+        "computes the rows of all experts.\n"
+        "  got       g=2 over seq of 2 devices: shards of 1; every device gathers "
+        "rhs e4m3[2, 256, 512], 262144 bytes\n"
+        "  expected  experts that stay where they are\n"
+        "  fix       pass expert_axis='seq' to moe, expert_ffn or Fp8MoE; call others in "
+        "jax.shard_map"
+    )
     for name, row in VARIANTS.items():
         rule = sharding_rule(row, SCALES["1x128_1x128"], False)
         assert rule.summed == {"k"} and row.groups in (None, *rule.whole), name
@@ -141,7 +162,7 @@ def test_every_mode_of_scales(mesh, scales):
 
 
 def test_a_split_block_is_replicated_with_one_warning(mesh):
-    partition._warn_once.cache_clear()
+    said.clear()
     lhs, rhs = random_operands(Problem("dense", 32, 256, 384))
     qvalues = place(mesh, (lhs.qvalue, rhs.qvalue), (None, "model"), (None, "model"))
     placed = [fp8.QArray(q, x.scale) for q, x in zip(qvalues, (lhs, rhs), strict=True)]
@@ -156,7 +177,7 @@ def test_a_split_block_is_replicated_with_one_warning(mesh):
 
 def test_a_part_of_an_axis_is_no_sharding():
     """768 rows are 6 blocks: over 4 devices Shardy offers to cut them in 2."""
-    partition._warn_once.cache_clear()
+    said.clear()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     x, w = jnp.sin(jnp.arange(768.0 * 256).reshape(768, 256)), jnp.ones((256, 256))
     run = jax.jit(jax.value_and_grad(lambda w, x: (fp8.fp8_matmul(x, w) ** 2).sum()))

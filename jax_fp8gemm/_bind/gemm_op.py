@@ -331,6 +331,7 @@ def sharding_rule(
         whole=frozenset(whole),
         blocked=blocked_letters(*operands) | blocked,
         added=spec.names.index("init") if accumulate else None,
+        names=spec.names,
     )
 
 

@@ -13,13 +13,19 @@ def is_manual() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def is_automatic() -> bool:
+    """Whether all axes of the mesh in use are Auto; also without one."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return all(kind == AxisType.Auto for kind in kinds)
+
+
 def on_one_device(*arrays: jax.Array) -> bool:
     """Whether what is traced here will not be cut up over devices.
 
     As far as the mesh in use and the arrays' types tell. A mesh that only jax.jit's in_shardings
     name is not seen here.
     """
-    return is_manual() or _mesh_of(*arrays).size <= 1
+    return is_manual() or mesh_of(*arrays).size <= 1
 
 
 def _varying(kind) -> frozenset[str]:
@@ -45,13 +51,14 @@ def vary_alike(*trees):
     return jax.tree.unflatten(tree, varied)
 
 
-def _mesh_of(*arrays: jax.Array):
+def mesh_of(*arrays: jax.Array):
     """Returns the mesh in whose context this is traced, else that of the arrays' types."""
     meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays))
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
 
 
-def _explicit_axes(mesh) -> Axes:
+def explicit_axes(mesh) -> Axes:
+    """Returns the axes of a mesh that arrays' types name."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
@@ -59,7 +66,7 @@ def _explicit_axes(mesh) -> Axes:
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """Returns the part of x's type that says how it is sharded, None without Explicit axes."""
     sharding = jax.typeof(x).sharding
-    return sharding if _explicit_axes(sharding.mesh) else None
+    return sharding if explicit_axes(sharding.mesh) else None
 
 
 def enter(rule: Rule, make: Callable[[bool], Callable], operands, out_sharding=None):
@@ -71,8 +78,8 @@ def enter(rule: Rule, make: Callable[[bool], Callable], operands, out_sharding=N
     given. Rows of a GEMM win over its columns.
     """
     function = make(is_manual())
-    mesh = _mesh_of(*operands)
-    axes = _explicit_axes(mesh)
+    mesh = mesh_of(*operands)
+    axes = explicit_axes(mesh)
     if axes:
         if out_sharding is None:
             out_sharding = _out_sharding(rule, operands, mesh)
@@ -94,8 +101,8 @@ def automatic(function: Callable, *likes: jax.Array | None) -> Callable:
 
     Its results are sharded as `likes`, one for each: as the array, or not at all for None.
     """
-    mesh = _mesh_of(*(x for x in likes if x is not None))
-    axes = _explicit_axes(mesh)
+    mesh = mesh_of(*(x for x in likes if x is not None))
+    axes = explicit_axes(mesh)
     if not axes:
         return function
     out = [PartitionSpec() if x is None else jax.typeof(x).sharding for x in likes]

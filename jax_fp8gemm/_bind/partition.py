@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import string
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -21,7 +20,8 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jax_fp8gemm._core.errors import message
+from jax_fp8gemm._bind.gathered import Gathered
+from jax_fp8gemm._core.errors import describe
 from jax_fp8gemm._core.layout import SCALE_BLOCK, Tile
 from jax_fp8gemm._core.version import __version__
 
@@ -61,6 +61,7 @@ class Rule:
     Attributes:
       op: its name, for warnings.
       operands, results: the dims of each.
+      names: of the operands, for warnings.
       voters: (operand, votes): whose shardings decide. The other operands follow. A result has one
         vote.
       summed: letters that are contracted; where one is cut, results are summed over its axes.
@@ -77,6 +78,7 @@ class Rule:
     whole: frozenset[str] = frozenset()
     blocked: frozenset[str] = frozenset()
     added: int | None = None
+    names: tuple[str, ...] = ()
 
     def letters(self) -> tuple[str, ...]:
         """In order of appearance."""
@@ -154,15 +156,14 @@ def _axes(entry) -> Axes:
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
-def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
-    """Returns the mesh axes over which each letter is cut: each axis cuts one letter.
+def elect(rule: Rule, offered) -> dict[str, Axes]:
+    """Returns the mesh axes that each letter gets by votes: each axis cuts one letter.
 
     Arrays vote with their shardings. Of letters with as many votes the first to appear wins, so
     rows of the activations stay where they are and weights are gathered.
 
     Args:
       offered: (dims, PartitionSpec, votes) of the arrays that vote.
-      mesh: with `shape`, the size of each axis.
     """
     votes: dict[str, dict[str, int]] = {}
     for dims, spec, weight in offered:
@@ -172,36 +173,32 @@ def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
                 own = weight * (dim.letter not in rule.whole)
                 count[dim.letter] = count.get(dim.letter, 0) + own
     order = rule.letters()
-    plan: dict[str, Axes] = {}
+    elected: dict[str, Axes] = {}
     for axis, count in votes.items():
         letter = max(count, key=lambda letter: (count[letter], -order.index(letter)))
         if count[letter]:
-            plan[letter] = (*plan.get(letter, ()), axis)
-    return {k: _fitting(rule, k, axes, sizes[k], mesh) for k, axes in plan.items()}
+            elected[letter] = (*elected.get(letter, ()), axis)
+    return elected
 
 
-def _fitting(rule: Rule, letter: str, axes: Axes, size: int, mesh) -> Axes:
-    """Returns as many of the axes as cut the letter into equal shards of whole blocks."""
-    step = SCALE_BLOCK if letter in rule.blocked else 1
-    fitting = axes
-    while fitting and size % (step * math.prod(mesh.shape[axis] for axis in fitting)):
-        fitting = fitting[:-1]
-    if fitting != axes and step > 1:
-        count = math.prod(mesh.shape[axis] for axis in axes)
-        _warn_once(rule.op, letter, size, ", ".join(axes), count)
-    return fitting
+def fitted(rule: Rule, elected: dict[str, Axes], sizes: dict[str, int], mesh) -> dict[str, Axes]:
+    """Returns as many of the axes as cut each letter into equal shards of whole blocks.
+
+    Args:
+      mesh: with `shape`, the size of each axis.
+    """
+    plan = {}
+    for letter, axes in elected.items():
+        step = SCALE_BLOCK if letter in rule.blocked else 1
+        while axes and sizes[letter] % (step * math.prod(mesh.shape[axis] for axis in axes)):
+            axes = axes[:-1]
+        plan[letter] = axes
+    return plan
 
 
-@functools.cache
-def _warn_once(op: str, letter: str, size: int, axes: str, count: int) -> None:
-    text = message(
-        op,
-        "a mesh axis splits a block of scales; the dim is replicated along it.",
-        got=f"{letter}={size} over {axes} of {count} devices: shards of {size / count:g}",
-        expected=f"shards that are multiples of {SCALE_BLOCK}",
-        fix=f"make {letter} a multiple of {SCALE_BLOCK * count}, or shard another dim over {axes}",
-    )
-    warnings.warn(text, stacklevel=2)
+def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
+    """Returns the mesh axes over which each letter is cut, see `elect` and `fitted`."""
+    return fitted(rule, elect(rule, offered), sizes, mesh)
 
 
 def spec_of(dims: Dims, plan: dict[str, Axes]) -> PartitionSpec:
@@ -311,11 +308,52 @@ def _plan(rule: Rule, mesh, operands, results) -> tuple[Mesh, dict[str, Axes], l
     if mesh.empty:  # nothing in the program is on a mesh: there is nothing to cut
         mesh = Mesh(np.array(list(operands[0].sharding.device_set)), ("devices",))
         return mesh, {}, [PartitionSpec()] * len(results)
-    voters = [(rule.operands[i], _offered(operands[i], mesh), votes) for i, votes in rule.voters]
+    given = [_offered(x, mesh) for x in operands]
     wanted = [_offered(x, mesh) for x in results]
+    voters = [(rule.operands[i], given[i], votes) for i, votes in rule.voters]
     # Results may not be known yet.
     voters += [(dims, spec, 1) for dims, spec in zip(rule.results, wanted)]  # noqa: B905
-    return mesh, assign(rule, voters, rule.sizes([x.shape for x in operands]), mesh), wanted
+    elected = elect(rule, voters)
+    plan = fitted(rule, elected, rule.sizes([x.shape for x in operands]), mesh)
+    for gathered in find_gathered(rule, elected, plan, mesh, zip(operands, given, strict=True)):
+        gathered.warn()
+    return mesh, plan, wanted
+
+
+def find_gathered(rule: Rule, elected: dict[str, Axes], plan, mesh, given) -> list[Gathered]:
+    """Returns what the rule gathers although it was sharded; only matrices, not their scales.
+
+    What travels because its axis cuts another letter is no such case: weights do so in FSDP.
+
+    Args:
+      given: of each operand the array and the PartitionSpec that it has.
+    """
+    given = list(given)
+    sizes = rule.sizes([x.shape for x, _ in given])
+    found: dict[tuple[str, Axes], list[str]] = {}
+    for index, (dims, (x, spec)) in enumerate(zip(rule.operands, given, strict=True)):
+        if len(dims) < 2 or any(dim.per != 1 for dim in dims):
+            continue
+        name = rule.names[index] if rule.names else f"operand {index}"
+        for dim, entry in zip(dims, spec, strict=True):
+            letter, axes = dim.letter, _axes(entry)
+            lost = elected.get(letter, ())[len(plan.get(letter, ())) :]
+            splits_blocks = letter in rule.blocked and set(axes) & set(lost)
+            if axes and (letter in rule.whole or splits_blocks):
+                size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+                found.setdefault((letter, axes), []).append(f"{describe(name, x)}, {size} bytes")
+    return [
+        Gathered(
+            op=rule.op,
+            letter=letter,
+            size=sizes[letter],
+            axes=axes,
+            devices=math.prod(mesh.shape[axis] for axis in axes),
+            arrays=tuple(arrays),
+            whole=letter in rule.whole,
+        )
+        for (letter, axes), arrays in found.items()
+    ]
 
 
 def _offered(x, mesh: Mesh) -> PartitionSpec:

@@ -340,6 +340,7 @@ def sharding_rule(spec: CastSpec, rank: int, whole_tokens: bool) -> Rule:
         whole=frozenset("rtgp" + "m" * (spec.grouped or spec.gather) + "hkf" * uncut),
         blocked=blocked_letters(*operands.values(), *results)
         | set("m" * spec.transposed + k * spec.shares),
+        names=spec.names,
     )
 
 

@@ -5,13 +5,16 @@ is collect(experts(send(x))), and the backward pass collect(experts'(send(dy))).
 """
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm._core.bits import map_rows
+from jax_fp8gemm._bind.partition import Axes
 from jax_fp8gemm._core.errors import fail
-from jax_fp8gemm._core.qarray import QArray, exportable
+from jax_fp8gemm._core.qarray import exportable
 from jax_fp8gemm._core.types import ExchangeKind, Wire
 
 
@@ -20,15 +23,23 @@ class TokenExchange:
     """Static description of how tokens travel.
 
     Attributes:
-      axis: mesh axis over which tokens and experts are split.
+      axes: mesh axes over which tokens and experts are split.
+      gathered: mesh axes over which tokens are split, and each expert's hidden dim: what arrives
+        is gathered over them too, and results are summed.
       kind: "all_gather": every device sees all tokens; or "all_to_all": a token goes once to each
         device that holds one of its experts.
       wire: "fp8" or "bf16", as what x and the gradient dy are sent. Results are collected in bf16.
     """
 
-    axis: str
+    axes: Axes
+    gathered: Axes = ()
     kind: ExchangeKind
     wire: Wire
+
+    @property
+    def everywhere(self) -> Axes:
+        """The axes over which every device gets all that is sent."""
+        return (*self.axes, *self.gathered) if self.kind == "all_gather" else self.gathered
 
 
 @exportable()
@@ -38,8 +49,8 @@ class Slots:
 
     Attributes:
       token: int32 [devices · capacity], the token in each slot; t in an empty one.
-      slot: int32 [t, top_k], the slot from which choice j of a token gets its share of the result:
-        one for each device the token goes to, devices · capacity for the other choices.
+      slot: int32 [t, min(devices, top_k)], the slots from which a token gets its results: one for
+        each device that it goes to, devices · capacity for the rest.
     """
 
     token: jax.Array
@@ -51,34 +62,52 @@ def make_slots(expert_index: jax.Array, per_device: int, devices: int, capacity:
     t, top_k = expert_index.shape
     device = jnp.where(expert_index >= 0, expert_index // per_device, devices)
     goes = (device[:, :, None] == jnp.arange(devices)[None, None]).any(1)  # [t, devices]
-    position = jnp.cumsum(goes, 0, dtype=jnp.int32) - 1
-    place = jnp.take_along_axis(position, jnp.minimum(device, devices - 1), 1)
-    same = device[:, :, None] == device[:, None, :]
-    again = (same & jnp.tri(top_k, k=-1, dtype=bool)[None]).any(2)  # an earlier choice went there
+    place = jnp.cumsum(goes, 0, dtype=jnp.int32) - 1
     nowhere = devices * capacity
-    kept = (device < devices) & ~again & (place < capacity)
-    slot = jnp.where(kept, device * capacity + place, nowhere).astype(jnp.int32)
+    first = jnp.arange(devices, dtype=jnp.int32)[None] * capacity
+    slot = jnp.where(goes & (place < capacity), first + place, nowhere)
+    if devices > top_k:  # a token goes to top_k of them at most
+        slot = -jax.lax.top_k(-slot, top_k)[0]
     tokens = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[:, None], slot.shape)
     token = jnp.full(nowhere, t, jnp.int32).at[slot].set(tokens, mode="drop")
-    return Slots(token, slot)
+    # Else XLA works a slot out anew for every element of the row that it leads to.
+    return Slots(*jax.lax.optimization_barrier((token, slot)))
 
 
-def send(
-    x: jax.Array, exchange: TokenExchange | None, slots: Slots | None, empty: int = 0
-) -> jax.Array:
-    """Returns what this device receives: [rows, ...] of [t, ...]; empty slots hold `empty`."""
+def send(x: jax.Array, exchange: TokenExchange, slots: Slots | None) -> jax.Array:
+    """Returns what this device receives: [rows, ...] of [t, ...]; empty slots hold zeros."""
+    if exchange.kind == "all_to_all":
+        assert slots is not None
+        x = x.at[slots.token].get(mode="fill", fill_value=0)
+        x = jax.lax.all_to_all(x, exchange.axes, 0, 0, tiled=True)
+    everywhere = exchange.everywhere
+    return jax.lax.all_gather(x, everywhere, tiled=True) if everywhere else x
+
+
+def send_together(
+    arrays: Sequence[jax.Array], exchange: TokenExchange | None, slots: Slots | None
+) -> list[jax.Array]:
+    """As `send`, in one exchange: a token's rows of several arrays [t, ...] travel as one row.
+
+    A row of each is a multiple of four bytes.
+    """
     if exchange is None:
-        return x
-    if exchange.kind == "all_gather":
-        return jax.lax.all_gather(x, exchange.axis, tiled=True)
-    assert slots is not None
-    x = x.at[slots.token].get(mode="fill", fill_value=empty)
-    return jax.lax.all_to_all(x, exchange.axis, 0, 0, tiled=True)
+        return list(arrays)
+    words = [_to_words(x) for x in arrays]
+    ends = list(itertools.accumulate(x.shape[1] for x in words))
+    received = send(jnp.concatenate(words, 1), exchange, slots)
+    parts = jnp.split(received, ends[:-1], axis=1)
+    return [_from_words(part, x) for part, x in zip(parts, arrays, strict=True)]
 
 
-def send_quantized(q: QArray, exchange: TokenExchange | None, slots: Slots | None) -> QArray:
-    """As `send`: one byte for each element, and the scales of its rows."""
-    return map_rows(lambda x: send(x, exchange, slots), q)
+def _to_words(x: jax.Array) -> jax.Array:
+    each = 4 // x.dtype.itemsize
+    grouped = x if each == 1 else x.reshape(len(x), -1, each)
+    return jax.lax.bitcast_convert_type(grouped, jnp.uint32)
+
+
+def _from_words(words: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(words, like.dtype).reshape(len(words), *like.shape[1:])
 
 
 def collect(y: jax.Array, exchange: TokenExchange | None, slots: Slots | None) -> jax.Array:
@@ -88,28 +117,27 @@ def collect(y: jax.Array, exchange: TokenExchange | None, slots: Slots | None) -
     """
     if exchange is None:
         return y
+    if exchange.everywhere:
+        y = jax.lax.psum_scatter(y, exchange.everywhere, tiled=True)
     if exchange.kind == "all_gather":
-        return jax.lax.psum_scatter(y, exchange.axis, tiled=True)
+        return y
     assert slots is not None
-    back = jax.lax.all_to_all(y, exchange.axis, 0, 0, tiled=True)
+    back = jax.lax.all_to_all(y, exchange.axes, 0, 0, tiled=True)
     parts = back.at[slots.slot].get(mode="fill", fill_value=0)
     return parts.astype(jnp.float32).sum(1).astype(y.dtype)
 
 
-def axis_size(op: str, axis: str, num_experts: int) -> int:
-    """Returns the size of a mesh axis that is to hold num_experts experts, evenly.
+def axis_size(op: str, axes: Axes, num_experts: int) -> int:
+    """Returns how many devices of mesh axes hold num_experts experts, evenly; inside shard_map.
 
     Raises:
-      ValueError: there is no such axis here, or num_experts is no multiple of its size.
+      ValueError: num_experts is no multiple of it.
     """
-    try:
-        size = jax.lax.axis_size(axis)
-    except NameError:
-        got, fix = f"expert_axis {axis!r}", f"call {op} inside jax.shard_map over that axis"
-        fail(op, f"there is no mesh axis {axis!r} here.", got, "a manual axis of the mesh", fix)
+    size = math.prod(jax.lax.axis_size(axis) for axis in axes)
     if num_experts % size:
         what = f"{num_experts} experts do not split over {size} devices."
-        got = f"{num_experts} experts, mesh axis {axis!r} of {size} devices"
+        names = ", ".join(map(repr, axes))
+        got = f"{num_experts} experts, mesh axis {names} of {size} devices"
         fix = f"use a multiple of {size} experts, or fewer devices for them"
         fail(op, what, got, f"num_experts % {size} == 0", fix)
     return size

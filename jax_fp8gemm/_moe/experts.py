@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
-from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows
+from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows, to_bits
 from jax_fp8gemm._core.checks import (
     as_float,
     as_int32,
@@ -26,11 +28,31 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.layout import K_MULTIPLE
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding
-from jax_fp8gemm._moe.exchange import Slots, TokenExchange, collect, send, send_quantized
+from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
+from jax_fp8gemm._moe.exchange import (
+    Slots,
+    TokenExchange,
+    collect,
+    make_slots,
+    send,
+    send_together,
+)
+from jax_fp8gemm._moe.placement import (
+    AxisNames,
+    ExpertAxes,
+    TokenAxes,
+    are_manual,
+    axes_of,
+    exchange_of,
+    place,
+    ready_outside,
+    received_rows,
+    size_of,
+)
 from jax_fp8gemm._moe.routing import (
     Permutation,
     cut,
+    first_choices,
     permutation_of,
     rows_or_zero,
     sum_rows,
@@ -65,6 +87,12 @@ def expert_ffn(
     kernels: ExpertKernels,
     *,
     capacity: int | None = None,
+    expert_axis: AxisNames | None = None,
+    tensor_axis: AxisNames | None = None,
+    token_axes: TokenAxes | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    exchange: ExchangeKind = "all_gather",
+    wire: Wire = "fp8",
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
@@ -81,7 +109,10 @@ def expert_ffn(
       gate_weights: f32 [t, top_k].
       kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not.
       capacity: rows that an expert takes at most, 1 or more. Later tokens' rows beyond it add
-        nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`.
+        nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`. Over
+        devices: of the tokens that its device receives.
+      expert_axis, tensor_axis, token_axes, mesh, exchange, wire: see `moe`. expert_index numbers
+        the experts of all devices.
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
@@ -101,6 +132,8 @@ def expert_ffn(
     """
     op = "expert_ffn"
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
+    check_option(op, "exchange", exchange, ExchangeKind)
+    check_option(op, "wire", wire, Wire)
     kernels = as_kernels(op, "kernels", kernels)
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
     expert_index = as_int32(op, "expert_index", expert_index)
@@ -108,30 +141,94 @@ def expert_ffn(
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     check_tokens(op, x, expert_index, gate_weights, kernels)
     check_positive(op, "capacity", capacity)
-    if capacity is not None:
-        capacity = min(int(capacity), expert_index.size)
+    axes = axes_of(op, expert_axis, tensor_axis, token_axes)
+    spec = FfnSpec(
+        capacity=None if capacity is None else int(capacity),
+        axes=axes,
+        exchange=exchange,
+        wire=wire,
+        scale_rounding=scale_rounding,
+        shared_columns=shared_columns,
+        cast_in_gemm=cast_in_gemm,
+    )
+    if not axes.any or are_manual(op, axes):
+        return _ffn(spec, x, expert_index, gate_weights, kernels)
+    where = place(op, x, kernels, axes, token_axes, mesh)
+    spec = dataclasses.replace(spec, axes=where.axes)
+    kernels = ready_outside(
+        op,
+        kernels,
+        where,
+        rows=expert_index.size,
+        x=x,
+        rounding=scale_rounding,
+        wanted=cast_in_gemm,
+    )
+    operands, tokens = (x, expert_index, gate_weights, kernels), where.tokens
+    specs = tokens, tokens, tokens, where.kernels(kernels)
+    return where.like(where.run(functools.partial(_ffn, spec), operands, specs, tokens), x)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FfnSpec:
+    """Static description of one call; as the arguments of expert_ffn."""
+
+    capacity: int | None
+    axes: ExpertAxes
+    exchange: ExchangeKind
+    wire: Wire
+    scale_rounding: ScaleRounding
+    shared_columns: bool
+    cast_in_gemm: bool | None
+
+
+def _ffn(
+    spec: FfnSpec,
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
+) -> jax.Array:
+    """expert_ffn on one device, or on the shards of a device inside shard_map."""
+    op, (t, top_k) = "expert_ffn", expert_index.shape
+    via = exchange_of(op, spec.axes, spec.exchange, spec.wire)
+    received, here = received_rows(spec.axes, t, top_k), size_of(spec.axes.experts)
     kernels = ready(
         op,
         kernels,
-        rounding=scale_rounding,
-        rows=expert_index.size,
+        rounding=spec.scale_rounding,
+        rows=received // here,
         others=(x,),
-        wanted=cast_in_gemm,
+        wanted=spec.cast_in_gemm,
     )
-    spec = ExpertSpec(
-        scale_rounding=scale_rounding, shared_columns=shared_columns, capacity=capacity
+    experts = ExpertSpec(
+        scale_rounding=spec.scale_rounding,
+        shared_columns=spec.shared_columns,
+        axes=spec.axes,
+        capacity=None if spec.capacity is None else min(spec.capacity, received),
+        exchange=via,
+        room=t,
     )
-    return run_experts(x, expert_index, gate_weights, kernels, spec)
+    return run_experts(x, expert_index, gate_weights, kernels, experts)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
-    """Static description of one expert block; as the arguments of expert_ffn."""
+    """Static description of one expert block; as the arguments of expert_ffn.
+
+    Attributes:
+      axes: manual axes of the mesh.
+      room: tokens that a device sends to another one at most, by all_to_all.
+      most_rows: that the experts of a device take at most; None: all.
+    """
 
     scale_rounding: ScaleRounding
     shared_columns: bool
+    axes: ExpertAxes
     capacity: int | None = None
     exchange: TokenExchange | None = None
+    room: int = 0
+    most_rows: int | None = None
 
 
 def run_experts(
@@ -140,18 +237,24 @@ def run_experts(
     gate_weights: jax.Array,
     kernels: ExpertKernels,
     spec: ExpertSpec,
-    slots: Slots | None = None,
-) -> jax.Array:
-    """As expert_ffn, checked. With an exchange x and the result are this device's tokens [t, h].
+) -> tuple[jax.Array, jax.Array]:
+    """As expert_ffn, checked; on the manual axes of a mesh with this device's tokens and experts.
 
-    Then expert_index and gate_weights are those of all rows that the device receives, and experts
-    are numbered from its first.
+    Experts are numbered over all devices.
+
+    Returns:
+      y [t, h], and int32 [] how many rows the experts of this device took.
     """
     if 0 in x.shape or 0 in expert_index.shape:
-        return jnp.zeros_like(x)
+        return jnp.zeros_like(x), jnp.zeros_like(x, jnp.int32, shape=())
+    slots, via, axes = None, spec.exchange, spec.axes
+    if via is not None and via.kind == "all_to_all":
+        own = kernels.wi_0.shape[0]
+        slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
     gate_weights = gate_weights.astype(jnp.float32)
-    run = automatic(lambda *operands: _experts(*operands, spec), x)
-    return run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
+    run = automatic(lambda *operands: _experts(*operands, spec), x, None)
+    y, rows = run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
+    return (jax.lax.psum(y, axes.summed) if axes.summed else y), rows
 
 
 def check_tokens(
@@ -190,31 +293,39 @@ def _experts(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
 def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
     """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; kernels, in FP8 if copies
     were made; who goes where."""
-    top_k, e = expert_index.shape[1], kernels.wi_0.shape[0]
-    xq, saved_x = named(_received(_pad_h(x), slots, spec), "moe_x")
-    permutation = permutation_of(expert_index, e)
-    if spec.capacity is not None:
-        permutation = cut(permutation, spec.capacity)
+    # An empty slot holds zeros, so that what travels is the number of the expert plus one.
+    choices = expert_index + 1, gate_weights
+    xq, (expert_index, gate_weights) = _received(_pad_h(x), slots, spec, *choices)
+    if spec.exchange is not None:  # what remembers x need not send it again for these
+        expert_index = checkpoint_name(expert_index, "moe_x")
+        gate_weights = checkpoint_name(gate_weights, "moe_x")
+    xq, saved_x = named(xq, "moe_x")
+    permutation = _permutation(expert_index - 1, kernels.wi_0.shape[0], spec)
     token, row_weight = _rows(permutation, gate_weights)
     gemms = _ragged_gemms if spec.capacity is None else _masked_gemms
     matrices = operand(kernels, "up"), operand(kernels, "down")
     y, hq = gemms(xq, token, row_weight, permutation.group_sizes, matrices, spec)
-    y = _collected(y, permutation, top_k, slots, x, spec)
+    y = _collected(y, permutation, gate_weights, slots, x, spec)
     saved = saved_x, save(hq, "moe_h")
     back = operand(kernels, "down_back"), operand(kernels, "up_back")
     # Empty arrays that remember dtypes and shapes.
     like = [a[:0] for a in (x, kernels.wi_0, kernels.wi_1, kernels.wo)]
-    return y, (*saved, back, permutation, gate_weights, slots, like)
+    rows = permutation.group_sizes.sum(dtype=jnp.int32)
+    return (y, rows), (*saved, back, permutation, gate_weights, slots, like)
 
 
-def _backward(spec: ExpertSpec, residuals, dy):
+# NOTE: jitted, for jax.vmap with spmd_axis_name around shard_map: op by op, JAX 0.10.2 takes the
+# constants of a backward rule for unsharded, and refuses to add them to what is sharded.
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(spec: ExpertSpec, residuals, gradients):
+    dy, _ = gradients
     saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
-    sizes, top_k, rounding = permutation.group_sizes, gate_weights.shape[1], spec.scale_rounding
+    sizes, rounding = permutation.group_sizes, spec.scale_rounding
     token, row_weight = _rows(permutation, gate_weights)
     shared = spec.shared_columns
     by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
     if spec.exchange is not None and spec.exchange.wire == "fp8":
-        received = _received(_pad_h(dy), slots, spec)
+        received, _ = _received(_pad_h(dy), slots, spec)
         dyq, dyt = _take(received, token), recast(received, **by_groups, shared_columns=shared)
     else:
         dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups, shared_columns=shared)
@@ -228,7 +339,7 @@ def _backward(spec: ExpertSpec, residuals, dy):
         group_sizes=sizes,
     )
     dx = multiply_by(up, d.h, sizes, transposed=False)
-    dx = _collected(dx, permutation, top_k, slots, like[0], spec)
+    dx = _collected(dx, permutation, gate_weights, slots, like[0], spec)
     d_down = _contracting(d.activation_transposed, dyt, sizes, like[3].dtype)
     # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
     saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
@@ -238,11 +349,26 @@ def _backward(spec: ExpertSpec, residuals, dy):
         _contracting(xt, d.up_transposed, sizes, like[2].dtype),
         d_down,
     ]
-    d_weights = rows_or_zero(d.row_weight, permutation.inverse()).reshape(gate_weights.shape)
+    d_weights = rows_or_zero(d.row_weight, permutation.inverse(gate_weights.size))
+    d_weights = collect(d_weights.reshape(gate_weights.shape), spec.exchange, slots)
     return dx, None, d_weights, _kernel_gradients(d_kernels, like[1:]), None
 
 
 _experts.defvjp(_forward, _backward)
+
+
+def _permutation(expert_index: jax.Array, e: int, spec: ExpertSpec) -> Permutation:
+    """Returns the order of the rows of this device's e experts."""
+    if spec.axes.experts:
+        expert_index = expert_index - e * jax.lax.axis_index(spec.axes.experts)
+    if spec.most_rows is not None:
+        expert_index = first_choices(expert_index, e, spec.most_rows)
+    permutation = permutation_of(expert_index, e)
+    if spec.capacity is not None:
+        permutation = cut(permutation, spec.capacity)
+    if spec.most_rows is not None:  # the rest lies past the groups
+        permutation = dataclasses.replace(permutation, order=permutation.order[: spec.most_rows])
+    return permutation
 
 
 def _rows(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -313,10 +439,11 @@ def _take(q: QArray, index: jax.Array) -> QArray:
     return map_rows(lambda x: take_rows(x, index), q)
 
 
-def _collected(rows, permutation, top_k: int, slots, like: jax.Array, spec: ExpertSpec):
+def _collected(rows, permutation, gate_weights, slots, like: jax.Array, spec: ExpertSpec):
     """Returns the sum of each own token's rows, as wide as `like` and of its dtype."""
     dtype = like.dtype if spec.exchange is None else jnp.bfloat16  # what travels is bf16
-    sums = collect(sum_rows(rows, permutation, top_k, dtype), spec.exchange, slots)
+    tokens, top_k = gate_weights.shape
+    sums = collect(sum_rows(rows, permutation, top_k, dtype, tokens), spec.exchange, slots)
     return sums[:, : like.shape[1]].astype(like.dtype)
 
 
@@ -330,9 +457,14 @@ def _sent(x: jax.Array, slots: Slots | None, spec: ExpertSpec) -> jax.Array:
     return send(x.astype(jnp.bfloat16), spec.exchange, slots)
 
 
-def _received(x: jax.Array, slots: Slots | None, spec: ExpertSpec) -> QArray:
-    """What the experts' device has of everybody's x, scaled by 1x128."""
-    rounding = spec.scale_rounding
-    if spec.exchange is not None and spec.exchange.wire == "fp8":
-        return send_quantized(cast_rows(x, scale_rounding=rounding), spec.exchange, slots)
-    return cast_rows(_sent(x, slots, spec), scale_rounding=rounding)
+def _received(
+    x: jax.Array, slots: Slots | None, spec: ExpertSpec, *beside: jax.Array
+) -> tuple[QArray, list[jax.Array]]:
+    """What the experts' device has of everybody's x, scaled by 1x128, and of what goes with it."""
+    via, rounding = spec.exchange, spec.scale_rounding
+    if via is not None and via.wire == "bf16":
+        floats, *others = send_together((x.astype(jnp.bfloat16), *beside), via, slots)
+        return cast_rows(floats, scale_rounding=rounding), others
+    bits = to_bits(cast_rows(x, scale_rounding=rounding))
+    values, scale, *others = send_together((*bits, *beside), via, slots)
+    return from_bits((values, scale)), others

@@ -7,14 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
-from jax_fp8gemm._moe.exchange import TokenExchange, axis_size, make_slots, send
+from jax_fp8gemm._moe.exchange import axis_size
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
 from jax_fp8gemm._moe.gate import gate_logits
+from jax_fp8gemm._moe.placement import (
+    AxisNames,
+    ExpertAxes,
+    Placement,
+    TokenAxes,
+    are_manual,
+    axes_of,
+    exchange_of,
+    place,
+    ready_outside,
+    received_rows,
+    size_of,
+)
 from jax_fp8gemm._moe.routing import Routing, route
 from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
 from jax_fp8gemm._ops.matmul import fp8_matmul
@@ -26,6 +40,11 @@ OPTIONS = (
     "normalize",
     "routed_scaling_factor",
     "capacity_factor",
+    "device_capacity_factor",
+    "expert_axis",
+    "tensor_axis",
+    "token_axes",
+    "mesh",
     "exchange",
     "wire",
     "scale_rounding",
@@ -51,8 +70,12 @@ def moe(
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
     capacity_factor: float | None = None,
+    device_capacity_factor: float | None = None,
     shared: ExpertKernels | None = None,
-    expert_axis: str | None = None,
+    expert_axis: AxisNames | None = None,
+    tensor_axis: AxisNames | None = None,
+    token_axes: TokenAxes | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     exchange: ExchangeKind = "all_gather",
     wire: Wire = "fp8",
     scale_rounding: ScaleRounding = "pow2",
@@ -65,17 +88,27 @@ def moe(
     y = expert_ffn(x, routing.expert_index, routing.gate_weights, kernels) + swiglu(x · shared)
 
     Args:
-      x: bf16, f16 or f32 [..., h]; with expert_axis this device's tokens.
+      x: bf16, f16 or f32 [..., h]; inside shard_map this device's tokens.
       gate_kernel: bf16, f16 or f32 [h, e]; logits are as exact as float32 products.
-      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. With
-        expert_axis the experts of this device: e / devices of them, in the order of the devices.
+      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Inside
+        shard_map the shards of this device, in the order of the devices.
       top_k, score_function, bias, normalize, routed_scaling_factor: see `route`.
       capacity_factor: None keeps every row. Else an expert takes capacity_factor times its even
         share of the rows at most. With exchange "all_to_all" it is a device that takes
         capacity_factor times its even share of a device's rows, at most all its tokens.
+      device_capacity_factor: None: a device has memory for the rows of all tokens that it receives.
+        Else for device_capacity_factor times its even share of them. Nothing is lost while they
+        fit. Of more rows it takes first choices before second ones, in the order of tokens. The
+        others add nothing and have no gradient, and Routing.dropped counts them.
       shared: ExpertKernels [h, fs], [h, fs], [fs, h] of an expert that sees every token.
-      expert_axis: inside shard_map, the mesh axis over which tokens and experts are split. Losses
-        are those of all its tokens.
+      expert_axis: the mesh axis, or axes, that split the experts. Inside shard_map it is one of its
+        axes. Elsewhere moe makes its own shard_map, over all axes of the mesh.
+      tensor_axis: the mesh axis, or axes, that split f.
+      token_axes: the mesh axis, or axes, that split the first dim of x; or a PartitionSpec for
+        x's dims before h. Losses are means over the tokens of all of them. None inside shard_map:
+        expert_axis. None elsewhere: what x's type says on Explicit axes; and every Auto axis but
+        tensor_axis, each over the first dim that it divides.
+      mesh: None takes the mesh in use (`jax.set_mesh`), or that of the arrays' types.
       exchange: "all_gather" or "all_to_all", of tokens over expert_axis.
       wire: "fp8" or "bf16", how tokens travel. Results travel as bf16.
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
@@ -86,8 +119,8 @@ def moe(
       y [..., h] of x's dtype, and the Routing of the tokens, flattened to one dim.
 
     Raises:
-      ValueError: shapes do not fit, top_k is above e, experts do not split over the axis, or an
-        option is unknown or not possible.
+      ValueError: shapes do not fit, top_k is above e, experts do not split over the axis, there is
+        no such axis, or an option is unknown or not possible.
       TypeError: dtypes.
       NotImplementedError: a second derivative.
 
@@ -98,100 +131,212 @@ def moe(
       y, routing = moe(x, gate_kernel, kernels, top_k=2)
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
-    options = {"score_function": ScoreFunction, "exchange": ExchangeKind, "wire": Wire}
-    given = {"score_function": score_function, "exchange": exchange, "wire": wire}
-    for name, literal in options.items():
-        check_option("moe", name, given[name], literal)
-    check_option("moe", "scale_rounding", scale_rounding, ScaleRounding)
-    check_bool("moe", "normalize", normalize)
-    check_bool("moe", "shared_columns", shared_columns)
-    check_bool("moe", "cast_in_gemm", cast_in_gemm, or_none=True)
     x, gate_kernel = as_float("moe", "x", x), as_float("moe", "gate_kernel", gate_kernel)
     kernels = as_kernels("moe", "kernels", kernels)
-    _check_capacity(capacity_factor)
     if shared is not None:
         shared = as_kernels("moe", "shared", shared, ndim=2)
-    devices = _check_experts(x, gate_kernel, kernels, expert_axis)
-    rows = math.prod(x.shape[:-1]) * top_k
+    axes = axes_of("moe", expert_axis, tensor_axis, token_axes)
+    _check_router(x, gate_kernel)
+    spec = LayerSpec(
+        top_k=top_k,
+        score_function=score_function,
+        normalize=normalize,
+        routed_scaling_factor=routed_scaling_factor,
+        capacity_factor=capacity_factor,
+        device_capacity_factor=device_capacity_factor,
+        axes=axes,
+        exchange=exchange,
+        wire=wire,
+        scale_rounding=scale_rounding,
+        shared_columns=shared_columns,
+        cast_in_gemm=cast_in_gemm,
+    )
+    spec.check()
+    if not axes.any or are_manual("moe", axes):
+        return _layer(spec, x, gate_kernel, kernels, bias, shared)
+    where = place("moe", x, kernels, axes, token_axes, mesh)
+    return _over_devices(spec, where, x, gate_kernel, kernels, bias, shared)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Static description of one layer; as the arguments of moe."""
+
+    top_k: int
+    score_function: ScoreFunction
+    normalize: bool
+    routed_scaling_factor: float
+    capacity_factor: float | None
+    device_capacity_factor: float | None
+    axes: ExpertAxes
+    exchange: ExchangeKind
+    wire: Wire
+    scale_rounding: ScaleRounding
+    shared_columns: bool
+    cast_in_gemm: bool | None
+
+    def check(self) -> None:
+        """Raises a ValueError or a TypeError for an option that is none."""
+        check_option("moe", "score_function", self.score_function, ScoreFunction)
+        check_option("moe", "exchange", self.exchange, ExchangeKind)
+        check_option("moe", "wire", self.wire, Wire)
+        check_option("moe", "scale_rounding", self.scale_rounding, ScaleRounding)
+        check_bool("moe", "normalize", self.normalize)
+        check_bool("moe", "shared_columns", self.shared_columns)
+        check_bool("moe", "cast_in_gemm", self.cast_in_gemm, or_none=True)
+        _check_factor("capacity_factor", self.capacity_factor)
+        _check_factor("device_capacity_factor", self.device_capacity_factor)
+
+
+def _over_devices(
+    spec: LayerSpec,
+    where: Placement,
+    x: jax.Array,
+    gate_kernel: jax.Array,
+    kernels: ExpertKernels,
+    bias: jax.Array | None,
+    shared: ExpertKernels | None,
+) -> tuple[jax.Array, Routing]:
+    """Calls _layer in a shard_map of its own."""
+    spec = dataclasses.replace(spec, axes=where.axes)
+    whole, tokens = PartitionSpec(), where.tokens
+
+    def local(x, gate_kernel, kernels, bias, shared):
+        y, routing = _layer(spec, x, gate_kernel, kernels, bias, shared)
+        each = (routing.expert_index, routing.gate_weights, routing.scores)
+        folded = [part.reshape(*x.shape[:-1], -1) for part in each]
+        return y, folded, (routing.aux_loss, routing.z_loss, routing.dropped)
+
+    kernels = ready_outside(
+        "moe",
+        kernels,
+        where,
+        rows=math.prod(x.shape[:-1]) * spec.top_k,
+        x=x,
+        rounding=spec.scale_rounding,
+        wanted=spec.cast_in_gemm,
+    )
+    shared_specs = None if shared is None else where.kernels(shared)
+    y, each, losses = where.run(
+        local,
+        (x, gate_kernel, kernels, bias, shared),
+        (tokens, whole, where.kernels(kernels), whole, shared_specs),
+        (tokens, tokens, whole),
+    )
+    return where.like(y, x), Routing(*map(where.flat, each), *losses)
+
+
+def _layer(
+    spec: LayerSpec,
+    x: jax.Array,
+    gate_kernel: jax.Array,
+    kernels: ExpertKernels,
+    bias: jax.Array | None,
+    shared: ExpertKernels | None,
+) -> tuple[jax.Array, Routing]:
+    """moe on one device, or on the shards of a device inside shard_map."""
+    _check_experts(gate_kernel, kernels, spec.axes)
     kernels = ready(
-        "moe", kernels, rounding=scale_rounding, rows=rows, others=(x,), wanted=cast_in_gemm
+        "moe",
+        kernels,
+        rounding=spec.scale_rounding,
+        rows=_rows_here(spec, x),
+        others=(x,),
+        wanted=spec.cast_in_gemm,
     )
     tokens = x.reshape(-1, x.shape[-1])
     routing = route(
         gate_logits(tokens, gate_kernel),
-        top_k,
-        score_function=score_function,
+        spec.top_k,
+        score_function=spec.score_function,
         bias=bias,
-        normalize=normalize,
-        routed_scaling_factor=routed_scaling_factor,
-        axis=expert_axis,
+        normalize=spec.normalize,
+        routed_scaling_factor=spec.routed_scaling_factor,
+        axis=spec.axes.tokens or None,
     )
     check_tokens("moe", tokens, routing.expert_index, routing.gate_weights, kernels)
-    via = None
-    if expert_axis is not None:
-        via = TokenExchange(axis=expert_axis, kind=exchange, wire=wire)
-    spec = ExpertSpec(scale_rounding=scale_rounding, shared_columns=shared_columns, exchange=via)
-    y = _exchanged(tokens, routing, kernels, spec, devices, capacity_factor)
+    y, dropped = _routed(spec, tokens, routing, kernels)
     if shared is not None:
-        y = y + _shared(tokens, shared, spec)
-    return y.reshape(x.shape), routing
+        y = y + _shared(spec, tokens, shared)
+    return y.reshape(x.shape), dataclasses.replace(routing, dropped=dropped)
 
 
-def _check_capacity(capacity_factor: Any) -> None:
-    number = isinstance(capacity_factor, int | float) and not isinstance(capacity_factor, bool)
-    if capacity_factor is not None and not (number and 0 < capacity_factor < math.inf):
-        got, fix = f"capacity_factor={capacity_factor!r}", "leave it out to keep every row"
+def _rows_here(spec: LayerSpec, x: jax.Array) -> int:
+    """Returns how many rows the experts of a device have on average."""
+    rows = received_rows(spec.axes, math.prod(x.shape[:-1]), spec.top_k)
+    return rows // size_of(spec.axes.experts)
+
+
+def _routed(
+    spec: LayerSpec, tokens: jax.Array, routing: Routing, kernels: ExpertKernels
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns what the chosen experts add, with the room that there is, and what had no room."""
+    t, top_k = routing.expert_index.shape
+    axes, factor, capacity, room = spec.axes, spec.capacity_factor, None, t
+    via = exchange_of("moe", axes, spec.exchange, spec.wire)
+    received, devices = received_rows(axes, t, top_k), size_of(axes.experts)
+    if factor is not None and via is not None and via.kind == "all_to_all":
+        room = min(t, max(1, math.ceil(factor * t * top_k / devices)))
+    elif factor is not None:
+        e = kernels.wi_0.shape[0] * devices
+        capacity = min(received, max(1, math.ceil(factor * received / e)))
+    most, factor = None, spec.device_capacity_factor
+    if factor is not None:
+        most = min(received, max(1, math.ceil(factor * received / devices)))
+    experts = ExpertSpec(
+        scale_rounding=spec.scale_rounding,
+        shared_columns=spec.shared_columns,
+        axes=axes,
+        capacity=capacity,
+        exchange=via,
+        room=room,
+        most_rows=most,
+    )
+    choices = routing.expert_index, routing.gate_weights
+    y, rows = run_experts(tokens, *choices, kernels, experts)
+    if most is None:
+        return y, None
+    every = tuple(dict.fromkeys((*axes.tokens, *axes.experts, *axes.tensor)))
+    # Devices of a tensor axis take the same rows.
+    taken = jax.lax.psum(rows, every) // size_of(axes.tensor) if every else rows
+    return y, t * top_k * size_of(axes.tokens) - taken
+
+
+def _check_factor(name: str, factor: Any) -> None:
+    number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if factor is not None and not (number and 0 < factor < math.inf):
+        got, fix = f"{name}={factor!r}", "leave it out to keep every row"
         expected = "a finite number above 0, or None"
-        fail("moe", "capacity_factor is not a positive number.", got, expected, fix)
+        fail("moe", f"{name} is not a positive number.", got, expected, fix)
 
 
-def _check_experts(
-    x: jax.Array, gate_kernel: jax.Array, kernels: ExpertKernels, expert_axis: str | None
-) -> int:
-    """Returns over how many devices the experts are split."""
-    named = {"x": x, "gate_kernel": gate_kernel, "wi_0": kernels.wi_0}
-    got = ", ".join(describe(name, value) for name, value in named.items())
+def _check_router(x: jax.Array, gate_kernel: jax.Array) -> None:
     if x.ndim < 1 or gate_kernel.ndim != 2 or x.shape[-1] != gate_kernel.shape[0]:
+        got = f"{describe('x', x)}, {describe('gate_kernel', gate_kernel)}"
         expected, fix = "x [..., h], gate_kernel [h, e]", "if it is [e, h], pass gate_kernel.T"
         fail("moe", "x and gate_kernel do not fit.", got, expected, fix)
+
+
+def _check_experts(gate_kernel: jax.Array, kernels: ExpertKernels, axes: ExpertAxes) -> None:
+    """Checks that the experts here are those of one device."""
     e, own = gate_kernel.shape[1], kernels.wi_0.shape[0]
-    devices = 1 if expert_axis is None else axis_size("moe", expert_axis, e)
-    if own * devices != e:
-        what = f"{own} experts here, {e} in gate_kernel, over {devices} devices."
-        fix = "pass all experts, or name expert_axis inside shard_map"
-        if expert_axis is not None:
-            fix = f"split the kernels over {expert_axis!r} by in_specs: P({expert_axis!r})"
-        fail("moe", what, got, f"wi_0 [{e // devices}, h, f]", fix)
-    return devices
+    devices = axis_size("moe", axes.experts, e)
+    if own * devices == e:
+        return
+    got = f"{describe('gate_kernel', gate_kernel)}, {describe('wi_0', kernels.wi_0)}"
+    what = f"{own} experts here, {e} in gate_kernel, over {devices} devices."
+    fix = "pass all experts, or name expert_axis"
+    if axes.experts:
+        names = ", ".join(map(repr, axes.experts))
+        fix = f"split the kernels over {names} by in_specs: P({names})"
+    fail("moe", what, got, f"wi_0 [{e // devices}, h, f]", fix)
 
 
-def _exchanged(
-    tokens: jax.Array,
-    routing: Routing,
-    kernels: ExpertKernels,
-    spec: ExpertSpec,
-    devices: int,
-    capacity_factor: float | None,
-) -> jax.Array:
-    """expert_ffn over the devices of an axis: choices and weights travel here, x further in."""
-    (t, top_k), own, via = routing.expert_index.shape, kernels.wi_0.shape[0], spec.exchange
-    expert_index, gate_weights, slots = routing.expert_index, routing.gate_weights, None
-    capacity = None
-    if via is not None and via.kind == "all_to_all":
-        room = t if capacity_factor is None else math.ceil(capacity_factor * t * top_k / devices)
-        slots = make_slots(expert_index, own, devices, min(t, max(1, room)))
-    elif capacity_factor is not None:
-        capacity = min(t * top_k, max(1, math.ceil(capacity_factor * t * top_k / own)))
-    if via is not None:
-        expert_index, gate_weights, slots = vary_alike(expert_index, gate_weights, slots)
-        first = own * jax.lax.axis_index(via.axis)
-        expert_index = send(expert_index, via, slots, empty=-1) - first
-        gate_weights = send(gate_weights, via, slots)
-    spec = dataclasses.replace(spec, capacity=capacity)
-    return run_experts(tokens, expert_index, gate_weights, kernels, spec, slots)
-
-
-def _shared(x: jax.Array, kernels: ExpertKernels, spec: ExpertSpec) -> jax.Array:
+def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
+    """The expert that sees every token; where tensor axes split it, what this device adds."""
+    axes = spec.axes
+    if axes.gathered:
+        x = jax.lax.all_gather(x, axes.gathered, tiled=True)
     x, (wi_0, wi_1, wo) = vary_alike(x, (kernels.wi_0, kernels.wi_1, kernels.wo))
     matmul = functools.partial(
         fp8_matmul,
@@ -200,4 +345,8 @@ def _shared(x: jax.Array, kernels: ExpertKernels, spec: ExpertSpec) -> jax.Array
         shared_columns=spec.shared_columns,
     )
     gate, up = (matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
-    return matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)
+    y = matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)
+    if axes.gathered:
+        y = jax.lax.psum_scatter(y, axes.gathered, tiled=True)
+    here = tuple(axis for axis in axes.tensor if axis in axes.summed)
+    return jax.lax.psum(y, here) if here else y

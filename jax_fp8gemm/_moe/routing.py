@@ -40,6 +40,8 @@ class Routing:
       scores: f32 [t, e], of all experts, before the choice.
       aux_loss: f32 [], the load-balance loss; 1 for a perfect balance, more for a worse one.
       z_loss: f32 [], the mean square of the logsumexp of the logits.
+      dropped: int32 [], how many of all choices found no room on their devices or with their
+        experts; None unless `moe` has a device_capacity_factor.
     """
 
     expert_index: jax.Array
@@ -47,6 +49,7 @@ class Routing:
     scores: jax.Array
     aux_loss: jax.Array
     z_loss: jax.Array
+    dropped: jax.Array | None = None
 
 
 @renamed(score="score_function", scale="routed_scaling_factor")
@@ -58,7 +61,7 @@ def route(
     bias: jax.Array | None = None,
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
-    axis: str | None = None,
+    axis: str | tuple[str, ...] | None = None,
 ) -> Routing:
     """Chooses top_k experts for each token: the largest score + bias, weighted by the score alone.
 
@@ -74,8 +77,8 @@ def route(
       bias: f32 [e], steers the choice only: it has no gradient and is in no weight.
       normalize: whether the weights of a token sum to routed_scaling_factor.
       routed_scaling_factor: factor of the weights.
-      axis: inside shard_map, the mesh axis over which tokens are split evenly. Then aux_loss and
-        z_loss are those of all tokens.
+      axis: inside shard_map, the mesh axis, or axes, over which tokens are split evenly. Then
+        aux_loss and z_loss are those of all tokens.
 
     Returns:
       Routing.
@@ -124,7 +127,7 @@ def _check_route(logits: Any, top_k: Any, bias: Any) -> None:
         fail("route", "bias does not fit the logits.", got, f"bias [{e}]", "pass one per expert")
 
 
-def _mean(x: jax.Array, axis: str | None) -> jax.Array:
+def _mean(x: jax.Array, axis: str | tuple[str, ...] | None) -> jax.Array:
     """The mean over tokens, dim 0; zero without any."""
     mean = x.sum(0) / max(x.shape[0], 1)
     return mean if axis is None else jax.lax.pmean(mean, axis)
@@ -154,7 +157,10 @@ def count_choices(expert_index: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _aux_loss(
-    scores: jax.Array, expert_index: jax.Array, softmax: bool, axis: str | None
+    scores: jax.Array,
+    expert_index: jax.Array,
+    softmax: bool,
+    axis: str | tuple[str, ...] | None,
 ) -> jax.Array:
     e = scores.shape[1]
     chosen = count_choices(expert_index, e).astype(jnp.float32) / max(expert_index.size, 1)
@@ -182,13 +188,18 @@ class Permutation:
     order: jax.Array
     group_sizes: jax.Array
 
-    def inverse(self) -> jax.Array:
-        """Returns the row of each pair, int32 [rows]; `rows` for pairs that have none."""
+    def inverse(self, pairs: int | None = None) -> jax.Array:
+        """Returns the row of each pair, int32 [pairs]; `rows` for pairs that have none.
+
+        Args:
+          pairs: how many there are; None: as many as rows.
+        """
         rows = self.order.shape[0]
+        pairs = rows if pairs is None else pairs
         row = jnp.arange(rows, dtype=jnp.int32)
         inside = row < self.group_sizes.sum()
-        nowhere = jnp.full(rows, rows, jnp.int32)
-        return nowhere.at[jnp.where(inside, self.order, rows)].set(row, mode="drop")
+        nowhere = jnp.full(pairs, rows, jnp.int32)
+        return nowhere.at[jnp.where(inside, self.order, pairs)].set(row, mode="drop")
 
 
 def permutation_of(expert_index: jax.Array, num_experts: int) -> Permutation:
@@ -205,6 +216,16 @@ def permutation_of(expert_index: jax.Array, num_experts: int) -> Permutation:
     row = jnp.arange(flat.size, dtype=jnp.int32)
     _, order = jax.lax.sort((keys, row), num_keys=1, is_stable=True)
     return Permutation(order, count_choices(expert_index, num_experts))
+
+
+def first_choices(expert_index: jax.Array, num_experts: int, most: int) -> jax.Array:
+    """Returns choices int [t, top_k] without those past the first `most`, which are no expert.
+
+    First choices of all tokens come before second ones, each in the order of the tokens.
+    """
+    inside = (expert_index >= 0) & (expert_index < num_experts)
+    place = jnp.cumsum(inside.T.reshape(-1), dtype=jnp.int32).reshape(inside.T.shape).T
+    return jnp.where(inside & (place <= most), expert_index, num_experts)
 
 
 def cut(permutation: Permutation, capacity: int) -> Permutation:
@@ -292,9 +313,16 @@ def rows_or_zero(rows: jax.Array, index: jax.Array) -> jax.Array:
     return rows.at[index].get(mode="fill", fill_value=0)
 
 
-def sum_rows(rows: jax.Array, permutation: Permutation, top_k: int, dtype: jnp.dtype) -> jax.Array:
-    """As unpermute, rounded to `dtype` once."""
-    pairs = rows_or_zero(rows, permutation.inverse()).reshape(-1, top_k, rows.shape[1])
+def sum_rows(
+    rows: jax.Array,
+    permutation: Permutation,
+    top_k: int,
+    dtype: jnp.dtype,
+    tokens: int | None = None,
+) -> jax.Array:
+    """As unpermute, rounded to `dtype` once; tokens: None: as many as rows / top_k."""
+    row = permutation.inverse(None if tokens is None else tokens * top_k)
+    pairs = rows_or_zero(rows, row).reshape(-1, top_k, rows.shape[1])
     return pairs.astype(jnp.float32).sum(1).astype(dtype)
 
 

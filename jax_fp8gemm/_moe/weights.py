@@ -89,11 +89,12 @@ def ready(
     rows: Any,
     others: tuple[jax.Array, ...],
     wanted: bool | None,
+    split: bool = False,
 ) -> ExpertKernels:
     """Returns kernels with their copies, or as they are where the GEMMs cast them.
 
     Args:
-      rows: of all experts here. others, wanted: see weights.cast_in_gemm.
+      rows: of all experts here. others, wanted, split: see weights.cast_in_gemm.
     """
     if kernels.copies is not None:
         if wanted:
@@ -101,7 +102,8 @@ def ready(
             fail(op, "the GEMMs cannot cast prepared kernels.", got, "float kernels", fix)
         return kernels
     pairs: list[tuple[jax.Array, ...]] = [(kernels.wi_0, kernels.wi_1), (kernels.wo,)]
-    if cast_in_gemm(op, pairs, rows=rows, rounding=rounding, others=others, wanted=wanted):
+    options = {"rows": rows, "rounding": rounding, "others": others}
+    if cast_in_gemm(op, pairs, **options, wanted=wanted, split=split):
         return kernels
     return _with_copies(kernels, rounding)
 

@@ -104,6 +104,7 @@ def _forward(x, w, copies, spec: MatmulSpec):
     return y, (saved, save(kn, f"{spec.name}_w"), Like.of(x), Like.of(w))
 
 
+@functools.partial(jax.jit, static_argnums=0)  # see _moe/experts.py
 def _backward(spec: MatmulSpec, residuals, dy):
     saved, saved_w, like_x, like_w = residuals
     tokens = _tokens(dy)

@@ -150,6 +150,7 @@ def _forward(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
     return y, (saved, save(kn, f"{spec.name}_w"), *like)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # see _moe/experts.py
 def _backward(spec: MatmulSpec, residuals, dy):
     saved, saved_rhs, group_sizes, like_lhs, like_rhs = residuals
     rows, transposed = cast_both(

@@ -149,6 +149,7 @@ def cast_in_gemm(
     rounding: ScaleRounding,
     others: tuple[jax.Array, ...] = (),
     wanted: bool | None,
+    split: bool = False,
 ) -> bool:
     """Whether grouped GEMMs cast these weights themselves: the same numbers, and no copies.
 
@@ -160,6 +161,7 @@ def cast_in_gemm(
       rows: of all groups together.
       others: further arrays of the same GEMMs, whose types may name a mesh.
       wanted: the user's word; None: decide.
+      split: whether a shard_map follows, which leaves nothing to the partitioner.
 
     Raises:
       ValueError: it is wanted, and not possible.
@@ -175,7 +177,7 @@ def cast_in_gemm(
     if wanted is not None:
         return wanted
     few = isinstance(rows, int) and rows <= CAST_ROWS * arrays[0].shape[0]  # symbolic: any number
-    return few and not reason and meshes.on_one_device(*arrays, *others)
+    return few and not reason and (split or meshes.on_one_device(*arrays, *others))
 
 
 def _why_no_cast(weights: list[tuple[jax.Array, ...]], rounding: ScaleRounding) -> str | None:
