@@ -297,6 +297,7 @@ def test_an_arm_has_the_scales_that_its_name_says(load, monkeypatch, name, share
     monkeypatch.setattr(casts, "CastSpec", lambda **how: asked.append(how) or cast(**how))
     params = train_moe.moe_lm.init(jax.random.key(0), train_moe.TINY)
     tokens = jnp.zeros((4, train_moe.TINY.context + 1), jnp.uint8)
+    jax.clear_caches()  # backward rules are jitted: another test's would not ask again
     loss = functools.partial(train_moe.moe_lm.loss, size=train_moe.TINY, arm=arm)
     jax.eval_shape(jax.grad(lambda p: loss(p, tokens)[0]), params)
     assert asked and any(how.get("shared_columns") for how in asked) == shares

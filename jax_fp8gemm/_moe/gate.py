@@ -106,14 +106,14 @@ def _one_sum(a, b, wanted, contracted: Contracted) -> jax.Array:
 def _side_by_side(a, b, wanted, contracted: Contracted) -> jax.Array:
     """A GEMM for each part of a, with parts of b side by side; the largest product by itself."""
     out = _long_dot(a[0], b[0], contracted)
-    dims = contracted[:1], (2 * contracted[1],)  # one more dim beside it
-    small = jnp.zeros_like(out)
+    dims, small = (contracted[:1], contracted[1:]), []
     for i, part in enumerate(a):
         others = [b[j] for other, j in wanted if other == i and i + j > 0]
         if others:
-            beside = jnp.stack(others, 1 - contracted[1])
-            small += _dot(part, beside, (dims, ((), ()))).sum(1)
-    return out + small
+            beside = _dot(part, jnp.concatenate(others, 1 - contracted[1]), (dims, ((), ())))
+            small.append(beside.reshape(out.shape[0], len(others), out.shape[1]).sum(1))
+    # NOTE: no zeros to begin with: under jax.vmap with spmd_axis_name they would not vary.
+    return out + functools.reduce(jax.lax.add, small) if small else out
 
 
 def _long_dot(a: jax.Array, b: jax.Array, contracted: Contracted) -> jax.Array:
@@ -139,14 +139,10 @@ def _cut(x: jax.Array, dim: int, count: int) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array, dims) -> jax.Array:
     """bf16 operands and float32 sums, whatever jax_default_matmul_precision says."""
-    dot = functools.partial(
-        jax.lax.dot_general,
+    return jax.lax.dot_general(
+        a,
+        b,
         dimension_numbers=dims,
         precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
-
-    def widened(a, b):  # XLA's CPU back end lacks some of these products, such as aᵀ · [k, 2, n]
-        return dot(a.astype(jnp.float32), b.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(a, b, cpu=widened, default=dot)
