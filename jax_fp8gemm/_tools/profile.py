@@ -23,8 +23,8 @@ class Limits(NamedTuple):
     memory: float
 
 
-# H200: fp8 with promotion at the power limit and memory read only, measured (docs/kernel.md).
-# Others from NVIDIA's data sheets, without sparsity.
+# fp8 with promotion at the power limit, and the H200's memory read only, measured on an H200
+# (docs/kernel.md). Others from NVIDIA's data sheets, without sparsity.
 LIMITS = {
     "NVIDIA H200": Limits(1763e12, 989e12, 4.4e12),
     "NVIDIA H100 80GB HBM3": Limits(1763e12, 989e12, 3.35e12),
