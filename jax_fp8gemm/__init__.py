@@ -4,7 +4,7 @@ from jax_fp8gemm._bind import native as _native
 from jax_fp8gemm._bind.gemm_op import EXPORT_CHECKS
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.version import __version__
-from jax_fp8gemm._moe.experts import expert_ffn
+from jax_fp8gemm._moe.ffn import expert_ffn
 from jax_fp8gemm._moe.layer import moe
 from jax_fp8gemm._moe.routing import Permutation, Routing, permute, route, unpermute
 from jax_fp8gemm._moe.weights import ExpertKernels, prepare_experts

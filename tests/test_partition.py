@@ -215,19 +215,22 @@ def gathered(rule: Rule, *specs: tuple, sizes: dict[str, int]) -> list[Gathered]
     return partition.find_gathered(rule, elected, cut, MESH, given)
 
 
+SPLIT_BLOCK = Gathered(
+    op="test",
+    letter="k",
+    size=1280,
+    axes=("model", "data"),
+    devices=8,
+    arrays=("x e4m3[4, 1280], 5120 bytes", "w e4m3[8, 1280], 10240 bytes"),
+    whole=False,
+)
+
+
 def test_what_splits_a_block_is_gathered():
     rule = dataclasses.replace(rule_of("m k, n k -> m n", blocked="k"), names=("x", "w"))
     sizes = {"m": 4, "n": 8, "k": 1280}
     (found,) = gathered(rule, (None, ("model", "data")), (None, ("model", "data")), sizes=sizes)
-    assert found == Gathered(
-        op="test",
-        letter="k",
-        size=1280,
-        axes=("model", "data"),
-        devices=8,
-        arrays=("x e4m3[4, 1280], 5120 bytes", "w e4m3[8, 1280], 10240 bytes"),
-        whole=False,
-    )
+    assert found == SPLIT_BLOCK
     assert not gathered(rule, (None, "model"), (None, "model"), sizes=sizes)
     assert not gathered(rule, ("data",), (), sizes={**sizes, "k": 128})
 
@@ -255,15 +258,7 @@ def test_what_is_whole_is_gathered_and_what_another_letter_outvotes_is_not_named
 
 def test_a_warning_is_given_once_and_one_of_experts_for_all_their_gemms():
     _said.clear()
-    block = Gathered(
-        op="test",
-        letter="k",
-        size=1280,
-        axes=("model", "data"),
-        devices=8,
-        arrays=("x e4m3[4, 1280], 5120 bytes", "w e4m3[8, 1280], 10240 bytes"),
-        whole=False,
-    )
+    block = SPLIT_BLOCK
     with pytest.warns(UserWarning) as seen:
         block.warn()
     assert str(seen[0].message) == (

@@ -18,7 +18,8 @@ namespace fp8gemm {
 // One warp of them: it looks at every kInspectors-th step.
 template <GemmSpec spec>
 struct Inspector {
-  static constexpr int kRuns = ceil_div(spec.block_n, 128);  // a lane has four columns of each
+  static constexpr int kRun = 4 * kWarpThreads;  // columns, four for each lane
+  static constexpr int kRuns = ceil_div(spec.block_n, kRun);
   static constexpr int kAtOnce = 4 / kRuns;  // steps whose scales are on their way together
 
   const GemmParams& params;
@@ -66,7 +67,7 @@ struct Inspector {
     const int columns = min(spec.block_n, params.n - n), border = kScaleBlock - n % kScaleBlock;
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      const int column = 128 * run + 4 * lane;
+      const int column = kRun * run + 4 * lane;
       own[run] = column < columns ? column : 0;
       like[run] = own[run] >= border ? border : 0;
     }

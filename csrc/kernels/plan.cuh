@@ -112,8 +112,8 @@ constexpr int copied_rows(int block_rows, int rows) {
 }
 
 // Whether last blocks with fewer rows than the others are copied by tensor maps of their own, for
-// the same reason: half a block of zeros took 4 to 10 µs. Where groups follow each other in one
-// operand there are none: what lies past a block is the next group.
+// the same reason: 192 rows in blocks of 128 take 20.8 µs so, and took 25.7. Where groups follow
+// each other in one operand there are none: what lies past a block is the next group.
 constexpr bool has_tails(const GemmSpec& spec) { return spec.variant == Variant::kDense; }
 
 // Columns of a box of results on its way out: as many as the swizzle takes, which is 128 bytes, and

@@ -49,7 +49,7 @@ def fp8_matmul(
         bytes an element. "fp8": FP8 rows, quantized again in the backward pass (exact with pow2).
         "input": x itself.
       shared_columns: whether neighbouring columns of gradients may share a scale in the GEMM that
-        makes the gradient to w: the same error, up to a third faster. See `quantize_both`.
+        makes the gradient to w, which is then faster. See `quantize_both`.
 
     Returns:
       [..., n]. Gradients have the dtypes of x and w. Residuals are named "fp8_matmul_x" and

@@ -166,8 +166,9 @@ def quantize_both(
         read, and hold anything in the first copy.
       index: int [m], only for x [rows, k]: row i is x[index[i]]. Indices are clamped.
       shared_columns: gives each block of 128 columns one scale in the transposed copy, where the
-        columns' own scales lie within a factor of 1024. As rhs of the gradient to a weight such
-        blocks multiply up to a third faster. Needs 1x128, and changes nothing without "pow2".
+        columns' own scales lie within a factor of 1024. As rhs of the gradient to a weight it
+        multiplies faster where columns share in every step of 128 tokens (docs/numerics.md). Needs
+        1x128, and changes nothing without "pow2".
       token_dims: how many dims before k are tokens. With two, x [..., s, m, k] has the transposed
         copy [..., k, s, m]. Then m is a multiple of 128, and the tile is (1, 128).
 
