@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm._bind.meshes import enter
+from jax_fp8gemm._bind.meshes import enter, is_manual
 from jax_fp8gemm._bind.partition import Dim, Rule
 
 PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}  # 8 bits each, of 8, 11 and 24
@@ -138,11 +138,32 @@ def _cut(x: jax.Array, dim: int, count: int) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, dims) -> jax.Array:
-    """bf16 operands and float32 sums, whatever jax_default_matmul_precision says."""
-    return jax.lax.dot_general(
-        a,
-        b,
+    """bf16 operands and float32 sums, whatever jax_default_matmul_precision says.
+
+    On a CPU in float32, with the same products: of bf16 arrays XLA (of jaxlib 0.10.2) takes some
+    batched ones for what a library of its own can do, which then refuses them at run time.
+    """
+    dot = functools.partial(
+        jax.lax.dot_general,
         dimension_numbers=dims,
         precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
+
+    def in_float32(a: jax.Array, b: jax.Array) -> jax.Array:
+        return dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    return _typed_like(jax.lax.platform_dependent(a, b, cpu=in_float32, default=dot), a, b)
+
+
+def _typed_like(out: jax.Array, *operands: jax.Array) -> jax.Array:
+    """Types a result as varying over every axis of a shard_map that an operand varies over.
+
+    Under jax.vmap with spmd_axis_name a choice by platform loses that axis in its type (JAX
+    0.10.2). A select has the axes of all its operands. XLA drops these.
+    """
+    if not is_manual() or not out.size:
+        return out
+    for x in operands:
+        out = jnp.where(False, x[(0,) * x.ndim].astype(out.dtype), out)
+    return out
