@@ -1,6 +1,7 @@
 # make demo      sets everything up and trains a small language model in FP8 beside its bf16 twin
 # make test      sets everything up and runs the tests
 # make lint      checks form, types and C++ layout
+# make docs      builds the site into .make/site, with warnings as errors
 # make sanitize  runs the host code under sanitizers, with a fake compiler and a fake driver
 # make soak      on a Hopper GPU: products known to the bit, for SECONDS, drawn from SEED
 # make plant     on a Hopper GPU: shows that the soak finds faults
@@ -15,7 +16,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
-.PHONY: demo test gpu lint sanitize sanitize-gpu soak plant clean
+.PHONY: demo test gpu docs lint sanitize sanitize-gpu soak plant clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python examples/demo.py
@@ -42,6 +43,9 @@ lint: $(TEST)/.installed
 	$(TEST)/bin/clang-format --dry-run --Werror $(CPP)
 	$(TEST)/bin/pyright --pythonpath $(TEST)/bin/python
 	$(TEST)/bin/mypy
+
+docs: $(TEST)/.installed
+	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/mkdocs build --quiet --strict
 
 sanitize: $(TEST)/.installed
 	$(TEST)/bin/python tests/sanitize/run.py
@@ -82,7 +86,7 @@ $(DEMO)/.installed: $(DEMO)/bin/python $(SOURCES)
 	touch $@
 
 $(TEST)/.installed: $(TEST)/bin/python $(SOURCES)
-	$< -m pip install --quiet --editable ".[$(EXTRA),test,lint,cross,plot]"
+	$< -m pip install --quiet --editable ".[$(EXTRA),test,lint,cross,plot,docs]"
 	touch $@
 
 clean:

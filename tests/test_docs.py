@@ -18,6 +18,8 @@ import test_layering
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+import jax_fp8gemm
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*.md")]
@@ -171,6 +173,15 @@ def test_the_page_of_the_architecture_has_the_table_of_wings():
     text = (ROOT / "docs/architecture.md").read_text()
     shown = re.search(r"<!-- wings -->\n(.*?)<!-- /wings -->", text, re.DOTALL)
     assert shown and shown[1].splitlines() == lines, "\n".join(lines)
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    shown = re.findall(
+        r"^::: jax_fp8gemm\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE
+    )
+    constants = {"EXPORT_CHECKS", "__version__"}
+    doors = {"linen", "nnx", "checkpoint", "deep_gemm"}
+    assert sorted(shown) == sorted({*jax_fp8gemm.__all__, *doors} - constants)
 
 
 # ---- English ------------------------------------------------------------------------------------
