@@ -15,10 +15,12 @@ import re
 import statistics
 import sys
 
+import simulate
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 H200, H100 = "nvidia-h200.json", "nvidia-h100-80gb-hbm3.json"
-PAGES = ("README.md", "docs/measured.md", "docs/numerics.md")
+PAGES = ("README.md", "docs/measured.md", "docs/numerics.md", "docs/simulation.md")
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 
 Row = dict
@@ -378,6 +380,7 @@ BLOCKS = {
     "column-shares": column_shares,
     "column-runs": column_runs,
     "column-watch": column_watch,
+    "simulation": lambda: simulate.text() + "\n",
 }
 
 
