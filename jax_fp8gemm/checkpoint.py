@@ -7,17 +7,33 @@ they are a QArray, as they are. docs/checkpoints.md has the layouts.
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
+from jax_fp8gemm._checkpoint.export import write_parameters
 from jax_fp8gemm._checkpoint.pairs import Format
+from jax_fp8gemm._checkpoint.parameters import read_parameters
 from jax_fp8gemm._checkpoint.quantization import Quantization
 from jax_fp8gemm._checkpoint.reader import Catalog, Checkpoint, Tensors, read_all
+from jax_fp8gemm._checkpoint.tables import (
+    DEEPSEEK_V3,
+    GLM_4_5,
+    GPT_OSS,
+    QWEN3_MOE,
+    Row,
+    Table,
+)
 from jax_fp8gemm._checkpoint.writer import check_folder, flatten, write_tensors
+from jax_fp8gemm._core.checks import check_option, check_positive
 from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._core.types import ScaleRounding
 
-__all__ = ["Checkpoint", "Format", "Quantization", "Tensors", "load", "open", "save"]
+__all__ = [
+    "DEEPSEEK_V3", "GLM_4_5", "GPT_OSS", "QWEN3_MOE", "Checkpoint", "Format", "Quantization",
+    "Row", "Tensors", "load", "load_parameters", "open", "save", "save_parameters",
+]  # fmt: skip
 
 Path = str | os.PathLike
 ShardingFor = Sharding | Callable[[str], Sharding | None]
@@ -116,3 +132,85 @@ def save(
     if formats is None:
         formats = tensors.formats if isinstance(tensors, Tensors) else {}
     write_tensors(path, flatten(op, tensors, formats))
+
+
+def load_parameters(
+    path: Path,
+    table: Table,
+    *,
+    keep: Callable[[str], bool] | None = None,
+    sharding: ShardingFor | None = None,
+) -> dict[str, Any]:
+    """Reads a checkpoint as a model's parameters: experts stacked, gate and up apart.
+
+    Args:
+      path: as of `open`.
+      table: which tensor is which parameter: DEEPSEEK_V3, QWEN3_MOE, GLM_4_5, GPT_OSS, or a tuple
+        of Row.
+      keep: says by a parameter's name (by the tensor's own where the table has none for it)
+        whether to read it; default: everything.
+      sharding: as of `load`, by the parameter's name and of its shape. A device reads those experts
+        alone that it holds.
+
+    Returns:
+      A tree of dicts: "layers.3.experts.wi_0" is at ["layers"]["3"]["experts"]["wi_0"]. FP8 weights
+      are QArrays [e, out, in] or [out, in]. Kernels in floats are [e, in, out] or [in, out].
+
+    Raises:
+      ValueError: a tensor that the table does not have, an expert missing, a part that splits a
+      scale tile; and as of `load`. TypeError, FileNotFoundError, NotImplementedError: as of `load`.
+
+    Source: names as published with each model.
+
+    Example:
+      tree = checkpoint.load_parameters("DeepSeek-V3", checkpoint.DEEPSEEK_V3)
+      down = prepare_weight(tree["layers"]["3"]["experts"]["wo"])  # of all experts
+    """
+    return read_parameters("checkpoint.load_parameters", pathlib.Path(path), table, keep, sharding)
+
+
+def save_parameters(
+    path: Path,
+    parameters: Any,
+    table: Table,
+    *,
+    config: Mapping[str, Any] | None = None,
+    file_bytes: int = 5_000_000_000,  # Hugging Face's size of a file
+    scale_rounding: ScaleRounding = "pow2",
+) -> None:
+    """Writes a model's parameters as a block-FP8 checkpoint, as serving engines load them.
+
+    The inverse of `load_parameters`. Weights that a row calls fp8 are quantized by 128x128 where
+    they are in floats. Other arrays keep their dtype.
+
+    Args:
+      path: of a folder that exists and has no checkpoint yet.
+      parameters: a tree of arrays and QArrays, of dicts or other pytrees, as ExpertKernels.
+      table: as of `load_parameters`. A parameter goes where its first row says.
+      config: what else config.json has to say: the model's own sizes and names.
+      file_bytes: how large a file gets; a single tensor may be larger. With several files there is
+        an index.
+      scale_rounding: "pow2" or "none", see `quantize`. A QArray keeps its scales.
+
+    Raises:
+      ValueError: a parameter that the table does not have, one of two parts missing, QArrays with
+      other scales, a checkpoint in the folder. TypeError: FP8 and floats in one tensor.
+      FileNotFoundError: no such folder.
+
+    Source: config.json of DeepSeek-V3, quantization_config.
+
+    Example:
+      checkpoint.save_parameters("trained", parameters, checkpoint.QWEN3_MOE, config=config)
+    """
+    op = "checkpoint.save_parameters"
+    check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
+    check_positive(op, "file_bytes", file_bytes)
+    write_parameters(
+        op,
+        pathlib.Path(path),
+        parameters,
+        table,
+        config=config or {},
+        file_bytes=file_bytes,
+        scale_rounding=scale_rounding,
+    )

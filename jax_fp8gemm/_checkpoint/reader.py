@@ -56,9 +56,7 @@ class Catalog:
     """
 
     def __init__(self, op: str, path: pathlib.Path, keep: Keep | None):
-        if keep is not None and not callable(keep):
-            got, fix = type(keep).__name__, "keep=lambda name: name in names"
-            fail(op, "keep is not a function.", got, "a function of a name", fix, TypeError)
+        check_keep(op, keep)
         kept = keep or (lambda name: True)
         self.op, self._files = op, Mapped(op)
         self.quantization: Quantization | None = read_quantization(op, path)
@@ -149,3 +147,9 @@ def read_all(catalog: Catalog, sharding: ShardingFor) -> Tensors:
 
 def sharding_of(sharding: ShardingFor, name: str) -> Sharding | None:
     return sharding(name) if callable(sharding) else sharding
+
+
+def check_keep(op: str, keep: object) -> None:
+    if keep is not None and not callable(keep):
+        got, fix = type(keep).__name__, "keep=lambda name: name in names"
+        fail(op, "keep is not a function.", got, "a function of a name", fix, TypeError)

@@ -137,25 +137,27 @@ class Converted:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
-    """Some rows of each matrix of an array."""
+    """Some rows of each matrix of an array, or columns: axis is −2 or −1."""
 
     source: Source
     rows: slice
+    axis: int = -2
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *lead, _, columns = self.source.shape
-        return (*lead, len(range(self.rows.start, self.rows.stop, self.rows.step)), columns)
+        shape = list(self.source.shape)
+        shape[self.axis] = len(range(self.rows.start, self.rows.stop, self.rows.step))
+        return tuple(shape)
 
     @property
     def dtype(self) -> np.dtype:
         return self.source.dtype
 
     def fill(self, index: Index, out: np.ndarray) -> None:
-        *lead, rows, columns = index
+        inner, part = list(index), index[self.axis]
         first, step = self.rows.start, self.rows.step
-        inner = slice(first + rows.start * step, first + rows.stop * step, step)
-        self.source.fill((*lead, inner, columns), out)
+        inner[self.axis] = slice(first + part.start * step, first + part.stop * step, step)
+        self.source.fill(tuple(inner), out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
