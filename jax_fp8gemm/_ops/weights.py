@@ -10,7 +10,7 @@ from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._core.bits import Bits, from_bits, to_bits, transpose
 from jax_fp8gemm._core.checks import as_float, check_option, check_quantized, renamed
 from jax_fp8gemm._core.errors import describe, fail
-from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, SCALE_BLOCK
+from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, ROWS, SCALE_BLOCK
 from jax_fp8gemm._core.qarray import QArray, exportable
 from jax_fp8gemm._core.types import ScaleRounding
 from jax_fp8gemm._ops.casts import BothCopies, cast_both, cast_transposed
@@ -93,7 +93,10 @@ def prepare_weight(
         check_quantized(op, "w", w)
         if not w.has_tile(BLOCKS):
             got = f"{describe('w', w.qvalue)}, {describe('scale', w.scale)}"
-            fail(op, "w has other scales.", got, "scales of 128x128", "quantize(w, (128, 128))")
+            fix = "quantize(w, (128, 128))"
+            if w.has_tile(ROWS):  # as compressed-tensors has weights
+                fix = "multiply by gemm(quantize(x, (1, None)), w), or " + fix
+            fail(op, "w has other scales.", got, "scales of 128x128", fix)
         return PreparedWeight(None, to_bits(w), None)
     w = as_float(op, "w", w)
     kn, nk = cast_both(jax.lax.stop_gradient(w), BLOCKS, scale_rounding=scale_rounding)

@@ -1,0 +1,1 @@
+"""Checkpoints: files to sharded arrays and back, lazily and byte for byte."""
