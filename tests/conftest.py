@@ -6,15 +6,19 @@ import tempfile
 GPU = os.environ.get("JAX_FP8GEMM_TEST_GPU") == "1"
 if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin may be there without a driver
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
+    # Most of the time of the tests was XLA's: each program is compiled once, and run on few values.
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    flags += " --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ.setdefault(
     "JAX_FP8GEMM_CACHE_DIR", os.path.join(tempfile.gettempdir(), "jax_fp8gemm_test_cache")
 )
 
 import jax
 import pytest
+
+if not GPU:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
