@@ -18,7 +18,8 @@ from protocol import beside, progress, save
 from quantize import peak_bytes
 
 from jax_fp8gemm._moe.gate import gate_logits
-from jax_fp8gemm._moe.routing import Permutation, permutation_of, route
+from jax_fp8gemm._moe.order import Permutation, permutation_of
+from jax_fp8gemm._moe.routing import route
 from jax_fp8gemm._tools import timing
 
 REPS = 11

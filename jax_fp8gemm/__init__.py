@@ -4,9 +4,11 @@ from jax_fp8gemm._bind import native as _native
 from jax_fp8gemm._bind.gemm_op import EXPORT_CHECKS
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.version import __version__
+from jax_fp8gemm._moe.balance import sequence_loss, update_bias
 from jax_fp8gemm._moe.ffn import expert_ffn
 from jax_fp8gemm._moe.layer import moe
-from jax_fp8gemm._moe.routing import Permutation, Routing, permute, route, unpermute
+from jax_fp8gemm._moe.order import Permutation, permute, unpermute
+from jax_fp8gemm._moe.routing import Routing, route
 from jax_fp8gemm._moe.weights import ExpertKernels, prepare_experts
 from jax_fp8gemm._ops.casts import BothCopies, SwigluGradients
 from jax_fp8gemm._ops.dot_general import fp8_dot_general
@@ -59,10 +61,12 @@ __all__ = [
     "quantize_transposed",
     "requantize",
     "route",
+    "sequence_loss",
     "swiglu_backward",
     "swiglu_quantize",
     "swiglu_quantize_both",
     "unpermute",
+    "update_bias",
 ]
 
 _native.register()

@@ -201,9 +201,9 @@ class Fp8MoE(nnx.Module):
       dtype: of the computation; default: the input's.
       param_dtype: of the parameters.
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
-      options: score_function, normalize, routed_scaling_factor, capacity_factor,
-        device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
-        scale_rounding, shared_columns and cast_in_gemm of `moe`.
+      options: score_function, normalize, routed_scaling_factor, n_group, topk_group,
+        capacity_factor, device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh,
+        exchange, wire, scale_rounding, shared_columns and cast_in_gemm of `moe`.
         With expert_axis the parameters have sharding metadata (`out_sharding`) with it and
         tensor_axis, unless their initializers say otherwise. Where a mesh with these axes is in use
         (`jax.set_mesh`), they are made as shards.

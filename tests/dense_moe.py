@@ -49,6 +49,31 @@ def dense_moe(x, gate_kernel, kernels: fp8.ExpertKernels, shared=None, **routing
     return y, routed
 
 
+def grouped_route(logits, top_k, *, n_group, topk_group, bias, routed_scaling_factor):
+    """DeepSeek-V3's router: returns expert_index, gate_weights and scores."""
+    t, e = logits.shape
+    scores = jax.nn.sigmoid(logits)
+    steered = scores + bias[None]
+    strength = jnp.sort(steered.reshape(t, n_group, -1), axis=2)[:, :, -2:].sum(2)
+    kept = jnp.argsort(-strength, axis=1, stable=True)[:, :topk_group]
+    group = jnp.arange(e)[None] // (e // n_group)
+    open_to_it = (group[:, :, None] == kept[:, None]).any(2)
+    order = jnp.argsort(jnp.where(open_to_it, -steered, jnp.inf), axis=1, stable=True)
+    chosen = order[:, :top_k]
+    weights = jnp.take_along_axis(scores, chosen, axis=1)
+    return chosen, routed_scaling_factor * weights / weights.sum(1, keepdims=True), scores
+
+
+def balance_in_sequences(expert_index, scores, length: int):
+    """Σ_i f_i · P_i of each sequence, one after the other; their mean."""
+    (t, top_k), e = expert_index.shape, scores.shape[1]
+    shares, total = scores / scores.sum(1, keepdims=True), 0
+    for start in range(0, t, length):
+        chosen = jax.nn.one_hot(expert_index[start : start + length], e).sum((0, 1))
+        total += (e / (top_k * length) * chosen * shares[start : start + length].mean(0)).sum()
+    return total / (t // length)
+
+
 def dot(a, b):
     return jnp.dot(a, b, precision="highest")
 

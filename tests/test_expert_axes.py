@@ -4,12 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from collectives import count, gathered, place
 from dense_moe import make_kernels, make_shared
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numerics import calc_diff
+from test_moe import of_router
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._bind.gathered import _said as said
@@ -362,6 +364,58 @@ def test_tokens_that_do_not_split_are_routed_everywhere_with_a_warning(parameter
     with pytest.warns(UserWarning, match="tokens do not split over mesh axis 'expert'") as seen:
         y, _ = spread(x[:2], gate_kernel, kernels)
     assert len(seen) == 1 and calc_diff(y, expected) < 2e-5
+
+
+def grouped_step(router, x, gate_kernel, kernels, **options):
+    """Returns y, choices, the next bias, the loss within sequences, and gradients."""
+    bias = jnp.linspace(-0.2, 0.2, E)
+
+    def loss(x, gate_kernel, kernels):
+        y, routing = of_router(router, x, gate_kernel, kernels, bias, **options)
+        towards = jax.random.normal(jax.random.key(9), (T, H)).reshape(y.shape)
+        balance = fp8.sequence_loss(routing, 8)
+        new = fp8.update_bias(bias, routing)
+        return (y * towards).sum() + 10 * balance, (y, routing.expert_index, new, balance)
+
+    return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, gate_kernel, kernels)
+
+
+@pytest.fixture(scope="module")
+def grouped_alone(parameters):
+    return jax.jit(functools.partial(grouped_step, "gate_kernel"))(*parameters[:3])
+
+
+ROUTERS = {  # kind of the axes, and whether tokens have two dims
+    "gate_kernel": (AUTO, False),
+    "logits": (EXPLICIT, True),
+    "routing": (EXPLICIT, True),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_with_groups(parameters, grouped_alone, name):
+    """Choices, next bias, balance and gradients are those of all tokens on one device."""
+    kind, folded = ROUTERS[name]
+    x, *rest = parameters
+    spec = P("data", "expert") if folded else P(("data", "expert"))
+    if folded:
+        x = x.reshape(8, 8, H)
+    mesh = mesh_of((kind,) * 3)
+    arrays = placed((x, *rest), mesh, with_tokens("data_expert", spec))[:3]
+    options = {"expert_axis": "expert", "token_axes": spec}
+    run = jax.jit(functools.partial(grouped_step, name, **options))
+    with jax.set_mesh(mesh):
+        made = run.lower(*arrays).compile()
+        (_, (y, index, bias, balance)), gradients = made(*arrays)
+    # Scores and choices of tokens of two dims are moved into the flat order of a Routing.
+    assert not [shape for _, shape in weights_gathered(made.as_text()) if {H, F} & {*shape}]
+    (_, (right_y, right_index, right_bias, right_balance)), right = grouped_alone
+    assert calc_diff(y.reshape(T, H), right_y) < 2e-5
+    np.testing.assert_array_equal(index, right_index)
+    np.testing.assert_array_equal(bias, right_bias)
+    np.testing.assert_allclose(balance, right_balance, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(right), strict=True):
+        assert calc_diff(a.reshape(b.shape), b) < 1e-4
 
 
 def inside_another_shard_map(run, x, *rest):

@@ -10,7 +10,7 @@ from collectives import mesh_of, place
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_fp8gemm._moe import gate, routing
+from jax_fp8gemm._moe import gate, order, routing
 from jax_fp8gemm._moe.gate import gate_logits, parts
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -328,7 +328,7 @@ def test_a_router_is_exported_for_any_number_of_tokens(key):
 )
 def test_rows_are_sorted_by_the_narrowest_keys(key, experts, dtype):
     chosen = jax.random.randint(key, (50, 4), -2, experts + 2)
-    run = jax.jit(routing.permutation_of, static_argnums=1)
+    run = jax.jit(order.permutation_of, static_argnums=1)
     text = run.lower(chosen, experts).as_text()
     assert text.count("stablehlo.sort") == 1 and f"tensor<200x{dtype}>" in text
     permutation = run(chosen, experts)

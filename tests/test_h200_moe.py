@@ -236,7 +236,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 from jax_fp8gemm._moe.gate import gate_logits
-from jax_fp8gemm._moe.routing import permutation_of, route
+from jax_fp8gemm._moe.order import permutation_of
+from jax_fp8gemm._moe.routing import route
 target = open(sys.argv[1]).read()
 topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
 at = NamedSharding(Mesh(np.array(topology.devices), ("x",)), P())

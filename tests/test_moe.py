@@ -4,11 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_moe import FORWARD, cosine, dense_moe, make_kernels, make_shared
+from dense_moe import (
+    FORWARD,
+    balance_in_sequences,
+    cosine,
+    dense_ffn,
+    dense_moe,
+    dot,
+    grouped_route,
+    make_kernels,
+    make_shared,
+)
+from flax import nnx
 from numerics import calc_diff
 from test_experts import F, H, T, tokens
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm import linen as fp8_linen
+from jax_fp8gemm import nnx as fp8_nnx
 
 
 def layer(key, e=4, dtype=jnp.float32):
@@ -39,6 +52,64 @@ def test_whole_layer_against_float32(key):
     pairs = jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)
     for a, b in zip(*pairs, strict=True):
         assert cosine(a, b) >= 0.995, a.shape
+
+
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+
+
+def of_router(router: str, x, gate_kernel, kernels, bias, **options):
+    """Calls moe with the logits x · gate_kernel, in one of its three ways."""
+    how = {"bias": bias, "score_function": "sigmoid", **GROUPS}
+    if router == "gate_kernel":
+        return fp8.moe(x, gate_kernel, kernels, top_k=2, **how, **options)
+    logits = dot(x.astype(jnp.float32), gate_kernel)
+    if router == "logits":
+        return fp8.moe(x, None, kernels, top_k=2, logits=logits, **how, **options)
+    routing = fp8.route(logits.reshape(-1, logits.shape[-1]), 2, **how)
+    return fp8.moe(x, None, kernels, routing=routing, **options)
+
+
+@pytest.mark.parametrize("router", ["gate_kernel", "logits", "routing"])
+def test_routers_with_groups_against_float32(key, router):
+    """With the balance loss of sequences, whose gradient goes through the scores."""
+    x, dy, (gate_kernel, kernels, _) = layer(key, e=8)
+    bias, length = jax.random.normal(key, (8,)) / 4, T // 4
+
+    def ours(x, gate_kernel, kernels):
+        y, routing = of_router(router, x, gate_kernel, kernels, bias)
+        return y, routing.expert_index, fp8.sequence_loss(routing, length)
+
+    def plain(x, gate_kernel, kernels):
+        index, weights, scores = grouped_route(dot(x, gate_kernel), 2, bias=bias, **GROUPS)
+        y = dense_ffn(x, index, weights, kernels)
+        return y, index, balance_in_sequences(index, scores, length)
+
+    def run(function):
+        def loss(*operands):
+            y, index, balance = function(*operands)
+            return (y * dy).sum() + 10 * balance, (y, index, balance)
+
+        found = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(x, gate_kernel, kernels)
+        return found[0][1], found[1]
+
+    (y, index, balance), gradients = run(ours)
+    (expected_y, expected_index, expected_balance), expected_gradients = run(plain)
+    np.testing.assert_array_equal(index, expected_index)
+    np.testing.assert_allclose(balance, expected_balance, rtol=1e-5)
+    assert calc_diff(y, expected_y) < FORWARD
+    pairs = jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)
+    for a, b in zip(*pairs, strict=True):
+        assert cosine(a, b) >= 0.995, a.shape
+
+
+def test_flax_layers_hand_groups_on():
+    """Seen in what moe refuses, which shows what it was given."""
+    linen = fp8_linen.Fp8MoE(8, 16, 2, n_group=3, topk_group=2)
+    model = fp8_nnx.Fp8MoE(32, 16, 8, top_k=2, n_group=3, topk_group=2, rngs=nnx.Rngs(0))
+    for call in (lambda x: linen.init(jax.random.key(0), x), model):
+        with pytest.raises(ValueError, match="8 experts do not form 3 groups") as info:
+            jax.eval_shape(call, ones(8, 32))
+        assert "n_group=3, topk_group=2, top_k=2, gate_kernel f32[32, 8]" in str(info.value)
 
 
 jitted_moe = jax.jit(fp8.moe, static_argnames=("top_k", "capacity_factor"))
@@ -86,6 +157,7 @@ def made(**changed):
 
 KERNELS = made()
 CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
+ROUTING = fp8.Routing(*CHOSEN, ones(8, 4), ones(), ones())
 
 
 @pytest.mark.parametrize(
@@ -192,6 +264,51 @@ CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
             ValueError,
             lambda: fp8.moe(ones(8, 32), ones(4, 32), KERNELS, top_k=2),
             "x and gate_kernel do not fit.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), None, KERNELS, top_k=2),
+            "gate_kernel, logits and routing exclude each other.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, routing=ROUTING),
+            "gate_kernel, logits and routing exclude each other.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS),
+            "top_k is None, with 4 experts.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(2, 4, 32), None, KERNELS, top_k=2, logits=ones(8, 4)),
+            "x and logits do not fit.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), None, KERNELS, top_k=2, logits=ones(8, 8)),
+            "4 experts here, 8 in logits, over 1 devices.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.moe(ones(8, 32), None, KERNELS, routing=CHOSEN),
+            "routing is not a Routing.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(7, 32), None, KERNELS, routing=ROUTING),
+            "x and routing do not fit.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), None, KERNELS, routing=ROUTING, top_k=2),
+            "routing is made already.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), None, KERNELS, routing=ROUTING, score_function="sigmoid"),
+            "routing is made already.",
         ),
         (
             ValueError,

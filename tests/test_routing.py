@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from dense_moe import balance_in_sequences, grouped_route
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jax_fp8gemm import permute, route, unpermute
+from jax_fp8gemm import Routing, permute, route, sequence_loss, unpermute, update_bias
+from jax_fp8gemm._moe import routing as routing_file
 
 P = PartitionSpec
 
@@ -121,6 +123,185 @@ def test_no_tokens():
     assert routing.aux_loss == 0 and routing.z_loss == 0
 
 
+# ---- groups -------------------------------------------------------------------------------------
+
+DEEPSEEK = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+
+
+def bias_of(key, e=12):
+    return jax.random.normal(jax.random.fold_in(key, 1), (e,)) / 4
+
+
+@pytest.mark.parametrize("many_scores", [routing_file.MANY_SCORES, 0])
+def test_groups_against_a_plain_model(key, monkeypatch, many_scores):
+    """Values and gradients, ties and negative sums included."""
+    monkeypatch.setattr(routing_file, "MANY_SCORES", many_scores)
+    logits = jnp.round(2 * make_logits(key, t=200, e=12)) / 2
+    bias = jnp.round(8 * bias_of(key)) / 8 - 0.5
+    towards = jax.random.normal(key, (200, 3))
+
+    def loss(weights_of, logits):
+        index, weights = weights_of(logits)
+        return (weights * towards).sum(), (index, weights)
+
+    def ours(logits):
+        routing = route(logits, 3, score_function="sigmoid", bias=bias, **DEEPSEEK)
+        return routing.expert_index, routing.gate_weights
+
+    plain = lambda logits: grouped_route(logits, 3, bias=bias, **DEEPSEEK)[:2]  # noqa: E731
+    (_, got), grad = jax.value_and_grad(lambda x: loss(ours, x), has_aux=True)(logits)
+    (_, expected), right = jax.value_and_grad(lambda x: loss(plain, x), has_aux=True)(logits)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+    np.testing.assert_allclose(grad, right, rtol=1e-4, atol=1e-6)
+    free = route(logits, 3, score_function="sigmoid", bias=bias)
+    assert (got[0] != free.expert_index).any()
+
+
+def test_groups_of_one_expert_and_all_groups_limit_nothing(key):
+    logits = make_logits(key)
+    free = route(logits, 3).expert_index
+    for n_group, topk_group in ((8, 3), (2, 2), (1, 1)):
+        got = route(logits, 3, n_group=n_group, topk_group=topk_group)
+        np.testing.assert_array_equal(got.expert_index, free)
+
+
+def test_the_choice_never_leaves_the_groups():
+    """Even where an expert of theirs is turned off as firmly as those of the others."""
+    bias = jnp.array([-jnp.inf] * 3 + [0.0, 0.0, -jnp.inf])
+    routing = route(jnp.zeros((1, 6)), 3, bias=bias, n_group=2, topk_group=1)
+    np.testing.assert_array_equal(routing.expert_index, [[3, 4, 5]])
+
+
+def test_nan_is_the_largest_in_groups_too():
+    bias = jnp.zeros(8).at[5].set(jnp.nan)
+    np.testing.assert_array_equal(route(jnp.zeros((1, 8)), 2, bias=bias).expert_index, [[5, 0]])
+    grouped = route(jnp.zeros((1, 8)), 2, bias=bias, n_group=4, topk_group=1)
+    np.testing.assert_array_equal(grouped.expert_index, [[5, 4]])
+
+
+def test_groups_are_exported_for_any_number_of_tokens(key):
+    tokens = jax.ShapeDtypeStruct(jax.export.symbolic_shape("t, 8"), jnp.float32)
+    run = jax.jit(lambda logits: route(logits, 3, n_group=4, topk_group=2))
+    logits = make_logits(key, t=5)
+    got = jax.export.export(run)(tokens).call(logits)
+    np.testing.assert_array_equal(got.expert_index, run(logits).expert_index)
+
+
+# ---- balance ------------------------------------------------------------------------------------
+
+
+def chosen_as(expert_index, e=4) -> Routing:
+    """A Routing that says which experts were chosen, and nothing else."""
+    index = jnp.array(expert_index)
+    none = jnp.zeros((*index.shape[:-1], e))
+    return Routing(index, jnp.zeros(index.shape), none, jnp.zeros(()), jnp.zeros(()))
+
+
+def test_bias_moves_towards_the_mean_load():
+    bias = jnp.array([0.5, 0.0, -0.5, 1.0])
+    # Loads 3, 1, 0, 0 of a mean of 1; 4 and -1 are no experts.
+    routing = chosen_as([[0, 1], [0, 4], [0, -1]])
+    got = update_bias(bias, routing, rate=0.25)
+    np.testing.assert_array_equal(got, bias + jnp.array([-0.25, 0, 0.25, 0.25]))
+    np.testing.assert_array_equal(update_bias(bias, routing) < bias, [True, False, False, False])
+
+
+def test_bias_counts_all_microbatches_of_a_scan(key):
+    index = jax.random.randint(key, (3, 10, 2), -1, 5)
+    together = chosen_as(index.reshape(30, 2))
+    bias = jnp.zeros(4)
+    expected = update_bias(bias, together)
+    np.testing.assert_array_equal(update_bias(bias, chosen_as(index)), expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_bias_over_an_axis_sees_the_load_of_all(key, check_vma):
+    logits = make_logits(key, t=32)
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    update = lambda logits, axis: update_bias(  # noqa: E731
+        jnp.zeros(8), route(logits, 2), rate=1.0, axis=axis
+    )
+    split = jax.shard_map(
+        lambda logits: update(logits, "x"),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    expected = update(logits, None)
+    np.testing.assert_array_equal(jax.jit(split)(logits), expected)
+    assert (expected != update(logits[:4], None)).any()
+
+
+def test_bias_brings_balance(key):
+    """Experts that every token likes best lose what they have over the mean."""
+    logits = make_logits(key, t=256) + jnp.linspace(-2, 2, 8)[None]
+
+    def step(bias, _):
+        routing = route(logits, 2, score_function="sigmoid", bias=bias)
+        load = jax.nn.one_hot(routing.expert_index, 8).sum((0, 1))
+        return update_bias(bias, routing, rate=0.01), load.max() / load.mean()
+
+    _, worst = jax.lax.scan(step, jnp.zeros(8), length=150)
+    assert worst[0] > 2 and worst[-1] < 1.15
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_sequence_loss_and_its_gradient(key, score_function):
+    logits = make_logits(key, t=30)
+
+    def loss(logits, of):
+        routing = route(logits, 3, score_function=score_function)
+        return of(routing)
+
+    def plain(routing):
+        return balance_in_sequences(routing.expert_index, routing.scores, 10)
+
+    got = jax.value_and_grad(loss)(logits, lambda routing: sequence_loss(routing, 10))
+    expected = jax.value_and_grad(loss)(logits, plain)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert abs(got[0] - route(logits, 3, score_function=score_function).aux_loss) > 1e-2
+
+
+def test_sequence_loss_is_one_in_balance():
+    """Balanced within each sequence; and over all tokens alone, which does not count."""
+    within = route(10 * jnp.tile(jnp.eye(4), (2, 1)), 1)
+    np.testing.assert_allclose(sequence_loss(within, 4), 1.0, rtol=1e-6)
+    over_all = route(10 * jnp.repeat(jnp.eye(4), 2, 0), 1)
+    np.testing.assert_allclose(over_all.aux_loss, 1.0, rtol=1e-6)
+    assert sequence_loss(over_all, 2) > 3.9
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sequence_loss_over_an_axis_is_the_mean_of_all(key, check_vma):
+    logits = make_logits(key, t=32)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    loss = lambda axis: lambda logits: sequence_loss(route(logits, 2), 4, axis=axis)  # noqa: E731
+    split = jax.shard_map(loss("x"), mesh=mesh, in_specs=P("x"), out_specs=P(), check_vma=check_vma)
+    got, grad = jax.jit(jax.value_and_grad(split))(logits)
+    expected, right = jax.value_and_grad(loss(None))(logits)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    np.testing.assert_allclose(grad, right, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_balance_of_tokens_that_types_or_arrays_split(key, kind):
+    """Four sequences over eight devices: every device has half a one."""
+    logits = make_logits(key, t=32)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+
+    def both(logits):
+        routing = route(logits, 2)
+        return sequence_loss(routing, 8), update_bias(jnp.zeros(8), routing)
+
+    placed = jax.device_put(logits, jax.NamedSharding(mesh, P("x")))
+    got, expected = jax.jit(both)(placed), both(logits)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
 # ---- permute and unpermute ----------------------------------------------------------------------
 
 CHOICES = {
@@ -195,7 +376,31 @@ def test_sums_are_made_in_float32():
         (lambda: route(jnp.ones((3, 4)), 0), "top_k is 0, with 4 experts."),
         (lambda: route(jnp.ones((2, 3, 4)), 1), "logits have the wrong rank."),
         (lambda: route(jnp.ones((3, 4)), 1, score_function="tanh"), "score_function is unknown."),
-        (lambda: route(jnp.ones((3, 4)), 1, bias=jnp.ones(3)), "bias does not fit the logits."),
+        (lambda: route(jnp.ones((3, 4)), 1, bias=jnp.ones(3)), "bias does not fit the experts."),
+        (
+            lambda: route(jnp.ones((3, 6)), 1, n_group=2),
+            "n_group and topk_group go together.",
+        ),
+        (
+            lambda: route(jnp.ones((3, 6)), 1, n_group=4, topk_group=1),
+            "6 experts do not form 4 groups of equal size.",
+        ),
+        (
+            lambda: route(jnp.ones((3, 6)), 1, n_group=2, topk_group=3),
+            "topk_group is 3, with 2 groups.",
+        ),
+        (
+            lambda: route(jnp.ones((3, 6)), 4, n_group=2, topk_group=1),
+            "top_k is 4, with 3 experts in the groups of a token.",
+        ),
+        (
+            lambda: update_bias(jnp.zeros(3), chosen_as([[0]])),
+            "bias does not fit the experts.",
+        ),
+        (
+            lambda: sequence_loss(chosen_as([[0]] * 6), 4),
+            "the tokens are not whole sequences.",
+        ),
         (
             lambda: permute(jnp.ones((3, 4)), jnp.ones((2, 1), int), 4),
             "x and expert_index do not fit.",

@@ -27,17 +27,17 @@ from jax_fp8gemm._moe.exchange import (
     send,
     send_together,
 )
-from jax_fp8gemm._moe.placement import (
-    ExpertAxes,
-    size_of,
-)
-from jax_fp8gemm._moe.routing import (
+from jax_fp8gemm._moe.order import (
     Permutation,
     cut,
     first_choices,
     permutation_of,
     rows_or_zero,
     sum_rows,
+)
+from jax_fp8gemm._moe.placement import (
+    ExpertAxes,
+    size_of,
 )
 from jax_fp8gemm._moe.weights import (
     ExpertKernels,

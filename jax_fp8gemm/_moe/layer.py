@@ -15,7 +15,6 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.exchange import axis_size
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
-from jax_fp8gemm._moe.gate import gate_logits
 from jax_fp8gemm._moe.placement import (
     AxisNames,
     ExpertAxes,
@@ -29,7 +28,8 @@ from jax_fp8gemm._moe.placement import (
     received_rows,
     size_of,
 )
-from jax_fp8gemm._moe.routing import Routing, route
+from jax_fp8gemm._moe.router import Router, as_router, route_spec
+from jax_fp8gemm._moe.routing import RouteSpec, Routing
 from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
 from jax_fp8gemm._ops.matmul import fp8_matmul
 
@@ -39,6 +39,8 @@ OPTIONS = (
     "score_function",
     "normalize",
     "routed_scaling_factor",
+    "n_group",
+    "topk_group",
     "capacity_factor",
     "device_capacity_factor",
     "expert_axis",
@@ -61,14 +63,18 @@ FORMER_NAMES = {
 @renamed(**FORMER_NAMES)
 def moe(
     x: jax.Array,
-    gate_kernel: jax.Array,
+    gate_kernel: jax.Array | None,
     kernels: ExpertKernels,
     *,
-    top_k: int,
+    top_k: int | None = None,
     score_function: ScoreFunction = "softmax",
     bias: jax.Array | None = None,
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+    logits: jax.Array | None = None,
+    routing: Routing | None = None,
     capacity_factor: float | None = None,
     device_capacity_factor: float | None = None,
     shared: ExpertKernels | None = None,
@@ -89,10 +95,14 @@ def moe(
 
     Args:
       x: bf16, f16 or f32 [..., h]; inside shard_map this device's tokens.
-      gate_kernel: bf16, f16 or f32 [h, e]; logits are as exact as float32 products.
+      gate_kernel: bf16, f16 or f32 [h, e]; logits are as exact as float32 products. None with
+        logits or routing, which replace it.
       kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Inside
         shard_map the shards of this device, in the order of the devices.
-      top_k, score_function, bias, normalize, routed_scaling_factor: see `route`.
+      top_k, score_function, bias, normalize, routed_scaling_factor, n_group, topk_group: see
+        `route`. None of them with routing.
+      logits: bf16, f16 or f32 [..., e], made elsewhere; split as x is.
+      routing: the Routing of the tokens, flattened to one dim as moe returns it; split as x is.
       capacity_factor: None keeps every row. Else an expert takes capacity_factor times its even
         share of the rows at most. With exchange "all_to_all" it is a device that takes
         capacity_factor times its even share of a device's rows, at most all its tokens.
@@ -120,7 +130,8 @@ def moe(
 
     Raises:
       ValueError: shapes do not fit, top_k is above e, experts do not split over the axis, there is
-        no such axis, or an option is unknown or not possible.
+        no such axis, or an option is unknown or not possible. Not one of gate_kernel, logits and
+        routing is given.
       TypeError: dtypes.
       NotImplementedError: a second derivative.
 
@@ -131,17 +142,24 @@ def moe(
       y, routing = moe(x, gate_kernel, kernels, top_k=2)
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
-    x, gate_kernel = as_float("moe", "x", x), as_float("moe", "gate_kernel", gate_kernel)
+    x = as_float("moe", "x", x)
+    router = as_router(x, gate_kernel, logits, routing)
     kernels = as_kernels("moe", "kernels", kernels)
     if shared is not None:
         shared = as_kernels("moe", "shared", shared, ndim=2)
     axes = axes_of("moe", expert_axis, tensor_axis, token_axes)
-    _check_router(x, gate_kernel)
-    spec = LayerSpec(
-        top_k=top_k,
+    route = route_spec(
+        router,
+        bias,
+        top_k,
         score_function=score_function,
         normalize=normalize,
         routed_scaling_factor=routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+    )
+    spec = LayerSpec(
+        route=route,
         capacity_factor=capacity_factor,
         device_capacity_factor=device_capacity_factor,
         axes=axes,
@@ -153,19 +171,16 @@ def moe(
     )
     spec.check()
     if not axes.any or are_manual("moe", axes):
-        return _layer(spec, x, gate_kernel, kernels, bias, shared)
+        return _layer(spec, x, router, kernels, bias, shared)
     where = place("moe", x, kernels, axes, token_axes, mesh)
-    return _over_devices(spec, where, x, gate_kernel, kernels, bias, shared)
+    return _over_devices(spec, where, x, router, kernels, bias, shared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Static description of one layer; as the arguments of moe."""
 
-    top_k: int
-    score_function: ScoreFunction
-    normalize: bool
-    routed_scaling_factor: float
+    route: RouteSpec
     capacity_factor: float | None
     device_capacity_factor: float | None
     axes: ExpertAxes
@@ -177,11 +192,9 @@ class LayerSpec:
 
     def check(self) -> None:
         """Raises a ValueError or a TypeError for an option that is none."""
-        check_option("moe", "score_function", self.score_function, ScoreFunction)
         check_option("moe", "exchange", self.exchange, ExchangeKind)
         check_option("moe", "wire", self.wire, Wire)
         check_option("moe", "scale_rounding", self.scale_rounding, ScaleRounding)
-        check_bool("moe", "normalize", self.normalize)
         check_bool("moe", "shared_columns", self.shared_columns)
         check_bool("moe", "cast_in_gemm", self.cast_in_gemm, or_none=True)
         _check_factor("capacity_factor", self.capacity_factor)
@@ -192,7 +205,7 @@ def _over_devices(
     spec: LayerSpec,
     where: Placement,
     x: jax.Array,
-    gate_kernel: jax.Array,
+    router: Router,
     kernels: ExpertKernels,
     bias: jax.Array | None,
     shared: ExpertKernels | None,
@@ -201,8 +214,9 @@ def _over_devices(
     spec = dataclasses.replace(spec, axes=where.axes)
     whole, tokens = PartitionSpec(), where.tokens
 
-    def local(x, gate_kernel, kernels, bias, shared):
-        y, routing = _layer(spec, x, gate_kernel, kernels, bias, shared)
+    def local(x, router, kernels, bias, shared):
+        router = router.each_token(lambda part: part.reshape(-1, part.shape[-1]))
+        y, routing = _layer(spec, x, router, kernels, bias, shared)
         each = (routing.expert_index, routing.gate_weights, routing.scores)
         folded = [part.reshape(*x.shape[:-1], -1) for part in each]
         return y, folded, (routing.aux_loss, routing.z_loss, routing.dropped)
@@ -211,16 +225,17 @@ def _over_devices(
         "moe",
         kernels,
         where,
-        rows=math.prod(x.shape[:-1]) * spec.top_k,
+        rows=math.prod(x.shape[:-1]) * spec.route.top_k,
         x=x,
         rounding=spec.scale_rounding,
         wanted=spec.cast_in_gemm,
     )
+    router = router.each_token(lambda part: where.fold(part, x.shape[:-1]))
     shared_specs = None if shared is None else where.kernels(shared)
     y, each, losses = where.run(
         local,
-        (x, gate_kernel, kernels, bias, shared),
-        (tokens, whole, where.kernels(kernels), whole, shared_specs),
+        (x, router, kernels, bias, shared),
+        (tokens, router.specs(where), where.kernels(kernels), whole, shared_specs),
         (tokens, tokens, whole),
     )
     return where.like(y, x), Routing(*map(where.flat, each), *losses)
@@ -229,13 +244,13 @@ def _over_devices(
 def _layer(
     spec: LayerSpec,
     x: jax.Array,
-    gate_kernel: jax.Array,
+    router: Router,
     kernels: ExpertKernels,
     bias: jax.Array | None,
     shared: ExpertKernels | None,
 ) -> tuple[jax.Array, Routing]:
     """moe on one device, or on the shards of a device inside shard_map."""
-    _check_experts(gate_kernel, kernels, spec.axes)
+    _check_experts(router, kernels, spec.axes)
     kernels = ready(
         "moe",
         kernels,
@@ -245,15 +260,7 @@ def _layer(
         wanted=spec.cast_in_gemm,
     )
     tokens = x.reshape(-1, x.shape[-1])
-    routing = route(
-        gate_logits(tokens, gate_kernel),
-        spec.top_k,
-        score_function=spec.score_function,
-        bias=bias,
-        normalize=spec.normalize,
-        routed_scaling_factor=spec.routed_scaling_factor,
-        axis=spec.axes.tokens or None,
-    )
+    routing = router.decide(spec.route, tokens, bias, spec.axes.tokens or None)
     check_tokens("moe", tokens, routing.expert_index, routing.gate_weights, kernels)
     y, dropped = _routed(spec, tokens, routing, kernels)
     if shared is not None:
@@ -263,7 +270,7 @@ def _layer(
 
 def _rows_here(spec: LayerSpec, x: jax.Array) -> int:
     """Returns how many rows the experts of a device have on average."""
-    rows = received_rows(spec.axes, math.prod(x.shape[:-1]), spec.top_k)
+    rows = received_rows(spec.axes, math.prod(x.shape[:-1]), spec.route.top_k)
     return rows // size_of(spec.axes.experts)
 
 
@@ -310,21 +317,15 @@ def _check_factor(name: str, factor: Any) -> None:
         fail("moe", f"{name} is not a positive number.", got, expected, fix)
 
 
-def _check_router(x: jax.Array, gate_kernel: jax.Array) -> None:
-    if x.ndim < 1 or gate_kernel.ndim != 2 or x.shape[-1] != gate_kernel.shape[0]:
-        got = f"{describe('x', x)}, {describe('gate_kernel', gate_kernel)}"
-        expected, fix = "x [..., h], gate_kernel [h, e]", "if it is [e, h], pass gate_kernel.T"
-        fail("moe", "x and gate_kernel do not fit.", got, expected, fix)
-
-
-def _check_experts(gate_kernel: jax.Array, kernels: ExpertKernels, axes: ExpertAxes) -> None:
+def _check_experts(router: Router, kernels: ExpertKernels, axes: ExpertAxes) -> None:
     """Checks that the experts here are those of one device."""
-    e, own = gate_kernel.shape[1], kernels.wi_0.shape[0]
+    name, array = router.of_experts
+    e, own = array.shape[-1], kernels.wi_0.shape[0]
     devices = axis_size("moe", axes.experts, e)
     if own * devices == e:
         return
-    got = f"{describe('gate_kernel', gate_kernel)}, {describe('wi_0', kernels.wi_0)}"
-    what = f"{own} experts here, {e} in gate_kernel, over {devices} devices."
+    got = f"{describe(name, array)}, {describe('wi_0', kernels.wi_0)}"
+    what = f"{own} experts here, {e} in {name}, over {devices} devices."
     fix = "pass all experts, or name expert_axis"
     if axes.experts:
         names = ", ".join(map(repr, axes.experts))

@@ -214,6 +214,16 @@ class Placement:
             return y
         return jax.sharding.reshard(y, jax.typeof(x).sharding)
 
+    def fold(self, x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+        """Makes the leading dims of tokens of one dim; the inverse of flat."""
+        shape, explicit = (*lead, *x.shape[1:]), meshes.explicit_axes(self.mesh)
+        if len(lead) == 1 or not explicit:
+            return x.reshape(shape)
+        one = _only(explicit, PartitionSpec(_flat(self.entries) or None))
+        x = jax.sharding.reshard(x, NamedSharding(self.mesh, one))
+        at = NamedSharding(self.mesh, _only(explicit, self.tokens))
+        return jax.lax.reshape(x, shape, out_sharding=at)
+
     def flat(self, x: jax.Array) -> jax.Array:
         """Makes one dim of the leading dims of tokens."""
         count = len(self.entries)
