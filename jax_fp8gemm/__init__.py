@@ -5,9 +5,10 @@ from jax_fp8gemm._bind.gemm_op import EXPORT_CHECKS
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.version import __version__
 from jax_fp8gemm._moe.ffn import expert_ffn
+from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.layer import moe
 from jax_fp8gemm._moe.routing import Permutation, Routing, permute, route, unpermute
-from jax_fp8gemm._moe.weights import ExpertKernels, prepare_experts
+from jax_fp8gemm._moe.weights import prepare_experts
 from jax_fp8gemm._ops.casts import BothCopies, SwigluGradients
 from jax_fp8gemm._ops.dot_general import fp8_dot_general
 from jax_fp8gemm._ops.gemm import gemm

@@ -16,6 +16,7 @@ from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, 
 from jax_fp8gemm._moe.exchange import axis_size
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
 from jax_fp8gemm._moe.gate import gate_logits
+from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.placement import (
     AxisNames,
     ExpertAxes,
@@ -30,7 +31,7 @@ from jax_fp8gemm._moe.placement import (
     size_of,
 )
 from jax_fp8gemm._moe.routing import Routing, route
-from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
+from jax_fp8gemm._moe.weights import ready, shared_matrices
 from jax_fp8gemm._ops.matmul import fp8_matmul
 
 # What layers pass on.
@@ -90,8 +91,9 @@ def moe(
     Args:
       x: bf16, f16 or f32 [..., h]; inside shard_map this device's tokens.
       gate_kernel: bf16, f16 or f32 [h, e]; logits are as exact as float32 products.
-      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Inside
-        shard_map the shards of this device, in the order of the devices.
+      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Or FP8
+        weights, which are constants: QArrays [e, f, h] and [e, h, f]. Inside shard_map the shards
+        of this device, in the order of the devices.
       top_k, score_function, bias, normalize, routed_scaling_factor: see `route`.
       capacity_factor: None keeps every row. Else an expert takes capacity_factor times its even
         share of the rows at most. With exchange "all_to_all" it is a device that takes
@@ -100,7 +102,8 @@ def moe(
         Else for device_capacity_factor times its even share of them. Nothing is lost while they
         fit. Of more rows it takes first choices before second ones, in the order of tokens. The
         others add nothing and have no gradient, and Routing.dropped counts them.
-      shared: ExpertKernels [h, fs], [h, fs], [fs, h] of an expert that sees every token.
+      shared: ExpertKernels [h, fs], [h, fs], [fs, h] of an expert that sees every token; or
+        QArrays [fs, h], [fs, h], [h, fs].
       expert_axis: the mesh axis, or axes, that split the experts. Inside shard_map it is one of its
         axes. Elsewhere moe makes its own shard_map, over all axes of the mesh.
       tensor_axis: the mesh axis, or axes, that split f.
@@ -216,6 +219,8 @@ def _over_devices(
         rounding=spec.scale_rounding,
         wanted=spec.cast_in_gemm,
     )
+    if shared is not None:
+        shared = where.halves("moe", "shared", shared)
     shared_specs = None if shared is None else where.kernels(shared)
     y, each, losses = where.run(
         local,
@@ -278,7 +283,7 @@ def _routed(
     if factor is not None and via is not None and via.kind == "all_to_all":
         room = min(t, max(1, math.ceil(factor * t * top_k / devices)))
     elif factor is not None:
-        e = kernels.wi_0.shape[0] * devices
+        e = kernels.sizes[0] * devices
         capacity = min(received, max(1, math.ceil(factor * received / e)))
     most, factor = None, spec.device_capacity_factor
     if factor is not None:
@@ -319,17 +324,18 @@ def _check_router(x: jax.Array, gate_kernel: jax.Array) -> None:
 
 def _check_experts(gate_kernel: jax.Array, kernels: ExpertKernels, axes: ExpertAxes) -> None:
     """Checks that the experts here are those of one device."""
-    e, own = gate_kernel.shape[1], kernels.wi_0.shape[0]
+    e, own = gate_kernel.shape[1], kernels.sizes[0]
     devices = axis_size("moe", axes.experts, e)
     if own * devices == e:
         return
-    got = f"{describe('gate_kernel', gate_kernel)}, {describe('wi_0', kernels.wi_0)}"
+    got = f"{describe('gate_kernel', gate_kernel)}, {describe_kernels(kernels)}"
     what = f"{own} experts here, {e} in gate_kernel, over {devices} devices."
     fix = "pass all experts, or name expert_axis"
     if axes.experts:
         names = ", ".join(map(repr, axes.experts))
         fix = f"split the kernels over {names} by in_specs: P({names})"
-    fail("moe", what, got, f"wi_0 [{e // devices}, h, f]", fix)
+    expected = f"wi_0 [{e // devices}, h, f]"
+    fail("moe", what, got, "wo" + expected[4:] if kernels.is_fp8 else expected, fix)
 
 
 def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
@@ -337,14 +343,16 @@ def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
     axes = spec.axes
     if axes.gathered:
         x = jax.lax.all_gather(x, axes.gathered, tiled=True)
-    x, (wi_0, wi_1, wo) = vary_alike(x, (kernels.wi_0, kernels.wi_1, kernels.wo))
+    x, matrices = vary_alike(x, shared_matrices(kernels))
     matmul = functools.partial(
         fp8_matmul,
         preferred_element_type=x.dtype,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
     )
-    gate, up = (matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
+    *wi, wo = matrices
+    parts = [matmul(x, w).astype(jnp.float32) for w in wi]
+    gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
     y = matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)
     if axes.gathered:
         y = jax.lax.psum_scatter(y, axes.gathered, tiled=True)
