@@ -6,10 +6,11 @@ from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.version import __version__
 from jax_fp8gemm._moe.balance import sequence_loss, update_bias
 from jax_fp8gemm._moe.ffn import expert_ffn
+from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.layer import moe
 from jax_fp8gemm._moe.order import Permutation, permute, unpermute
 from jax_fp8gemm._moe.routing import Routing, route
-from jax_fp8gemm._moe.weights import ExpertKernels, prepare_experts
+from jax_fp8gemm._moe.weights import prepare_experts
 from jax_fp8gemm._ops.casts import BothCopies, SwigluGradients
 from jax_fp8gemm._ops.dot_general import fp8_dot_general
 from jax_fp8gemm._ops.gemm import gemm

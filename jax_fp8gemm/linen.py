@@ -16,6 +16,7 @@ from jax_fp8gemm._core.errors import fail, message
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.layer import OPTIONS, moe
 from jax_fp8gemm._moe.placement import (
     AxisNames,
@@ -26,7 +27,6 @@ from jax_fp8gemm._moe.placement import (
     size_of,
 )
 from jax_fp8gemm._moe.routing import Routing
-from jax_fp8gemm._moe.weights import ExpertKernels
 from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.quantize import quantize
@@ -118,12 +118,13 @@ def quantize_kernels(
     Args:
       params: nested dicts of arrays, boxes taken off (`nn.meta.unbox`).
       where: of the path to a layer, whether to convert it. Say no to what is not an
-        `Fp8Dense(quantized=True)`. Kernels of other ranks stay.
+        `Fp8Dense` or `Fp8MoE` with `quantized=True`. Kernels of other ranks stay.
 
     Returns:
       {"params": what stays, "quantized": for each `kernel` [in, out] its `qvalue` e4m3 [out, in]
-      and its `scale` f32 of 128x128}, for `model.apply`. FP8 weights are not parameters, so no
-      optimizer touches them.
+      and its `scale` f32 of 128x128}, for `model.apply`. Of an `Fp8MoE` likewise: its matrices
+      `wi_0` become `wi_0_qvalue` and `wi_0_scale`, and so on. FP8 weights are not parameters, so
+      no optimizer touches them.
 
     Raises:
       TypeError: params is not a dict. A warning says if nothing was converted.
@@ -140,8 +141,12 @@ def quantize_kernels(
     def split(node, path):
         """Returns what stays of a dict, and its FP8 weights."""
         stays, held = {}, {}
+        experts = _experts(node) if where(path) else ()
         for name, value in node.items():
-            if isinstance(value, Mapping):
+            if name in experts:
+                q = quantize(jnp.swapaxes(value, -1, -2), BLOCKS)
+                held |= {f"{name}_qvalue": q.qvalue, f"{name}_scale": q.scale}
+            elif isinstance(value, Mapping):
                 stays[name], below = split(value, (*path, name))
                 held |= {name: below} if below else {}
             elif name == "kernel" and jnp.ndim(value) == 2 and where(path):
@@ -163,6 +168,12 @@ def quantize_kernels(
     return {"params": stays, "quantized": held}
 
 
+def _experts(node: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of an Fp8MoE's matrices, none if these are another layer's parameters."""
+    routed = all(jnp.ndim(node.get(name, 0)) == 3 for name in ("wi_0", "wi_1", "wo"))
+    return tuple(n for n in node if n.removeprefix("shared_") in ("wi_0", "wi_1", "wo")) * routed
+
+
 class Fp8MoE(nn.Module):
     """A mixture of experts: `jax_fp8gemm.moe` with its parameters.
 
@@ -181,6 +192,10 @@ class Fp8MoE(nn.Module):
       dtype: of the computation; default: the input's. The router is float32.
       param_dtype: of the parameters.
       gate_init, wi_init, wo_init, shared_wi_init, shared_wo_init: initializers.
+      quantized: for inference. In place of each matrix there are, in the collection "quantized",
+        its FP8 numbers and scales, as block-FP8 checkpoints hold them: `wi_0_qvalue` e4m3
+        [e, f, h], `wi_0_scale` f32 [e, f/128, h/128], rounded up, and so on. `quantize_kernels`
+        makes them of the parameters.
 
     Example:
       y, routing = Fp8MoE(num_experts=8, hidden_features=1024, top_k=2)(x)
@@ -214,6 +229,7 @@ class Fp8MoE(nn.Module):
     device_capacity_factor: float | None = None
     n_group: int | None = None
     topk_group: int | None = None
+    quantized: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
@@ -247,8 +263,10 @@ class Fp8MoE(nn.Module):
             e, tensor = e // size_of(axes.experts), size_of(axes.tensor)
             f, fs = f // tensor, fs // tensor
 
-        def param(name, init, *shape):
+        def param(name, init, *shape) -> Any:
             names = sharding_names(axes, name)
+            if self.quantized and name != "gate_kernel":
+                return self._held(name, names, shape)
             value = self.param(name, _boxed(init, names), shape, self.param_dtype, unbox=False)
             return _unboxed(value)
 
@@ -266,6 +284,19 @@ class Fp8MoE(nn.Module):
             wo=param("shared_wo", self.shared_wo_init, fs, h),
         )
         return gate_kernel, kernels, shared
+
+    def _held(self, name: str, names: tuple, shape: tuple[int, ...]) -> QArray:
+        """Returns the FP8 form [..., out, in] of a matrix [..., in, out]."""
+        *lead, rows, columns = shape
+        names = (*names[:-2], names[-1], names[-2])
+        shape = (*lead, columns, rows)
+
+        def variable(part, value):
+            init = _boxed(lambda: value, names)
+            return _unboxed(self.variable("quantized", f"{name}_{part}", init, unbox=False).value)
+
+        qvalue = variable("qvalue", jnp.zeros(shape, FP8))
+        return QArray(qvalue, variable("scale", jnp.ones(scale_shape(shape, BLOCKS))))
 
 
 def _boxed(init: Initializer, names: tuple) -> Initializer:

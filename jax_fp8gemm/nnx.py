@@ -15,10 +15,10 @@ from jax_fp8gemm._core.checks import check_quantized
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import BLOCKS
 from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
 from jax_fp8gemm._moe.placement import axes_of, sharding_names
 from jax_fp8gemm._moe.routing import Routing
-from jax_fp8gemm._moe.weights import ExpertKernels
 from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.weights import prepare_weight
@@ -192,6 +192,8 @@ class Fp8MoE(nnx.Module):
       wi_0, wi_1, wo: Params [e, h, f], [e, h, f], [e, f, h].
       shared_wi_0, shared_wi_1, shared_wo: Params [h, fs], [h, fs], [fs, h] of an expert that sees
         every token; None without.
+      kernels, shared_kernels: Quantized ExpertKernels of a layer that `from_quantized` made, in
+        place of the Params but for gate_kernel; else None.
       options: what `moe` is called with, as pairs.
 
     Args:
@@ -249,6 +251,8 @@ class Fp8MoE(nnx.Module):
             make = init.get(name, expert_init if len(shape) == 3 else kernel_init)
             value = make(rngs.params(), shape, param_dtype)
             setattr(self, name, _param(value, sharding_names(axes, name)))
+        self.kernels: Quantized | None = nnx.data(None)
+        self.shared_kernels: Quantized | None = nnx.data(None)
         self.dtype = dtype
         self.options = tuple(sorted({"top_k": top_k, **options}.items()))  # hashable
 
@@ -262,12 +266,7 @@ class Fp8MoE(nnx.Module):
         Returns:
           y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
         """
-        kernels = ExpertKernels(wi_0=self.wi_0[...], wi_1=self.wi_1[...], wo=self.wo[...])
-        shared = None
-        if self.shared_wo is not None:
-            shared = ExpertKernels(
-                wi_0=self.shared_wi_0[...], wi_1=self.shared_wi_1[...], wo=self.shared_wo[...]
-            )
+        kernels, shared = self._matrices()
         return moe(
             x.astype(self.dtype or x.dtype),
             self.gate_kernel[...],
@@ -276,6 +275,68 @@ class Fp8MoE(nnx.Module):
             bias=bias,
             **dict(self.options),
         )
+
+    def _matrices(self) -> tuple[ExpertKernels, ExpertKernels | None]:
+        if self.kernels is not None:
+            held = self.shared_kernels
+            return self.kernels.get_value(), None if held is None else held.get_value()
+        kernels = ExpertKernels(wi_0=self.wi_0[...], wi_1=self.wi_1[...], wo=self.wo[...])
+        if self.shared_wo is None:
+            return kernels, None
+        shared = ExpertKernels(
+            wi_0=self.shared_wi_0[...], wi_1=self.shared_wi_1[...], wo=self.shared_wo[...]
+        )
+        return kernels, shared
+
+    @classmethod
+    def from_quantized(
+        cls,
+        gate_kernel: jax.Array,
+        kernels: ExpertKernels,
+        *,
+        top_k: int,
+        shared: ExpertKernels | None = None,
+        dtype: Dtype | None = jnp.bfloat16,
+        **options,
+    ) -> Self:
+        """Returns a layer for inference that holds its experts in FP8.
+
+        Args:
+          gate_kernel: [h, e].
+          kernels: ExpertKernels of QArrays, see there; best as `prepare_experts` returns them.
+          top_k: experts of a token.
+          shared: likewise, of an expert that sees every token.
+          dtype: of the computation; None: the input's.
+          options: as of the class.
+
+        Raises:
+          ValueError: shapes or scales do not fit. TypeError: kernels are not in FP8.
+
+        Example:
+          layer = Fp8MoE.from_quantized(gate_kernel, prepare_experts(kernels), top_k=8)
+        """
+        op = "Fp8MoE.from_quantized"
+        kernels = _checked_fp8(op, "kernels", kernels, 3)
+        if shared is not None:
+            shared = _checked_fp8(op, "shared", shared, 2)
+        unused = {n: lambda *_: jnp.zeros(()) for n in ("gate_kernel", "wi_0", "wi_1", "wo")}
+        e, h, f = kernels.sizes
+        layer = cls(h, f, e, top_k=top_k, dtype=dtype, init=unused, rngs=nnx.Rngs(0), **options)
+        layer.gate_kernel = nnx.Param(gate_kernel)
+        for name in ("wi_0", "wi_1", "wo"):
+            setattr(layer, name, nnx.data(None))
+        layer.kernels = Quantized(kernels)
+        layer.shared_kernels = nnx.data(None) if shared is None else Quantized(shared)
+        return layer
+
+
+def _checked_fp8(op: str, name: str, kernels: Any, ndim: int) -> ExpertKernels:
+    kernels = as_kernels(op, name, kernels, ndim)
+    if not kernels.is_fp8:
+        fix = "quantize(jnp.swapaxes(w, -1, -2), (128, 128)) for each matrix w"
+        got = describe_kernels(kernels)
+        fail(op, f"{name} are not in FP8.", got, "ExpertKernels of QArrays", fix, TypeError)
+    return kernels
 
 
 def _param(value: Any, names: tuple) -> nnx.Param:

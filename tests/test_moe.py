@@ -231,9 +231,9 @@ ROUTING = fp8.Routing(*CHOSEN, ones(8, 4), ones(), ones())
             "shared have the wrong rank.",
         ),
         (
-            TypeError,
+            ValueError,
             lambda: fp8.moe(ones(8, 32), ones(32, 4), jax.tree.map(fp8.quantize, KERNELS), top_k=2),
-            "wi_0 is not an array.",
+            "kernels do not fit each other.",
         ),
         (
             TypeError,

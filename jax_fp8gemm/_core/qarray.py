@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.export
@@ -17,24 +17,53 @@ FP8_MAX = 448.0  # largest finite float8_e4m3fn
 Container = TypeVar("Container")
 
 
-def exportable(name: str | None = None) -> Callable[[type[Container]], type[Container]]:
+def exportable(
+    name: str | None = None, *, later: tuple[str, ...] = ()
+) -> Callable[[type[Container]], type[Container]]:
     """Makes a dataclass of arrays a pytree that exported programs can take and return.
 
     Args:
       name: under which exported programs know it; default: the class's own. It stays for ever.
+      later: fields that came later, None by default. Where they are None the pytree is that of
+        before, so that programs that were exported then still run.
     """
 
     def register(cls: type[Container]) -> type[Container]:
-        jax.tree_util.register_dataclass(cls)
+        if later:
+            _register_with_later(cls, later)
+        else:
+            jax.tree_util.register_dataclass(cls)
         jax.export.register_pytree_node_serialization(
             cls,
             serialized_name=f"jax_fp8gemm.{name or cls.__name__}",
-            serialize_auxdata=lambda nothing: b"",
-            deserialize_auxdata=lambda nothing: (),
+            serialize_auxdata=lambda set_later: ",".join(set_later).encode(),
+            deserialize_auxdata=lambda names: tuple(names.decode().split(",")) if names else (),
         )
         return cls
 
     return register
+
+
+def _register_with_later(cls: type[Any], later: tuple[str, ...]) -> None:
+    """The names of later fields that are not None are static; `exportable` writes them down."""
+    first = tuple(f.name for f in dataclasses.fields(cls) if f.name not in later)
+
+    def names(value: Any) -> tuple[str, ...]:
+        return tuple(name for name in later if getattr(value, name) is not None)
+
+    def flatten(value: Any):
+        set_later = names(value)
+        return tuple(getattr(value, name) for name in (*first, *set_later)), set_later
+
+    def flatten_with_keys(value: Any):
+        children, set_later = flatten(value)
+        keys = map(jax.tree_util.GetAttrKey, (*first, *set_later))
+        return tuple(zip(keys, children, strict=True)), set_later
+
+    def unflatten(set_later: tuple[str, ...], children: Any) -> Any:
+        return cls(**dict(zip((*first, *set_later), children, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
 @exportable()

@@ -27,22 +27,27 @@ from jax_fp8gemm._moe.exchange import (
     send,
     send_together,
 )
+from jax_fp8gemm._moe.kernels import ExpertKernels, describe_kernels
 from jax_fp8gemm._moe.order import (
     Permutation,
     cut,
     first_choices,
+    merge_choices,
     permutation_of,
     rows_or_zero,
     sum_rows,
 )
 from jax_fp8gemm._moe.placement import (
     ExpertAxes,
+    received_rows,
     size_of,
 )
 from jax_fp8gemm._moe.weights import (
-    ExpertKernels,
+    are_constant,
+    as_constants,
     multiply_by,
     operand,
+    turned,
 )
 from jax_fp8gemm._ops.casts import (
     cast_both,
@@ -52,6 +57,10 @@ from jax_fp8gemm._ops.casts import (
     recast,
 )
 from jax_fp8gemm._ops.gemm import multiply
+
+# Tokens up to which FP8 kernels are multiplied by way of slots [e, tokens], which makes an expert's
+# rows one sub-tile (64 rows) of the kernel, at a place of its own. A rule, not yet a measurement.
+MASKED_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +100,16 @@ def run_experts(
         return jnp.zeros_like(x), jnp.zeros_like(x, jnp.int32, shape=())
     slots, via, axes = None, spec.exchange, spec.axes
     if via is not None and via.kind == "all_to_all":
-        own = kernels.wi_0.shape[0]
+        own = kernels.sizes[0]
         slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
     gate_weights = gate_weights.astype(jnp.float32)
+    if kernels.is_fp8 and spec.capacity is None and spec.most_rows is None:
+        tokens = received_rows(axes, x.shape[0], 1)
+        if isinstance(tokens, int) and tokens <= MASKED_TOKENS:  # symbolic: any number
+            spec = dataclasses.replace(spec, capacity=tokens)
+            expert_index, gate_weights = merge_choices(expert_index, gate_weights)
     run = automatic(lambda *operands: _experts(*operands, spec), x, None)
+    kernels = as_constants(kernels)
     y, rows = run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
     return (jax.lax.psum(y, axes.summed) if axes.summed else y), rows
 
@@ -107,9 +122,8 @@ def check_tokens(
     kernels: ExpertKernels,
 ) -> None:
     named = {"x": x, "expert_index": expert_index, "gate_weights": gate_weights}
-    got = ", ".join(
-        describe(name, value) for name, value in (named | {"wi_0": kernels.wi_0}).items()
-    )
+    got = ", ".join(describe(name, value) for name, value in named.items())
+    got += f", {describe_kernels(kernels)}"
     if (x.ndim, expert_index.ndim) != (2, 2) or expert_index.shape[0] != x.shape[0]:
         expected, fix = "x [t, h], expert_index [t, top_k]", "reshape them to one row per token"
         fail(op, "x and expert_index do not fit.", got, expected, fix)
@@ -119,8 +133,10 @@ def check_tokens(
             "pass one weight for each choice",
         )
         fail(op, "expert_index and gate_weights differ in shape.", got, expected, fix)
-    if x.shape[1] != kernels.wi_0.shape[1]:
+    if x.shape[1] != kernels.sizes[1]:
         expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
+        if kernels.is_fp8:
+            expected, fix = f"wo [e, {x.shape[1]}, f]", "FP8 matrices are [e, out, in]"
         fail(op, "dim h differs between x and wi_0.", got, expected, fix)
 
 
@@ -142,7 +158,8 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
         expert_index = checkpoint_name(expert_index, "moe_x")
         gate_weights = checkpoint_name(gate_weights, "moe_x")
     xq, saved_x = named(xq, "moe_x")
-    permutation = _permutation(expert_index - 1, kernels.wi_0.shape[0], spec)
+    count = jax.tree.leaves(kernels)[0].shape[0]
+    permutation = _permutation(expert_index - 1, count, spec)
     token, row_weight = _rows(permutation, gate_weights)
     gemms = _ragged_gemms if spec.capacity is None else _masked_gemms
     matrices = operand(kernels, "up"), operand(kernels, "down")
@@ -151,7 +168,8 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
     saved = saved_x, save(hq, "moe_h")
     back = operand(kernels, "down_back"), operand(kernels, "up_back")
     # Empty arrays that remember dtypes and shapes.
-    like = [a[:0] for a in (x, kernels.wi_0, kernels.wi_1, kernels.wo)]
+    floats = () if are_constant(kernels) else (kernels.wi_0, kernels.wi_1, kernels.wo)
+    like = [a[:0] for a in (x, *floats)]
     rows = permutation.group_sizes.sum(dtype=jnp.int32)
     return (y, rows), (*saved, back, permutation, gate_weights, slots, like)
 
@@ -164,7 +182,9 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
     sizes, rounding = permutation.group_sizes, spec.scale_rounding
     token, row_weight = _rows(permutation, gate_weights)
-    shared = spec.shared_columns
+    shared, constant = spec.shared_columns, len(like) == 1
+    if constant:
+        down, up = turned(down), turned(up)
     by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
     if spec.exchange is not None and spec.exchange.wire == "fp8":
         received, _ = _received(_pad_h(dy), slots, spec)
@@ -182,6 +202,9 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     )
     dx = multiply_by(up, d.h, sizes, transposed=False)
     dx = _collected(dx, permutation, gate_weights, slots, like[0], spec)
+    if constant:
+        d_weights = _weight_gradients(d.row_weight, permutation, gate_weights, slots, spec)
+        return dx, None, d_weights, None, None
     d_down = _contracting(d.activation_transposed, dyt, sizes, like[3].dtype)
     # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
     saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
@@ -191,8 +214,7 @@ def _backward(spec: ExpertSpec, residuals, gradients):
         _contracting(xt, d.up_transposed, sizes, like[2].dtype),
         d_down,
     ]
-    d_weights = rows_or_zero(d.row_weight, permutation.inverse(gate_weights.size))
-    d_weights = collect(d_weights.reshape(gate_weights.shape), spec.exchange, slots)
+    d_weights = _weight_gradients(d.row_weight, permutation, gate_weights, slots, spec)
     return dx, None, d_weights, _kernel_gradients(d_kernels, like[1:]), None
 
 
@@ -217,6 +239,12 @@ def _rows(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array,
     """Returns the token of each row, and its weight."""
     token = permutation.order // gate_weights.shape[1]
     return token, gate_weights.reshape(-1)[permutation.order]
+
+
+def _weight_gradients(rows, permutation, gate_weights, slots, spec: ExpertSpec) -> jax.Array:
+    """Returns the gradient to each own choice's weight, of the gradients to rows' weights."""
+    gradients = rows_or_zero(rows, permutation.inverse(gate_weights.size))
+    return collect(gradients.reshape(gate_weights.shape), spec.exchange, slots)
 
 
 def _kernel_gradients(gradients: list[jax.Array], like: list[jax.Array]) -> ExpertKernels:

@@ -17,6 +17,7 @@ from jax_fp8gemm._core.checks import (
 )
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._moe.placement import (
     AxisNames,
     ExpertAxes,
@@ -29,7 +30,7 @@ from jax_fp8gemm._moe.placement import (
     received_rows,
     size_of,
 )
-from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
+from jax_fp8gemm._moe.weights import ready
 
 
 @renamed(
@@ -65,7 +66,8 @@ def expert_ffn(
       expert_index: int [t, top_k], on the device. One expert twice in a token is legal. A number
         outside 0..e-1 is no expert and adds nothing.
       gate_weights: f32 [t, top_k].
-      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not.
+      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Or FP8
+        weights, which are constants: QArrays [e, f, h] and [e, h, f].
       capacity: rows that an expert takes at most, 1 or more. Later tokens' rows beyond it add
         nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`. Over
         devices: of the tokens that its device receives.

@@ -15,6 +15,7 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.exchange import axis_size
 from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.placement import (
     AxisNames,
     ExpertAxes,
@@ -30,7 +31,7 @@ from jax_fp8gemm._moe.placement import (
 )
 from jax_fp8gemm._moe.router import Router, as_router, route_spec
 from jax_fp8gemm._moe.routing import RouteSpec, Routing
-from jax_fp8gemm._moe.weights import ExpertKernels, as_kernels, ready
+from jax_fp8gemm._moe.weights import ready, shared_matrices
 from jax_fp8gemm._ops.matmul import fp8_matmul
 
 # What layers pass on.
@@ -97,8 +98,9 @@ def moe(
       x: bf16, f16 or f32 [..., h]; inside shard_map this device's tokens.
       gate_kernel: bf16, f16 or f32 [h, e]; logits are as exact as float32 products. None with
         logits or routing, which replace it.
-      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Inside
-        shard_map the shards of this device, in the order of the devices.
+      kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Or FP8
+        weights, which are constants: QArrays [e, f, h] and [e, h, f]. Inside shard_map the shards
+        of this device, in the order of the devices.
       top_k, score_function, bias, normalize, routed_scaling_factor, n_group, topk_group: see
         `route`. None of them with routing.
       logits: bf16, f16 or f32 [..., e], made elsewhere; split as x is.
@@ -110,7 +112,8 @@ def moe(
         Else for device_capacity_factor times its even share of them. Nothing is lost while they
         fit. Of more rows it takes first choices before second ones, in the order of tokens. The
         others add nothing and have no gradient, and Routing.dropped counts them.
-      shared: ExpertKernels [h, fs], [h, fs], [fs, h] of an expert that sees every token.
+      shared: ExpertKernels [h, fs], [h, fs], [fs, h] of an expert that sees every token; or
+        QArrays [fs, h], [fs, h], [h, fs].
       expert_axis: the mesh axis, or axes, that split the experts. Inside shard_map it is one of its
         axes. Elsewhere moe makes its own shard_map, over all axes of the mesh.
       tensor_axis: the mesh axis, or axes, that split f.
@@ -231,6 +234,8 @@ def _over_devices(
         wanted=spec.cast_in_gemm,
     )
     router = router.each_token(lambda part: where.fold(part, x.shape[:-1]))
+    if shared is not None:
+        shared = where.halves("moe", "shared", shared)
     shared_specs = None if shared is None else where.kernels(shared)
     y, each, losses = where.run(
         local,
@@ -285,7 +290,7 @@ def _routed(
     if factor is not None and via is not None and via.kind == "all_to_all":
         room = min(t, max(1, math.ceil(factor * t * top_k / devices)))
     elif factor is not None:
-        e = kernels.wi_0.shape[0] * devices
+        e = kernels.sizes[0] * devices
         capacity = min(received, max(1, math.ceil(factor * received / e)))
     most, factor = None, spec.device_capacity_factor
     if factor is not None:
@@ -320,17 +325,18 @@ def _check_factor(name: str, factor: Any) -> None:
 def _check_experts(router: Router, kernels: ExpertKernels, axes: ExpertAxes) -> None:
     """Checks that the experts here are those of one device."""
     name, array = router.of_experts
-    e, own = array.shape[-1], kernels.wi_0.shape[0]
+    e, own = array.shape[-1], kernels.sizes[0]
     devices = axis_size("moe", axes.experts, e)
     if own * devices == e:
         return
-    got = f"{describe(name, array)}, {describe('wi_0', kernels.wi_0)}"
+    got = f"{describe(name, array)}, {describe_kernels(kernels)}"
     what = f"{own} experts here, {e} in {name}, over {devices} devices."
     fix = "pass all experts, or name expert_axis"
     if axes.experts:
         names = ", ".join(map(repr, axes.experts))
         fix = f"split the kernels over {names} by in_specs: P({names})"
-    fail("moe", what, got, f"wi_0 [{e // devices}, h, f]", fix)
+    expected = f"wi_0 [{e // devices}, h, f]"
+    fail("moe", what, got, "wo" + expected[4:] if kernels.is_fp8 else expected, fix)
 
 
 def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
@@ -338,14 +344,16 @@ def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
     axes = spec.axes
     if axes.gathered:
         x = jax.lax.all_gather(x, axes.gathered, tiled=True)
-    x, (wi_0, wi_1, wo) = vary_alike(x, (kernels.wi_0, kernels.wi_1, kernels.wo))
+    x, matrices = vary_alike(x, shared_matrices(kernels))
     matmul = functools.partial(
         fp8_matmul,
         preferred_element_type=x.dtype,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
     )
-    gate, up = (matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
+    *wi, wo = matrices
+    parts = [matmul(x, w).astype(jnp.float32) for w in wi]
+    gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
     y = matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)
     if axes.gathered:
         y = jax.lax.psum_scatter(y, axes.gathered, tiled=True)

@@ -15,7 +15,13 @@ from jax_fp8gemm._bind.partition import Axes
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
 from jax_fp8gemm._moe.exchange import TokenExchange
-from jax_fp8gemm._moe.weights import ExpertKernels, ready
+from jax_fp8gemm._moe.kernels import (
+    ExpertKernels,
+    check_shards,
+    describe_kernels,
+    fp8_halves,
+)
+from jax_fp8gemm._moe.weights import ready
 
 AxisNames = str | tuple[str, ...]
 TokenAxes = AxisNames | PartitionSpec
@@ -181,11 +187,27 @@ class Placement:
 
     def kernels(self, kernels: ExpertKernels) -> ExpertKernels:
         """Returns the specs of experts' matrices; of two dims, of an expert on every device."""
-        lead = () if kernels.wi_0.ndim == 2 else (self.axes.experts or None,)
+        lead = () if kernels.wo.ndim == 2 else (self.axes.experts or None,)
         tensor = self.axes.tensor or None
         up, down = PartitionSpec(*lead, None, tensor), PartitionSpec(*lead, tensor)
+        if kernels.is_fp8:  # [out, in]; a QArray's numbers and scales have the same spec
+            given: dict[str, Any] = {"wi_0": down, "wi_1": down, "wi": down, "wo": up}
+            kept = {
+                name: spec for name, spec in given.items() if getattr(kernels, name) is not None
+            }
+            return ExpertKernels(**kept)
         copies = None if kernels.copies is None else PartitionSpec(*lead)
         return ExpertKernels(wi_0=up, wi_1=up, wo=down, copies=copies)  # type: ignore[arg-type]
+
+    def halves(self, op: str, name: str, kernels: ExpertKernels) -> ExpertKernels:
+        """Returns kernels that tensor axes can split: of FP8 ones gate and up are apart.
+
+        Raises:
+          ValueError: a shard would be no multiple of 128.
+        """
+        devices = math.prod(self.mesh.shape[axis] for axis in self.axes.tensor)
+        check_shards(op, name, kernels, devices)
+        return fp8_halves(kernels) if kernels.is_fp8 and devices > 1 else kernels
 
     def run(self, function: Callable, operands: tuple, in_specs: tuple, out_specs: Any) -> Any:
         """Calls a function in a shard_map over all axes of the mesh; a spec may stand for a tree.
@@ -268,11 +290,9 @@ def place(
     axes = dataclasses.replace(axes, tokens=_flat(entries))
     for dim, entry in enumerate(entries):
         _check_split(op, mesh, "tokens", describe("x", x), x.shape[dim], entry)
-    _check_split(
-        op, mesh, "experts", describe("wi_0", kernels.wi_0), len(kernels.wi_0), axes.experts
-    )
-    f = kernels.wi_0.shape[-1]
-    _check_split(op, mesh, "hidden features", describe("wi_0", kernels.wi_0), f, axes.tensor)
+    got, (count, _, f) = describe_kernels(kernels), kernels.sizes
+    _check_split(op, mesh, "experts", got, count, axes.experts)
+    _check_split(op, mesh, "hidden features", got, f, axes.tensor)
     return Placement(mesh=mesh, entries=entries, axes=axes)
 
 
@@ -354,7 +374,7 @@ def ready_outside(
             got = f"prepared kernels, tensor_axis={where.axes.tensor}"
             fix = "pass float kernels, or prepare each device's shards inside jax.shard_map"
             fail(op, "a tensor axis cannot split prepared kernels.", got, "float kernels", fix)
-        return kernels
+        return where.halves(op, "kernels", kernels)
     apart = [a for a in where.axes.tokens if a not in where.axes.experts]
     rows //= math.prod(where.mesh.shape[axis] for axis in apart)
     return ready(op, kernels, rounding=rounding, rows=rows, others=(x,), wanted=wanted, split=True)

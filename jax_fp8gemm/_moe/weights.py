@@ -6,38 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_fp8gemm._core.bits import Bits, from_bits, save
-from jax_fp8gemm._core.checks import as_float, check_option, renamed
-from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.bits import Bits, from_bits, save, to_bits, transpose
+from jax_fp8gemm._core.checks import check_option, renamed
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, SCALE_BLOCK
-from jax_fp8gemm._core.qarray import QArray, exportable
+from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.types import ScaleRounding, VariantName
+from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._ops.casts import cast_both
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
-from jax_fp8gemm._ops.weights import cast_in_gemm
+from jax_fp8gemm._ops.weights import Weight, cast_in_gemm, prepare_weight
 
-Matrix = Bits | tuple[jax.Array, ...]  # an FP8 copy, or the float weights that a GEMM casts
-
-
-@exportable("PreparedExperts")
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class ExpertKernels:
-    """The matrices of experts: gate, up and down. `prepare_experts` adds their FP8 copies.
-
-    Attributes:
-      wi_0, wi_1: bf16, f16 or f32 [e, h, f], gate and up. Gradients flow to them.
-      wo: [e, f, h], down; likewise.
-      copies: None, or FP8 copies for each GEMM, with what it contracts over last, as (uint8 bits,
-        f32 scales): "up" [e, 2f, h] and "down" [e, h, f]; for the gradients "up_back" [e, h, 2f]
-        and "down_back" [e, f, h]. h is filled with zeros to a multiple of 16, f to one of 128.
-
-    An expert that sees every token has matrices of two dims: [h, f], [h, f], [f, h].
-    """
-
-    wi_0: jax.Array
-    wi_1: jax.Array
-    wo: jax.Array
-    copies: dict[str, Bits] | None = None
+# An FP8 copy, two whose results lie side by side, or the float weights that a GEMM casts.
+Matrix = Any  # Bits, tuple[Bits, Bits] or tuple[jax.Array, ...]
 
 
 @renamed(scale="scale_rounding", wi_0="ExpertKernels(wi_0=, wi_1=, wo=)")
@@ -47,11 +28,13 @@ def prepare_experts(
     """Quantizes experts' matrices by 128x128, both ways: for as many calls as they stay the same.
 
     Args:
-      kernels: ExpertKernels, bf16, f16 or f32.
-      scale_rounding: "pow2" or "none", see `quantize`.
+      kernels: ExpertKernels, bf16, f16 or f32; or QArrays.
+      scale_rounding: "pow2" or "none", see `quantize`. QArrays keep their scales.
 
     Returns:
-      ExpertKernels with the same matrices, to which gradients flow, and their FP8 copies.
+      ExpertKernels with the same matrices, to which gradients flow, and their FP8 copies. Of
+      QArrays: QArrays with gate and up as one, f filled with zeros to a multiple of 128. That is
+      one GEMM in place of two.
 
     Raises:
       ValueError: shapes do not fit, or scale_rounding is unknown. TypeError: dtypes.
@@ -64,7 +47,12 @@ def prepare_experts(
     """
     check_option("prepare_experts", "scale_rounding", scale_rounding, ScaleRounding)
     kernels = as_kernels("prepare_experts", "kernels", kernels)
-    return _with_copies(kernels, scale_rounding)
+    if not kernels.is_fp8:
+        return _with_copies(kernels, scale_rounding)
+    up, down = _fp8_matrices(kernels)
+    if kernels.wi is None:
+        up = _joined(up, axis=-2)
+    return ExpertKernels(wi=from_bits(up), wo=from_bits(down))
 
 
 def _with_copies(kernels: ExpertKernels, rounding: ScaleRounding) -> ExpertKernels:
@@ -91,14 +79,15 @@ def ready(
     wanted: bool | None,
     split: bool = False,
 ) -> ExpertKernels:
-    """Returns kernels with their copies, or as they are where the GEMMs cast them.
+    """Returns kernels with their copies, or as they are where they are cast in GEMMs, or FP8.
 
     Args:
       rows: of all experts here. others, wanted, split: see weights.cast_in_gemm.
     """
-    if kernels.copies is not None:
+    if kernels.copies is not None or kernels.is_fp8:
         if wanted:
             got, fix = "prepared kernels", "leave cast_in_gemm out, or pass float kernels"
+            got = "kernels in FP8" if kernels.is_fp8 else got
             fail(op, "the GEMMs cannot cast prepared kernels.", got, "float kernels", fix)
         return kernels
     pairs: list[tuple[jax.Array, ...]] = [(kernels.wi_0, kernels.wi_1), (kernels.wo,)]
@@ -108,11 +97,64 @@ def ready(
     return _with_copies(kernels, rounding)
 
 
+def _fp8_matrices(kernels: ExpertKernels) -> tuple[Any, Bits]:
+    """Returns FP8 kernels as bits: "up", or gate's and up's, and "down"; f a multiple of 128."""
+    pad = -kernels.sizes[-1] % SCALE_BLOCK
+
+    def padded(q: QArray, *widths: tuple[int, int]) -> Bits:
+        bits, scale = to_bits(q)
+        lead = [(0, 0)] * (bits.ndim - 2)
+        return (jnp.pad(bits, (*lead, *widths)) if pad else bits), scale
+
+    down = padded(kernels.wo, (0, 0), (0, pad))
+    if kernels.wi is not None:
+        return to_bits(kernels.wi), down
+    return tuple(padded(w, (0, pad), (0, 0)) for w in (kernels.wi_0, kernels.wi_1)), down
+
+
+def _joined(pair: tuple[Bits, Bits], axis: int) -> Bits:
+    bits, scales = zip(*pair, strict=True)
+    return jnp.concatenate(bits, axis), jnp.concatenate(scales, axis)
+
+
+def as_constants(kernels: ExpertKernels) -> ExpertKernels:
+    """Returns FP8 kernels as copies alone, to which nothing flows; others as they are."""
+    if not kernels.is_fp8:
+        return kernels
+    up, down = _fp8_matrices(kernels)
+    return ExpertKernels(wo=None, copies={"up": up, "down": down})
+
+
+def are_constant(kernels: ExpertKernels) -> bool:
+    """Whether these are what `as_constants` made of FP8 kernels."""
+    return kernels.wo is None
+
+
 def operand(kernels: ExpertKernels, name: str) -> Matrix:
-    """Returns what `multiply_by` takes: the FP8 copy of this name, or the weights of the copy."""
+    """Returns what `multiply_by` takes: the FP8 copy of this name, or the weights of the copy.
+
+    For the gradient GEMMs of constants it is the forward copy, which `turned` turns there.
+    """
+    if are_constant(kernels):
+        name = name.removesuffix("_back")
     if kernels.copies is not None:
         return kernels.copies[name]
     return (kernels.wo,) if name.startswith("down") else (kernels.wi_0, kernels.wi_1)
+
+
+def shared_matrices(kernels: ExpertKernels) -> list[Weight]:
+    """Returns what `fp8_matmul` takes, of an expert that sees every token: gate and up, or both as
+    one matrix, and down."""
+    given = (kernels.wi_0, kernels.wi_1, kernels.wi, kernels.wo)
+    prepare = prepare_weight if kernels.is_fp8 else lambda w: w
+    return [prepare(w) for w in given if w is not None]
+
+
+def turned(matrix: Any) -> Bits:
+    """Returns the transpose of a constant's copy, of gate and up side by side."""
+    if isinstance(matrix[0], tuple):
+        return _joined((turned(matrix[0]), turned(matrix[1])), axis=-1)
+    return to_bits(transpose(from_bits(matrix)))
 
 
 def multiply_by(
@@ -124,35 +166,13 @@ def multiply_by(
     variant: VariantName = "ragged",
 ) -> jax.Array:
     """Returns the GEMM by what `operand` returned; transposed: for a forward GEMM."""
+    if isinstance(matrix[0], tuple):
+        parts = (
+            multiply_by(one, lhs, sizes, transposed=transposed, variant=variant) for one in matrix
+        )
+        return jnp.concatenate(list(parts), -1)
     if matrix[0].dtype == jnp.uint8:  # a copy, which lies as the GEMM wants it
         return multiply(
             lhs, from_bits((matrix[0], matrix[1])), jnp.bfloat16, sizes, variant=variant
         )
     return multiply_casting(lhs, matrix, sizes, transposed=transposed, variant=variant)
-
-
-def as_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> ExpertKernels:
-    """Returns experts' matrices, checked; ndim: 3, or 2 for an expert that sees every token."""
-    dims = "[e, h, f], [e, h, f], [e, f, h]" if ndim == 3 else "[h, f], [h, f], [f, h]"
-    if not isinstance(kernels, ExpertKernels):
-        got, fix = type(kernels).__name__, f"{name}=ExpertKernels(wi_0=, wi_1=, wo=)"
-        expected = f"ExpertKernels with wi_0, wi_1, wo {dims}"
-        fail(op, f"{name} is not an ExpertKernels.", got, expected, fix, TypeError)
-    given = {"wi_0": kernels.wi_0, "wi_1": kernels.wi_1, "wo": kernels.wo}
-    named = {matrix: as_float(op, matrix, w) for matrix, w in given.items()}
-    kernels = ExpertKernels(**named, copies=kernels.copies)
-    got = ", ".join(describe(matrix, w) for matrix, w in named.items())
-    if any(w.ndim != ndim for w in named.values()):
-        fix = "stack the experts along dim 0" if ndim == 3 else "pass one expert's matrices"
-        fail(op, f"{name} have the wrong rank.", got, f"wi_0, wi_1, wo {dims}", fix)
-    if 0 in kernels.wi_0.shape[:-2]:
-        expected, fix = "1 expert or more", "leave the layer out where there are none"
-        fail(op, "there are no experts.", got, expected, fix)
-    *lead, h, f = kernels.wi_0.shape
-    if kernels.wi_1.shape != (*lead, h, f) or kernels.wo.shape != (*lead, f, h):
-        expected = f"wi_1 {[*lead, h, f]}, wo {[*lead, f, h]}"
-        fail(op, f"{name} do not fit each other.", got, expected, "swap the dims of one of them")
-    if kernels.wi_0.dtype != kernels.wi_1.dtype:
-        what = "wi_0 and wi_1 differ in dtype."
-        fail(op, what, got, "one dtype", "cast one of them", TypeError)
-    return kernels
