@@ -19,7 +19,8 @@ WINGS = {
     "_select": "problem candidates cost choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
-    "_moe": "gate order routing balance exchange kernels weights placement router experts ffn layer",
+    "_moe": "gate order routing balance exchange kernels weights placement router experts ffn "
+    "layer",
     "_checkpoint": "header folder sources placing microscaled pairs arrays quantization progress "
     "reader writer tables parameters export",
     "_tools": "timing operands shapes hlo profile tune",
