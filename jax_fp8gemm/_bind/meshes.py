@@ -109,6 +109,16 @@ def automatic(function: Callable, *likes: jax.Array | None) -> Callable:
     return _automatic(function, mesh, axes, tuple(out) if len(out) > 1 else out[0])
 
 
+def shard_result(y: jax.Array, out_sharding: NamedSharding | PartitionSpec | None) -> jax.Array:
+    """Shards a result as asked for; without Explicit axes that is a constraint."""
+    if out_sharding is None:
+        return y
+    mesh = getattr(out_sharding, "mesh", jax.sharding.get_abstract_mesh())
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(y, out_sharding)
+    return jax.lax.with_sharding_constraint(y, out_sharding)
+
+
 def _automatic(function: Callable, mesh, axes: Axes, out_sharding) -> Callable:
     inner = jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
 

@@ -21,6 +21,20 @@ def clamped_sizes(group_sizes: jax.Array, limit: int) -> jax.Array:
     return jnp.diff(group_ends(group_sizes, limit), prepend=0)
 
 
+def groups_from(
+    group_sizes: jax.Array, first: jax.Array, count: int, limit: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns where group `first` begins, and the sizes of `count` groups from it on, int32.
+
+    Groups that do not exist are empty; see `group_ends`.
+    """
+    sizes, g = clamped_sizes(group_sizes, limit), group_sizes.shape[0]
+    own = jnp.clip(first, -count, g) + jnp.arange(count)
+    exists = (own >= 0) & (own < g)
+    start = jnp.sum(jnp.where(jnp.arange(g) < first, sizes, 0), dtype=jnp.int32)
+    return start, jnp.where(exists, sizes[jnp.clip(own, 0, g - 1)], 0)
+
+
 def group_of_row(group_sizes: jax.Array, m: int) -> jax.Array:
     """Returns the group of each of m rows, int32 [m]; g for rows past the groups."""
     return jnp.searchsorted(group_ends(group_sizes, m), jnp.arange(m), side="right").astype("int32")

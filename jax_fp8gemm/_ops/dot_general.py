@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from jax_fp8gemm._bind.meshes import shard_result
 from jax_fp8gemm._core.checks import as_float, check_bool
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._ops.matmul import fp8_matmul
@@ -120,12 +121,7 @@ def _sharded(run, lhs, rhs, numbers, out_sharding) -> jax.Array:
             out_sharding = like.sharding.spec
         inside: Callable = jax.sharding.auto_axes(run, out_sharding=out_sharding)
         return inside(lhs, rhs)
-    y = run(lhs, rhs)
-    if out_sharding is None:
-        return y
-    if AxisType.Explicit in getattr(out_sharding, "mesh", mesh).axis_types:
-        return jax.sharding.reshard(y, out_sharding)
-    return jax.lax.with_sharding_constraint(y, out_sharding)
+    return shard_result(run(lhs, rhs), out_sharding)
 
 
 def _normal(dims: Dims, ndim: int) -> tuple[int, ...]:

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_fp8gemm._bind.meshes import vary_alike
+from jax_fp8gemm._bind.meshes import automatic, shard_result, vary_alike
 from jax_fp8gemm._core.bits import from_bits, named, save
-from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, renamed
+from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, is_integer, renamed
 from jax_fp8gemm._core.errors import describe, fail
-from jax_fp8gemm._core.groups import clamped_sizes
+from jax_fp8gemm._core.groups import clamped_sizes, groups_from
 from jax_fp8gemm._core.types import Residuals, ScaleRounding
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
@@ -35,8 +36,11 @@ def fp8_ragged_dot(
     lhs: jax.Array,
     rhs: Weight,
     group_sizes: ArrayLike,
-    *,
+    precision: object = None,
     preferred_element_type: DTypeLike | None = None,
+    group_offset: ArrayLike | None = None,
+    *,
+    out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
     scale_rounding: ScaleRounding = "pow2",
     residuals: Residuals = "fp8_t",
     shared_columns: bool = True,
@@ -51,7 +55,14 @@ def fp8_ragged_dot(
       rhs: bf16, f16 or f32 [g, k, n]; or what `prepare_weight` made of it.
       group_sizes: int [g], any sizes. It stays on the device. Negative sizes count as zero, and
         what does not fit into m is cut off.
+      precision: as in jax.lax.ragged_dot. None and the default mean FP8. Higher ones are refused.
       preferred_element_type: dtype of the result; default: the promoted dtype of lhs and rhs.
+      group_offset: int, or int [] or [1] on the device. rhs has the matrices of the groups from
+        this one on, and group_sizes may have more groups, before and after. Rows of groups that
+        rhs does not have are not read, and zero in the result. Other than the int 0, it costs one
+        copy of lhs and one of the result.
+      out_sharding: of the result, as in jax.lax.ragged_dot: a PartitionSpec of the mesh in use, or
+        a NamedSharding. On meshes without Explicit axes a constraint.
       scale_rounding: "pow2" or "none", see `quantize`.
       residuals: what is kept of lhs, as in `fp8_matmul`.
       shared_columns: of the gradient to rhs, as in `fp8_matmul`.
@@ -70,18 +81,20 @@ def fp8_ragged_dot(
       ValueError: ranks, k or the number of groups do not fit, or an option is unknown or not
         possible.
       TypeError: lhs or rhs is not a float array, or group_sizes are not integers.
-      NotImplementedError: a second derivative.
+      NotImplementedError: a second derivative, or a precision above FP8's.
 
-    Source: jax.lax.ragged_dot; DeepSeek-V3 (arXiv 2412.19437), section 3.3.
+    Source: jax.lax.ragged_dot; megablox's gmm for group_offset; DeepSeek-V3 (arXiv 2412.19437),
+    section 3.3.
 
     Example:
       y = fp8_ragged_dot(x, w, jnp.array([3, 0, 5]))
     """
     op = "fp8_ragged_dot"
+    _check_precision(op, precision)
     lhs, rhs = as_float(op, "lhs", lhs), as_weight(op, "rhs", rhs)
     sizes = as_int32(op, "group_sizes", group_sizes)
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
-    _check_ragged(op, lhs, rhs, sizes)
+    _check_ragged(op, lhs, rhs, sizes, group_offset)
     spec = spec_of(
         op,
         lhs,
@@ -92,10 +105,31 @@ def fp8_ragged_dot(
         shared_columns=shared_columns,
     )
     if not rhs.shape[0]:
-        return jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
+        zeros = jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
+        return shard_result(zeros, out_sharding)
     w, copies = split(rhs)
     spec = dataclasses.replace(spec, cast_in_gemm=_casts(lhs, w, copies, spec, cast_in_gemm))
-    return _ragged_dot(*vary_alike(lhs, w, copies, sizes), spec)
+    first, sizes = _own_groups(op, group_offset, sizes, rhs.shape[0], lhs.shape[0])
+    lhs = lhs if first is None else _roll(lhs, -first)
+    y: jax.Array = _ragged_dot(*vary_alike(lhs, w, copies, sizes), spec)
+    return shard_result(y if first is None else _roll(y, first), out_sharding)
+
+
+def _own_groups(
+    op: str, group_offset: ArrayLike | None, sizes: jax.Array, count: int, m: int
+) -> tuple[jax.Array | None, jax.Array]:
+    """Returns the first row of rhs's groups, None where it is row 0, and the sizes of these."""
+    if group_offset is None or (is_integer(group_offset) and group_offset == 0):
+        return None, sizes[:count]
+    offset = as_int32(op, "group_offset", group_offset).reshape(())
+    sizes, offset = vary_alike(sizes, offset)
+    return groups_from(sizes, offset, count, m)
+
+
+def _roll(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Moves rows down, in a circle."""
+    x, rows = vary_alike(x, rows)
+    return automatic(lambda x, rows: jnp.roll(x, rows, 0), x)(x, rows)
 
 
 def _casts(lhs: jax.Array, w: Any, copies: Any, spec: MatmulSpec, wanted: bool | None) -> bool:
@@ -114,7 +148,26 @@ def _casts(lhs: jax.Array, w: Any, copies: Any, spec: MatmulSpec, wanted: bool |
     )
 
 
-def _check_ragged(op: str, lhs: jax.Array, rhs: Weight, group_sizes: jax.Array) -> None:
+# What lax.ragged_dot may be asked for and FP8 gives: E4M3 products, added up in float32.
+PRECISIONS = (
+    None,
+    jax.lax.Precision.DEFAULT,
+    jax.lax.DotAlgorithmPreset.DEFAULT,
+    jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32,
+)
+
+
+def _check_precision(op: str, precision: Any) -> None:
+    for part in precision if isinstance(precision, tuple | list) else (precision,):
+        if part not in (*PRECISIONS, "default", "fastest"):
+            got, expected = f"precision={precision!r}", "None or the default"
+            fix = 'leave precision out, pass precision="bf16", or call jax.lax.ragged_dot'
+            fail(op, "FP8 has one precision.", got, expected, fix, NotImplementedError)
+
+
+def _check_ragged(
+    op: str, lhs: jax.Array, rhs: Weight, group_sizes: jax.Array, group_offset: ArrayLike | None
+) -> None:
     got = f"{describe('lhs', lhs)}, {describe_weight('rhs', rhs)}, "
     got += describe("group_sizes", group_sizes)
     if (lhs.ndim, rhs.ndim, group_sizes.ndim) != (2, 3, 1):
@@ -123,9 +176,15 @@ def _check_ragged(op: str, lhs: jax.Array, rhs: Weight, group_sizes: jax.Array) 
     if lhs.shape[1] != rhs.shape[1]:
         expected, fix = f"rhs [g, {lhs.shape[1]}, n]", "if rhs is [g, n, k], swap its last dims"
         fail(op, "dim k differs between lhs and rhs.", got, expected, fix)
-    if rhs.shape[0] != group_sizes.shape[0]:
-        expected = f"group_sizes [{rhs.shape[0]}]"
-        fail(op, "the number of groups differs.", got, expected, "pass one size for each matrix")
+    g = rhs.shape[0]
+    if group_offset is None and g != group_sizes.shape[0]:
+        expected, fix = f"group_sizes [{g}]", "pass one size for each matrix, or a group_offset"
+        fail(op, "the number of groups differs.", got, expected, fix)
+    if group_offset is not None and (g > group_sizes.shape[0] or np.size(group_offset) != 1):
+        got += f", {describe('group_offset', group_offset)}"
+        expected = f"{g} or more group_sizes, and one group_offset"
+        fix = "pass the sizes of all groups, and the index of rhs's first"
+        fail(op, "group_offset does not fit.", got, expected, fix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
