@@ -7,7 +7,7 @@ import pathlib
 import re
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from jax_fp8gemm._core.errors import fail, message
 
@@ -27,8 +27,9 @@ def too_old(version: str) -> bool:
 
 def check_jax() -> None:
     """Raises an ImportError if jax or jaxlib is too old."""
-    if too_old(jax.__version__) or too_old(jaxlib.__version__):
-        got = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+    jaxlib_version = jaxlib.version.__version__
+    if too_old(jax.__version__) or too_old(jaxlib_version):
+        got = f"jax {jax.__version__}, jaxlib {jaxlib_version}"
         fix = f'pip install --upgrade "jax>={OLDEST_JAX}", or jax[cuda12] or jax[cuda13] for a GPU'
         expected = f"jax and jaxlib {OLDEST_JAX} or newer"
         fail("jax_fp8gemm", "JAX is too old.", got, expected, fix, ImportError)
