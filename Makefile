@@ -1,11 +1,14 @@
 # make demo      sets everything up and trains a small language model in FP8 beside its bf16 twin
 # make test      sets everything up and runs the tests
-# make lint      checks form, types and C++ layout
+# make test-fast runs the tests of what users call, in three minutes; make test-docs those of the pages
+# make lint      checks form, types, C++ layout and spelling
 # make docs      builds the site into .make/site, with warnings as errors
 # make sanitize  runs the host code under sanitizers, with a fake compiler and a fake driver
 # make soak      on a Hopper GPU: products known to the bit, for SECONDS, drawn from SEED
 # make plant     on a Hopper GPU: shows that the soak finds faults
 # make sanitize-gpu  on a Hopper GPU: every family of kernels under compute-sanitizer
+# make dist      builds the wheels and the sdist into dist/, with Python 3.11 and 3.12
+# make test-dist installs these in fresh environments, with Python 3.11, 3.12 and 3.13
 # make gpu       on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 # What the tests bring (compilers for a GPU that is not there) must not disturb the demo.
@@ -16,7 +19,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
-.PHONY: demo test gpu docs lint sanitize sanitize-gpu soak plant clean
+.PHONY: demo test test-fast test-docs gpu docs lint sanitize sanitize-gpu soak plant dist test-dist clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python examples/demo.py
@@ -43,6 +46,16 @@ lint: $(TEST)/.installed
 	$(TEST)/bin/clang-format --dry-run --Werror $(CPP)
 	$(TEST)/bin/pyright --pythonpath $(TEST)/bin/python
 	$(TEST)/bin/mypy
+	$(TEST)/bin/codespell
+
+# The pages alone: their code, links, figures and English.
+test-docs: $(TEST)/.installed
+	$(TEST)/bin/python -m pytest -n 2 tests/test_docs.py
+
+# What numbers mean and what users call, on a CPU, in three minutes: before each push.
+FAST := checks errors layout groups variants gemm quantize matmul routing release
+test-fast: $(TEST)/.installed
+	$(TEST)/bin/python -m pytest -n 2 $(FAST:%=tests/test_%.py)
 
 docs: $(TEST)/.installed
 	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/mkdocs build --quiet --strict
@@ -77,7 +90,16 @@ plant: $(TEST)/.installed
 sanitize-gpu: $(TEST)/.installed
 	$(RECORD) $(TEST)/bin/python tests/gpu/sanitizers.py --record $(CARD)-sanitizers.json
 
-$(DEMO)/bin/python $(TEST)/bin/python:
+# Wheels for x86-64. With pyenv: PYENV_VERSION=3.11.7:3.12.1:3.13.0 make dist test-dist.
+DIST := .make/dist
+dist: $(DIST)/bin/python
+	$< -m pip install --quiet --group dist
+	$< .ci/dist.py python3.11 python3.12
+
+test-dist:
+	$(PYTHON) .ci/test_dist.py python3.11 python3.12 python3.13
+
+$(DEMO)/bin/python $(TEST)/bin/python $(DIST)/bin/python:
 	$(PYTHON) -m venv $(@D)/..
 	$@ -m pip install --quiet --upgrade pip
 

@@ -62,7 +62,8 @@ void load_builtins(const std::string& nvrtc) {
 
 Result<const Nvrtc*> open_nvrtc(const std::string& path) {
   const std::string fix =
-      "pip install nvidia-cuda-nvrtc-cu12 (or -cu13), or set JAX_FP8GEMM_NVRTC to libnvrtc.so";
+      "pip install nvidia-cuda-nvrtc-cu12 for CUDA 12, or nvidia-cuda-nvrtc for CUDA 13; or set "
+      "JAX_FP8GEMM_NVRTC to libnvrtc.so";
   if (path.empty()) {
     return Status::error(message("no run-time compiler", "NVRTC was not found",
                                  "libnvrtc.so.12 or .13 from pip or a CUDA toolkit", fix));

@@ -1,4 +1,7 @@
-"""One FP8 matrix multiplication in a jitted function, and what it costs in accuracy."""
+"""One FP8 matrix multiplication in a jitted function, and what it costs in accuracy.
+
+pip install -e ".[cpu]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import jax
 import jax.numpy as jnp

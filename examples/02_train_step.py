@@ -1,4 +1,7 @@
-"""A jitted training step of a two-layer network whose five GEMMs run in FP8."""
+"""A jitted training step of a two-layer network whose five GEMMs run in FP8.
+
+pip install -e ".[cpu]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""A mixture of experts in FP8: rows sorted by expert, one matrix each, sizes on the device."""
+"""A mixture of experts in FP8: rows sorted by expert, one matrix each, sizes on the device.
+
+pip install -e ".[cpu]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""A small network of Flax in FP8: one line changed, its float checkpoint loads."""
+"""A small network of Flax in FP8: one line changed, its float checkpoint loads.
+
+pip install -e ".[cpu,examples]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,7 @@
-"""A mixture-of-experts layer of Flax nnx, trained with its balance loss."""
+"""A mixture-of-experts layer of Flax nnx, trained with its balance loss.
+
+pip install -e ".[cpu,examples]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""A training step on a mesh: weights spread over all devices, batches and columns cut up."""
+"""A training step on a mesh: weights spread over all devices, batches and columns cut up.
+
+pip install -e ".[cpu]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import jax
 import jax.numpy as jnp

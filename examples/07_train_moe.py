@@ -1,5 +1,6 @@
 """Trains a small mixture-of-experts language model in FP8 with optax, microbatch by microbatch.
 
+pip install -e ".[cpu,examples]"  # cuda12 or cuda13 instead of cpu on a GPU
 python examples/07_train_moe.py --steps 20
 """
 

@@ -1,4 +1,7 @@
-"""A jitted FP8 function saved with jax.export for CPU and CUDA, loaded, and run: the same bits."""
+"""A jitted FP8 function saved with jax.export for CPU and CUDA, loaded, and run: the same bits.
+
+pip install -e ".[cpu,export]"  # cuda12 or cuda13 instead of cpu on a GPU
+"""
 
 import pathlib
 import tempfile

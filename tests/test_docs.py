@@ -21,7 +21,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 import jax_fp8gemm
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 PAGES += [*sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*.md")]
 HISTORY = ("CHANGELOG.md", "notebook.md")  # they name files and functions that are gone
 
@@ -70,9 +70,9 @@ def shell_lines(page: pathlib.Path) -> list[str]:
 @by_name("page", PAGES)
 def test_commands_name_what_exists(page):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in shell_lines(page):
-        for name in re.findall(r"^make ([a-z]+)", line):
+        for name in re.findall(r"^make ([a-z-]+)", line):
             assert name in targets, line
         for extras in re.findall(r'"\.\[([a-z0-9,]+)\]"', line):
             assert set(extras.split(",")) <= set(project["optional-dependencies"]), line

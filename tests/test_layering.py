@@ -18,17 +18,12 @@ WINGS = {
     "_core": "version errors extension types layout qarray bits checks groups variants reference",
     "_select": "problem candidates cost choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
-<<<<<<< HEAD
-    "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
+    "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general "
+    "deep_gemm_utils deep_gemm_operands deep_gemm_dense deep_gemm_grouped",
     "_moe": "gate order routing balance exchange kernels weights placement router experts ffn "
     "layer",
     "_checkpoint": "header folder sources placing microscaled pairs arrays quantization progress "
     "reader writer tables parameters export",
-=======
-    "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general "
-    "deep_gemm_utils deep_gemm_operands deep_gemm_dense deep_gemm_grouped",
-    "_moe": "gate routing exchange weights placement experts ffn layer",
->>>>>>> frameworks
     "_tools": "timing operands shapes hlo profile tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}

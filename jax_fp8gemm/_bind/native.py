@@ -4,6 +4,7 @@ Nothing here needs a GPU, a driver or a compiler. What is missing is reported wh
 GPU is compiled.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -14,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 
-from jax_fp8gemm._core.errors import message
-from jax_fp8gemm._core.extension import extension
+from jax_fp8gemm._core.errors import fail, message
+from jax_fp8gemm._core.extension import OLDEST_JAX, extension, too_old
 from jax_fp8gemm._core.version import __version__
 
 TARGET = "jax_fp8gemm_gemm_v1"
@@ -38,17 +39,22 @@ def _pip_nvrtc() -> list[pathlib.Path]:
         13: [root / "cu13/lib/libnvrtc.so.13" for root in roots],
     }
     newest_first = sorted(
-        found, reverse=True, key=lambda major: (_installed(f"jax-cuda{major}-plugin"), major)
+        found, reverse=True, key=lambda major: (bool(_installed(_plugin(major))), major)
     )
     return [path for major in newest_first for path in found[major]]
 
 
-def _installed(package: str) -> bool:
+def _plugin(major: int) -> str:
+    """Returns the name of the package that brings XLA for this version of CUDA."""
+    return f"jax-cuda{major}-plugin"
+
+
+def _installed(package: str) -> str:
+    """Returns the version of a package, or "" where it is not installed."""
     try:
-        importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return ""
 
 
 def _toolkit_nvrtc() -> list[pathlib.Path]:
@@ -130,6 +136,26 @@ def configure() -> None:
         dump_dir=os.path.expanduser(os.environ.get("JAX_FP8GEMM_DUMP", "")),
         version=__version__,
     )
+
+
+@functools.cache
+def check_plugin() -> None:
+    """Checks, when a program for CUDA is first lowered, that XLA took the handlers.
+
+    XLA does not tell. A plugin older than the handlers' FFI headers drops them in silence. Without
+    any plugin a program can still be exported.
+
+    Raises:
+      RuntimeError: no installed CUDA plugin is new enough.
+    """
+    versions = {major: _installed(_plugin(major)) for major in (12, 13)}
+    old = {major: version for major, version in versions.items() if version}
+    if old and all(map(too_old, old.values())):
+        got = ", ".join(f"{_plugin(major)} {version}" for major, version in old.items())
+        expected = f"version {OLDEST_JAX} or newer"
+        fix = f'pip install --upgrade "jax[cuda{max(old)}]"'
+        what = "JAX's CUDA plugin is too old to take the kernels."
+        fail("jax_fp8gemm", what, got, expected, fix, RuntimeError)
 
 
 def register() -> None:

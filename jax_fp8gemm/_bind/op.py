@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_fp8gemm._bind import meshes
+from jax_fp8gemm._bind import meshes, native
 from jax_fp8gemm._bind.partition import Batch, Rule, Total, partitioned, with_batch
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import MOST_COUNT
@@ -242,6 +242,7 @@ def primitive(op: Op) -> Primitive:
         return op.reference(spec, operands)
 
     def lower_cuda(ctx, *operands, spec):
+        native.check_plugin()
         _check_counts(op.name, (*ctx.avals_in, *ctx.avals_out))
         aliases = op.aliases(spec) or None
         rule = jax.ffi.ffi_lowering(op.target, operand_output_aliases=aliases)
