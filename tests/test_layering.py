@@ -15,8 +15,8 @@ PACKAGE = ROOT / "jax_fp8gemm"
 # The wings in order, and in each wing its files in order: a file imports files of earlier wings and
 # earlier files of its own. docs/architecture.md shows this table.
 WINGS = {
-    "_core": "version errors extension types layout qarray bits checks groups variants reference",
-    "_select": "problem candidates cost choice",
+    "_core": "version errors folders extension types layout qarray bits checks groups variants reference",
+    "_select": "problem candidates cost saved choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
     "_moe": "gate routing exchange weights placement experts ffn layer",
