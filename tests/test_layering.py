@@ -20,7 +20,7 @@ WINGS = {
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
     "_moe": "gate routing exchange weights placement experts ffn layer",
-    "_tools": "timing operands shapes hlo profile tune",
+    "_tools": "timing operands shapes hlo profile progress problems programs measure tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}
 DOORS = ["__init__", "linen", "nnx", "checkpoint", "deep_gemm", "tuning", "__main__"]

@@ -117,17 +117,16 @@ def _parsed(text: str, device: str) -> Table:
 
 def _row(index: int, row: Any, device: str) -> tuple[Problem, GemmConfig]:
     try:
-        problem = _made(Problem, {**row["problem"], "device": device})
-        config = _made(GemmConfig, row["config"])
-        reason = why_illegal(problem, config)
+        problem = made(Problem, {**row["problem"], "device": device})
+        config = made(GemmConfig, row["config"])
+        if reason := why_illegal(problem, config):
+            raise ValueError(reason)
     except (KeyError, TypeError, ValueError) as error:
-        reason = str(error)
-    if reason is not None:
-        raise ValueError(f"row {index}: {reason}")
+        raise ValueError(f"row {index}: {error}") from None
     return problem, config
 
 
-def _made(kind: type[T], given: Mapping[str, Any]) -> T:
+def made(kind: type[T], given: Mapping[str, Any]) -> T:
     """Returns the dataclass of these fields, all of which are there and of their types."""
     hints = typing.get_type_hints(kind)
     names = {field.name for field in dataclasses.fields(typing.cast(Any, kind))}
