@@ -2,6 +2,7 @@
 
 `python -m jax_fp8gemm profile MODULE:FUNCTION`: where a program's time goes on the GPU.
 `python -m jax_fp8gemm tune MODULE:FUNCTION`: the fastest configs for its GEMMs, kept in a file.
+`python -m jax_fp8gemm compile MODULE:FUNCTION`: fills the kernel cache; no GPU is needed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fp8gemm._bind.gemm_op import device_kind
 from jax_fp8gemm._bind.native import cache_folder, compile, device_facts, nvrtc_facts
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.version import __version__
@@ -25,6 +27,7 @@ from jax_fp8gemm._tools.problems import EXPECTED, is_problem, parse_problem
 from jax_fp8gemm._tools.profile import profile
 from jax_fp8gemm._tools.programs import calls_of, problems_of
 from jax_fp8gemm._tools.tune import hopper, tune_problems
+from jax_fp8gemm._tools.warm import warm
 
 # What the program to profile is.
 PROGRAM = "a function without arguments that returns a jitted function and its arguments"
@@ -142,6 +145,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("places", metavar="MODULE:FUNCTION", nargs="+", help=shape)
     command.add_argument("--configs", type=int, default=12, help="to time for each GEMM")
     command.set_defaults(run=lambda given: tune_all(given.places, given.configs))
+    command = commands.add_parser("compile", help="fill the kernel cache for a program")
+    command.add_argument("place", metavar="MODULE:FUNCTION", help=PROGRAM)
+    command.add_argument("--device", help="the card that it is for, as JAX names it")
+    command.set_defaults(
+        run=lambda given: warm(
+            *load_program("compile", given.place), device=given.device or device_kind()
+        )
+    )
     return made
 
 

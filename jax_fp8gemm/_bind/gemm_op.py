@@ -167,7 +167,7 @@ def _cast(spec: GemmSpec, left: jax.Array, right: jax.Array | None) -> tuple[jax
 
 
 def _attributes(spec: GemmSpec, operands: Arrays) -> dict:
-    return attributes_for(_device_kind(), spec, operands)
+    return attributes_for(device_kind(), spec, operands)
 
 
 def attributes_for(device: str, spec: GemmSpec, operands: Sequence) -> dict:
@@ -212,7 +212,7 @@ def _typical(size) -> int:
     return SYMBOLIC_SIZE if jax.export.is_symbolic_dim(size) else size
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
     """Returns the kind of the GPU in use, or the default when programs are made without one."""
     device = jax.devices()[0]
     return device.device_kind if device.platform in ("gpu", "cuda") else DEFAULT_DEVICE
