@@ -29,6 +29,7 @@ from jax_fp8gemm._ops.swiglu import swiglu_backward, swiglu_quantize, swiglu_qua
 from jax_fp8gemm._ops.weights import PreparedWeight, prepare_weight
 from jax_fp8gemm._select.problem import GemmConfig
 from jax_fp8gemm._tools.profile import KernelRow, Profile, profile
+from jax_fp8gemm._tools.tune import TunedGemm, Tuning, tune
 
 __all__ = [
     "EXPORT_CHECKS",
@@ -43,6 +44,8 @@ __all__ = [
     "QArray",
     "Routing",
     "SwigluGradients",
+    "TunedGemm",
+    "Tuning",
     "__version__",
     "cast_statistics",
     "dequantize",
@@ -66,6 +69,7 @@ __all__ = [
     "swiglu_backward",
     "swiglu_quantize",
     "swiglu_quantize_both",
+    "tune",
     "unpermute",
     "update_bias",
 ]

@@ -1,6 +1,8 @@
 """`python -m jax_fp8gemm`: what is here, what is missing, and whether the kernels work.
 
 `python -m jax_fp8gemm profile MODULE:FUNCTION`: where a program's time goes on the GPU.
+`python -m jax_fp8gemm tune MODULE:FUNCTION`: the fastest configs for its GEMMs, kept in a file.
+`python -m jax_fp8gemm compile MODULE:FUNCTION`: fills the kernel cache; no GPU is needed.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_fp8gemm._bind.gemm_op import device_kind
 from jax_fp8gemm._bind.native import cache_folder, compile, device_facts, nvrtc_facts
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.version import __version__
@@ -20,7 +23,11 @@ from jax_fp8gemm._ops.gemm import gemm
 from jax_fp8gemm._ops.quantize import quantize
 from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import Problem, attributes
+from jax_fp8gemm._tools.problems import EXPECTED, is_problem, parse_problem
 from jax_fp8gemm._tools.profile import profile
+from jax_fp8gemm._tools.programs import calls_of, problems_of
+from jax_fp8gemm._tools.tune import hopper, tune_problems
+from jax_fp8gemm._tools.warm import warm
 
 # What the program to profile is.
 PROGRAM = "a function without arguments that returns a jitted function and its arguments"
@@ -86,13 +93,13 @@ def product_check() -> bool:
     return bool(error < 1e-3)
 
 
-def load_program(place: str) -> tuple:
+def load_program(op: str, place: str) -> tuple:
     """Calls FUNCTION of MODULE; returns a function and its arguments.
 
     Raises:
       ValueError, TypeError: there is no such function, or it returns something else.
     """
-    op, (module, _, name) = "profile", place.partition(":")
+    module, _, name = place.partition(":")
     if not module or not name:
         fix = "write the module, a colon and the function, such as models.step:program"
         fail(op, "there is no function to call.", place, "MODULE:FUNCTION", fix)
@@ -112,17 +119,49 @@ def load_program(place: str) -> tuple:
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jax_fp8gemm", description=__doc__)
-    commands = parser.add_subparsers(dest="command")
+def tune_all(places: list[str], configs: int) -> None:
+    """Tunes GEMMs given by their shapes, and those of programs."""
+    device = hopper()
+    problems: list[Problem] = []
+    for place in places:
+        if is_problem(place):
+            problems.append(parse_problem("tune", place, device))
+        else:
+            problems += problems_of(calls_of(*load_program("tune", place)), device)
+    tune_problems(list(dict.fromkeys(problems)), configs)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m jax_fp8gemm", description=__doc__)
+    commands = made.add_subparsers(dest="command")
     command = commands.add_parser("profile", help="kernels of a program by kind, on the GPU")
     command.add_argument("place", metavar="MODULE:FUNCTION", help=PROGRAM)
     command.add_argument("--reps", type=int, default=5, help="runs to take the mean of")
-    options = parser.parse_args(arguments)
-    if options.command is None:
+    command.set_defaults(
+        run=lambda given: profile(*load_program("profile", given.place), reps=given.reps)
+    )
+    command = commands.add_parser("tune", help="the fastest configs of a program's GEMMs")
+    shape = f"{PROGRAM}; or the shape of a GEMM: {EXPECTED}"
+    command.add_argument("places", metavar="MODULE:FUNCTION", nargs="+", help=shape)
+    command.add_argument("--configs", type=int, default=12, help="to time for each GEMM")
+    command.set_defaults(run=lambda given: tune_all(given.places, given.configs))
+    command = commands.add_parser("compile", help="fill the kernel cache for a program")
+    command.add_argument("place", metavar="MODULE:FUNCTION", help=PROGRAM)
+    command.add_argument("--device", help="the card that it is for, as JAX names it")
+    command.set_defaults(
+        run=lambda given: warm(
+            *load_program("compile", given.place), device=given.device or device_kind()
+        )
+    )
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    if given.command is None:
         return report()
     try:
-        profile(*load_program(options.place), reps=options.reps)
+        given.run(given)
     except (RuntimeError, TypeError, ValueError) as error:
         if "\n  fix " not in str(error):
             raise  # an error of the program, with the place where it happened

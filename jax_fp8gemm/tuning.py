@@ -1,4 +1,7 @@
-"""Times configs on the GPU at hand and keeps the winners: `python -m jax_fp8gemm.tuning`."""
+"""Times configs for the tables of this package: `python -m jax_fp8gemm.tuning`.
+
+For your own file there is `python -m jax_fp8gemm tune`.
+"""
 
 import argparse
 import pathlib

@@ -15,8 +15,9 @@ PACKAGE = ROOT / "jax_fp8gemm"
 # The wings in order, and in each wing its files in order: a file imports files of earlier wings and
 # earlier files of its own. docs/architecture.md shows this table.
 WINGS = {
-    "_core": "version errors extension types layout qarray bits checks groups variants reference",
-    "_select": "problem candidates cost choice",
+    "_core": "version errors folders extension types layout qarray bits checks groups variants"
+    " reference",
+    "_select": "problem candidates cost saved choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general "
     "deep_gemm_utils deep_gemm_operands deep_gemm_dense deep_gemm_grouped",
@@ -24,7 +25,7 @@ WINGS = {
     "layer",
     "_checkpoint": "header folder sources placing microscaled pairs arrays quantization progress "
     "reader writer tables parameters export",
-    "_tools": "timing operands shapes hlo profile tune",
+    "_tools": "timing operands shapes hlo profile progress problems programs warm measure tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}
 DOORS = ["__init__", "linen", "nnx", "checkpoint", "deep_gemm", "tuning", "__main__"]

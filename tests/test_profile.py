@@ -251,7 +251,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_the_program_of_a_module(module):
-    function, shape = command.load_program(f"{module}:good")
+    function, shape = command.load_program("profile", f"{module}:good")
     assert callable(function) and shape.shape == (3,)
 
 

@@ -167,7 +167,12 @@ def _cast(spec: GemmSpec, left: jax.Array, right: jax.Array | None) -> tuple[jax
 
 
 def _attributes(spec: GemmSpec, operands: Arrays) -> dict:
-    problem = problem_of(spec, operands)
+    return attributes_for(device_kind(), spec, operands)
+
+
+def attributes_for(device: str, spec: GemmSpec, operands: Sequence) -> dict:
+    """Returns the attributes of the custom call for a card of this name."""
+    problem = problem_of(spec, operands, device)
     config = spec.config or select(problem)
     reason = why_illegal(problem, config)
     if reason:
@@ -184,7 +189,7 @@ def _attributes(spec: GemmSpec, operands: Arrays) -> dict:
     return found
 
 
-def problem_of(spec: GemmSpec, operands: Sequence) -> Problem:
+def problem_of(spec: GemmSpec, operands: Sequence, device: str) -> Problem:
     """Returns what the choice of a config may depend on."""
     sizes = {letter: _typical(size) for letter, size in spec.sizes(operands).items()}
     return Problem(
@@ -197,7 +202,7 @@ def problem_of(spec: GemmSpec, operands: Sequence) -> Problem:
         out=spec.out,
         accumulate=spec.accumulate,
         num_sms=spec.num_sms,
-        device=_device_kind(),
+        device=device,
         rhs=spec.rhs,
     )
 
@@ -207,7 +212,7 @@ def _typical(size) -> int:
     return SYMBOLIC_SIZE if jax.export.is_symbolic_dim(size) else size
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
     """Returns the kind of the GPU in use, or the default when programs are made without one."""
     device = jax.devices()[0]
     return device.device_kind if device.platform in ("gpu", "cuda") else DEFAULT_DEVICE

@@ -10,13 +10,12 @@ import importlib.util
 import os
 import pathlib
 import shutil
-import tempfile
-from typing import NamedTuple
 
 import jax
 
-from jax_fp8gemm._core.errors import fail, message
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.extension import OLDEST_JAX, extension, too_old
+from jax_fp8gemm._core.folders import cache_folder
 from jax_fp8gemm._core.version import __version__
 
 TARGET = "jax_fp8gemm_gemm_v1"
@@ -74,55 +73,6 @@ def find_nvrtc() -> str:
         return chosen
     found = (path for path in [*_pip_nvrtc(), *_toolkit_nvrtc()] if path.exists())
     return str(next(found, ""))
-
-
-class CacheFolder(NamedTuple):
-    """Where compiled kernels are kept. An empty path: nowhere. An empty warning: as asked for."""
-
-    path: str
-    warning: str
-
-
-def cache_folder() -> CacheFolder:
-    """Returns JAX_FP8GEMM_CACHE_DIR, or a folder in the user's cache; else one in the temporary
-    folder, with a warning. The extension checks who may write to it before it reads anything."""
-    name, path, parent = _chosen_cache()
-    if os.path.isabs(path) and os.path.isdir(parent):
-        return CacheFolder(path, "")
-    fallback = _temporary_cache()
-    warning = message(
-        "jax_fp8gemm",
-        f"kernels are not cached where {name} says.",
-        got=f"{name} {path!r}",
-        expected="an absolute path"
-        if parent == "/"
-        else "an absolute path in a folder that exists",
-        fix="set JAX_FP8GEMM_CACHE_DIR to an absolute path; until then kernels are kept "
-        + (f"in {fallback}" if fallback else "in memory alone"),
-    )
-    return CacheFolder(fallback, warning)
-
-
-def _chosen_cache() -> tuple[str, str, str]:
-    """Returns a variable, the folder that it means, and a folder above that which must exist."""
-    for name, *below in (("JAX_FP8GEMM_CACHE_DIR",), ("XDG_CACHE_HOME", "jax_fp8gemm")):
-        if chosen := os.environ.get(name):
-            return name, os.path.join(os.path.expanduser(chosen), *below), "/"
-    home = os.path.expanduser("~")
-    return "HOME", os.path.join(home, ".cache", "jax_fp8gemm"), home
-
-
-def _temporary_cache() -> str:
-    """Returns a name of the user's own in the temporary folder, or "" where there is none."""
-    try:
-        return os.path.join(tempfile.gettempdir(), f"jax_fp8gemm-{os.geteuid()}")
-    except FileNotFoundError:
-        return ""
-
-
-def cache_dir() -> str:
-    """Returns the folder of compiled kernels, or "": see cache_folder()."""
-    return cache_folder().path
 
 
 def configure() -> None:

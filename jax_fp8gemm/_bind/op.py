@@ -8,11 +8,12 @@ bind            nothing to compute? Explicit mesh axes made Auto; inside shard_m
           primitive         lowered to the kernel on CUDA, to the reference elsewhere
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +66,35 @@ class Op:
     rule: Callable[[Any, Arrays], Rule]
     local: Callable[[Any, Arrays, Batch, Total | None], Arrays]
     vmap: Callable[[Any, int, Sequence[bool], Arrays], Arrays | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A custom call of a program that was lowered, as one device runs it."""
+
+    op: Op
+    spec: Any
+    operands: tuple[jax.ShapeDtypeStruct, ...]
+
+
+_recorders: list[list[Call]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Yields a list that gets every call that is lowered meanwhile, by any thread."""
+    calls: list[Call] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not calls]
+
+
+def _record(op: Op, spec: Any, operands: Arrays) -> None:
+    types = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands)
+    for calls in _recorders:
+        calls.append(Call(op, spec, types))
 
 
 def bind(
@@ -239,10 +269,12 @@ def primitive(op: Op) -> Primitive:
         return [like_it(*result) for result in op.results(spec, operands)]
 
     def meaning(*operands, spec):
+        _record(op, spec, operands)
         return op.reference(spec, operands)
 
     def lower_cuda(ctx, *operands, spec):
         native.check_plugin()
+        _record(op, spec, ctx.avals_in)
         _check_counts(op.name, (*ctx.avals_in, *ctx.avals_out))
         aliases = op.aliases(spec) or None
         rule = jax.ffi.ffi_lowering(op.target, operand_output_aliases=aliases)

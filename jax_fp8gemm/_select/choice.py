@@ -6,19 +6,14 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.cost import predicted_seconds
 from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
+from jax_fp8gemm._select.saved import Table, file_name, read
 
 TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away
-
-
-def file_name(device: str) -> str:
-    """Returns what files about a kind of device are called: "nvidia-h200" for "NVIDIA H200"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 @functools.cache
@@ -37,9 +32,26 @@ def _tuned(device: str) -> dict:
     return table
 
 
+@functools.cache
+def saved(device: str) -> Table:
+    """Returns the configs of the user's file. It is read at the first choice of a process, and
+    again once saved.cache_clear() was called, as `tune` does after it has written."""
+    return read(device)
+
+
 def select(problem: Problem) -> GemmConfig:
-    """Returns the config for `problem`: the tuned row of the nearest m, else the model's best."""
+    """Returns the config for `problem`: that of the user's file, else the tuned row of the nearest
+    m, else the model's best."""
+    chosen, source = _choose(problem)
+    if os.environ.get("JAX_FP8GEMM_PRINT_CONFIGS") == "1":
+        print(f"jax_fp8gemm: {problem} -> {chosen} ({source})", file=sys.stderr)
+    return chosen
+
+
+def _choose(problem: Problem) -> tuple[GemmConfig, str]:
     p = problem
+    if p in saved(p.device):
+        return saved(p.device)[p], "saved"
     tuned = {} if p.casts else _tuned(p.device)
     by_m = tuned.get((p.variant, p.n, p.k, p.g, p.scales, p.out), {})
 
@@ -49,9 +61,6 @@ def select(problem: Problem) -> GemmConfig:
     near = [m for m in by_m if distance(m) <= math.log(TUNED_RATIO)]
     near.sort(key=distance)
     chosen = next((by_m[m] for m in near if why_illegal(p, by_m[m]) is None), None)
-    source = "tuned"
-    if chosen is None:
-        chosen, source = min(candidates(p), key=lambda c: predicted_seconds(p, c)), "model"
-    if os.environ.get("JAX_FP8GEMM_PRINT_CONFIGS") == "1":
-        print(f"jax_fp8gemm: {p} -> {chosen} ({source})", file=sys.stderr)
-    return chosen
+    if chosen is not None:
+        return chosen, "tuned"
+    return min(candidates(p), key=lambda c: predicted_seconds(p, c)), "model"

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from jax_fp8gemm._bind.gemm_op import GemmSpec, gemm
 from jax_fp8gemm._core import reference
-from jax_fp8gemm._core.layout import SCALE_BLOCK, Tile, round_up, scale_shape
+from jax_fp8gemm._core.layout import BLOCKS, SCALE_BLOCK, Tile, round_up, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.problem import SPREAD, GemmConfig, Problem
@@ -74,7 +74,10 @@ def random_operands(
 ) -> tuple:
     """Returns lhs, rhs and, in a grouped variant, the group operand for groups of `sizes`.
 
-    shared: of rhs, see `random_operand`.
+    A rhs that the kernel casts is a bf16 array. Where the GEMM accumulates, zeros come last.
+
+    Args:
+      shared: of rhs, see `random_operand`.
     """
     row, p = VARIANTS[problem.variant], problem
     letters = {"g": p.g, "m": p.m, "n": p.n, "k": p.k}
@@ -88,8 +91,13 @@ def random_operands(
     keys = jax.random.split(jax.random.key(seed))
     make = jax.jit(random_operand, static_argnums=(1, 2, 3))
     shapes = (tuple(letters[c] for c in dims) for dims in (row.lhs, row.rhs))
-    operands = tuple(make(*a) for a in zip(keys, shapes, p.tiles, (0.0, shared), strict=True))
-    return operands if groups is None else (*operands, jnp.asarray(groups))
+    lhs, rhs = (make(*a) for a in zip(keys, shapes, p.tiles, (0.0, shared), strict=True))
+    if p.casts:
+        w = jnp.swapaxes(rhs.qvalue, -1, -2) if p.rhs == "bf16_transposed" else rhs.qvalue
+        rhs = w.astype(jnp.bfloat16)
+    operands = (lhs, rhs) if groups is None else (lhs, rhs, jnp.asarray(groups))
+    init = jnp.zeros([letters[c] for c in row.out], jnp.float32)
+    return (*operands, init) if p.accumulate else operands
 
 
 def compiled(problem: Problem, config: GemmConfig | None, operands) -> Contender:
@@ -107,10 +115,14 @@ def executable_of(problem: Problem, config: GemmConfig | None, operands):
         num_sms=problem.num_sms,
         config=config,
         expected_rows=problem.m if problem.variant == "masked" else 0,
+        rhs=problem.rhs,
+        accumulate=problem.accumulate,
     )
 
-    def run(lhs, rhs, *groups):
-        return gemm(spec, lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *groups)
+    def run(lhs, rhs, *rest):
+        if problem.casts:
+            return gemm(spec, lhs.qvalue, rhs, lhs.scale, *rest)
+        return gemm(spec, lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest)
 
     return jax.jit(run).lower(*operands).compile()
 
@@ -119,7 +131,11 @@ def sample_error(problem: Problem, out: jax.Array, operands) -> float:
     """Returns calc_diff, Σ(out − exact)² / Σ(out² + exact²), of 32 rows in each group."""
     rows, groups, columns = sample(problem, operands)
     picked = out[groups, rows] if out.ndim == 3 else out[rows]
-    return float(_squared_error(picked, *operands[:2], rows, groups, columns))
+    lhs, rhs = operands[:2]
+    if problem.casts:
+        w = jnp.swapaxes(rhs, -1, -2) if problem.rhs == "bf16_transposed" else rhs
+        rhs = QArray(*reference.quantize(w, BLOCKS, "pow2"))
+    return float(_squared_error(picked, lhs, rhs, rows, groups, columns))
 
 
 def sample(problem: Problem, operands) -> tuple:
