@@ -58,7 +58,7 @@ test-fast: $(TEST)/.installed
 	$(TEST)/bin/python -m pytest -n 2 $(FAST:%=tests/test_%.py)
 
 docs: $(TEST)/.installed
-	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/mkdocs build --strict
 
 sanitize: $(TEST)/.installed
 	$(TEST)/bin/python tests/sanitize/run.py

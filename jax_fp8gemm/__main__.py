@@ -97,7 +97,8 @@ def load_program(op: str, place: str) -> tuple:
     """Calls FUNCTION of MODULE; returns a function and its arguments.
 
     Raises:
-      ValueError, TypeError: there is no such function, or it returns something else.
+      ValueError: there is no such function, or it returns something else.
+      TypeError: there is no such function, or it returns something else.
     """
     module, _, name = place.partition(":")
     if not module or not name:

@@ -53,7 +53,9 @@ def open(path: Path, *, keep: Callable[[str], bool] | None = None) -> Checkpoint
 
     Raises:
       ValueError: a damaged file or index, FP8 numbers without scales, scales without FP8 numbers,
-      scales of another shape. TypeError: an unknown dtype. FileNotFoundError: no such file.
+        scales of another shape.
+      TypeError: an unknown dtype.
+      FileNotFoundError: no such file.
       NotImplementedError: config.json names a quantization that is not read.
 
     Source: the format's description in the safetensors repository; DeepSeek-V3's
@@ -121,8 +123,9 @@ def save(
 
     Raises:
       ValueError: other scales, FP8 numbers without scales, a name taken twice, a value that its
-      format cannot hold. TypeError: not an array, a dtype that files lack. FileNotFoundError: no
-      such folder.
+        format cannot hold.
+      TypeError: not an array, a dtype that files lack.
+      FileNotFoundError: no such folder.
 
     Example:
       checkpoint.save("model.safetensors", {"up.weight": quantize(w.T, (128, 128))})
@@ -153,18 +156,23 @@ def load_parameters(
         alone that it holds.
 
     Returns:
-      A tree of dicts: "layers.3.experts.wi_0" is at ["layers"]["3"]["experts"]["wi_0"]. FP8 weights
-      are QArrays [e, out, in] or [out, in]. Kernels in floats are [e, in, out] or [in, out].
+      A tree of dicts: "layers.3.experts.wi_0" is at `["layers"]["3"]["experts"]["wi_0"]`. FP8
+      weights are QArrays [e, out, in] or [out, in]. Kernels in floats are [e, in, out] or
+      [in, out].
 
     Raises:
       ValueError: a tensor that the table does not have, an expert missing, a part that splits a
-      scale tile; and as of `load`. TypeError, FileNotFoundError, NotImplementedError: as of `load`.
+        scale tile; and as of `load`.
+      TypeError: as of `load`.
+      FileNotFoundError: as of `load`.
+      NotImplementedError: as of `load`.
 
     Source: names as published with each model.
 
     Example:
       tree = checkpoint.load_parameters("DeepSeek-V3", checkpoint.DEEPSEEK_V3)
-      down = prepare_weight(tree["layers"]["3"]["experts"]["wo"])  # of all experts
+      experts = tree["layers"].pop("3").pop("experts")
+      down = prepare_weight(experts.pop("wo"))
     """
     return read_parameters("checkpoint.load_parameters", pathlib.Path(path), table, keep, sharding)
 
@@ -194,7 +202,8 @@ def save_parameters(
 
     Raises:
       ValueError: a parameter that the table does not have, one of two parts missing, QArrays with
-      other scales, a checkpoint in the folder. TypeError: FP8 and floats in one tensor.
+        other scales, a checkpoint in the folder.
+      TypeError: FP8 and floats in one tensor.
       FileNotFoundError: no such folder.
 
     Source: config.json of DeepSeek-V3, quantization_config.

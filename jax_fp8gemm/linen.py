@@ -180,18 +180,18 @@ class Fp8MoE(nn.Module):
     Parameters: `gate_kernel` [h, e], `wi_0` and `wi_1` [e, h, f], `wo` [e, f, h], and with
     shared_features `shared_wi_0` and `shared_wi_1` [h, fs], `shared_wo` [fs, h].
 
+    Fields that are not listed here are arguments of `moe`. With expert_axis the parameters are
+    `nn.Partitioned` over it and over tensor_axis, unless their initializers say otherwise. Inside
+    jax.shard_map `apply` takes this device's shards, and `init` belongs outside.
+
     Attributes:
-      num_experts, hidden_features: e and f.
-      top_k, score_function, normalize, routed_scaling_factor, n_group, topk_group,
-        capacity_factor, device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh,
-        exchange, wire, scale_rounding, shared_columns, cast_in_gemm: see `moe`.
-        With expert_axis the parameters are `nn.Partitioned` over it and over tensor_axis, unless
-        their initializers say otherwise. Inside jax.shard_map `apply` takes this device's shards,
-        and `init` belongs outside.
+      num_experts: e.
+      hidden_features: f, the width of an expert.
       shared_features: fs, the hidden width of an expert that sees every token; 0 for none.
       dtype: of the computation; default: the input's. The router is float32.
       param_dtype: of the parameters.
-      gate_init, wi_init, wo_init, shared_wi_init, shared_wo_init: initializers.
+      gate_init: initializer of `gate_kernel`; likewise wi_init, wo_init, shared_wi_init and
+        shared_wo_init.
       quantized: for inference. In place of each matrix there are, in the collection "quantized",
         its FP8 numbers and scales, as block-FP8 checkpoints hold them: `wi_0_qvalue` e4m3
         [e, f, h], `wi_0_scale` f32 [e, f/128, h/128], rounded up, and so on. `quantize_kernels`

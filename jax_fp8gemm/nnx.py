@@ -197,7 +197,9 @@ class Fp8MoE(nnx.Module):
       options: what `moe` is called with, as pairs.
 
     Args:
-      in_features, hidden_features, num_experts: h, f and e.
+      in_features: h, the width of x.
+      hidden_features: f, the width of an expert.
+      num_experts: e.
       top_k: experts of a token.
       shared_features: fs; 0 for none.
       dtype: of the computation; default: the input's.
@@ -235,7 +237,7 @@ class Fp8MoE(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         init: Mapping[str, Initializer] = MappingProxyType({}),
         rngs: nnx.Rngs,
-        **options,
+        **options: Any,
     ):
         e, h, f, fs = num_experts, in_features, hidden_features, shared_features
         shapes = {"gate_kernel": (h, e), "wi_0": (e, h, f), "wi_1": (e, h, f), "wo": (e, f, h)}
@@ -297,7 +299,7 @@ class Fp8MoE(nnx.Module):
         top_k: int,
         shared: ExpertKernels | None = None,
         dtype: Dtype | None = jnp.bfloat16,
-        **options,
+        **options: Any,
     ) -> Self:
         """Returns a layer for inference that holds its experts in FP8.
 
@@ -310,7 +312,8 @@ class Fp8MoE(nnx.Module):
           options: as of the class.
 
         Raises:
-          ValueError: shapes or scales do not fit. TypeError: kernels are not in FP8.
+          ValueError: shapes or scales do not fit.
+          TypeError: kernels are not in FP8.
 
         Example:
           layer = Fp8MoE.from_quantized(gate_kernel, prepare_experts(kernels), top_k=8)

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import pathlib
+import re
 import textwrap
 from collections.abc import Callable
 
@@ -95,3 +96,51 @@ def test_every_public_function_says_what_it_takes_gives_and_raises():
 
 def test_there_is_one_version():
     assert jax_fp8gemm.__version__ == __version__
+
+
+# ---- docstrings ---------------------------------------------------------------------------------
+
+
+def section(docstring: str, title: str) -> list[str]:
+    """Returns the items of a docstring's section, a continued line joined to its item."""
+    lines = inspect.cleandoc(docstring).splitlines()
+    if f"{title}:" not in lines:
+        return []
+    found: list[str] = []
+    for line in lines[lines.index(f"{title}:") + 1 :]:
+        if not line.startswith("  "):
+            break
+        if line.startswith("   ") and found:
+            found[-1] += f" {line.strip()}"
+        else:
+            found.append(line.strip())
+    return found
+
+
+def public_functions() -> dict[str, Callable]:
+    doors = [importlib.import_module(door) for door in DOORS]
+    every = {f"{m.__name__}.{name}": getattr(m, name) for m in doors for name in m.__all__}
+    return {name: value for name, value in every.items() if inspect.isfunction(value)}
+
+
+def test_a_tool_can_read_the_docstrings():
+    """Args and Raises have one name a line; Args are those of the signature."""
+    wrong = []
+    for name, function in public_functions().items():
+        parameters = inspect.signature(function).parameters
+        for item in section(function.__doc__ or "", "Args"):
+            if item.partition(":")[0].lstrip("*") not in parameters:
+                wrong.append(f"{name}: {item}")
+        for item in section(function.__doc__ or "", "Raises"):
+            if not re.match(r"\w+(Error|Exception): ", item) or re.search(r"\. \w+Error: ", item):
+                wrong.append(f"{name}: {item}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_argument_is_explained():
+    missing = []
+    for name, function in public_functions().items():
+        explained = {item.partition(":")[0] for item in section(function.__doc__ or "", "Args")}
+        kinds = inspect.signature(function).parameters
+        missing += [f"{name}: {p}" for p in kinds if p not in explained]
+    assert not missing, "\n".join(missing)

@@ -125,8 +125,8 @@ class Checkpoint(Mapping[str, QArray | jax.Array]):
           A QArray, or an array of the dtype in the file.
 
         Raises:
-          KeyError: there is no such tensor. ValueError: the sharding does not fit its shape, or an
-          MXFP4 weight is not exact in E4M3.
+          KeyError: there is no such tensor.
+          ValueError: the sharding does not fit its shape, or an MXFP4 weight is not exact in E4M3.
 
         Example:
           w = checkpoint.open("DeepSeek-V3").read("lm_head.weight", NamedSharding(mesh, P("x")))

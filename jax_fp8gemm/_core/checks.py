@@ -52,7 +52,8 @@ def as_float(op: str, name: str, x: Any) -> jax.Array:
     """Returns a float array as JAX has it: NumPy's become JAX's, in the width that JAX gives them.
 
     Raises:
-      TypeError: x is not an array, or not bf16, f16 or f32. ValueError: x lies in host memory.
+      TypeError: x is not an array, or not bf16, f16 or f32.
+      ValueError: x lies in host memory.
     """
     if isinstance(x, np.ndarray | np.generic):
         x = jnp.asarray(x)

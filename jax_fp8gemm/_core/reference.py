@@ -71,7 +71,8 @@ def share_scales(amax: jax.Array, scale: jax.Array) -> jax.Array:
     count, and take the common scale. A block with NaN or Inf keeps the scales of its rows.
 
     Args:
-      amax, scale: f32 [..., rows, steps], of tiles of 1x128; scales are powers of two.
+      amax: f32 [..., rows, steps], of tiles of 1x128; scales are powers of two.
+      scale: likewise.
     """
     rows = scale.shape[-2]
     pad = [(0, 0)] * (scale.ndim - 2) + [(0, -rows % SCALE_BLOCK), (0, 0)]

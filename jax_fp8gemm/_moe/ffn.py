@@ -71,8 +71,12 @@ def expert_ffn(
       capacity: rows that an expert takes at most, 1 or more. Later tokens' rows beyond it add
         nothing, and have no gradient. The forward GEMMs are then `masked`, else `ragged`. Over
         devices: of the tokens that its device receives.
-      expert_axis, tensor_axis, token_axes, mesh, exchange, wire: see `moe`. expert_index numbers
-        the experts of all devices.
+      expert_axis: see `moe`.
+      tensor_axis: see `moe`.
+      token_axes: see `moe`.
+      mesh: see `moe`.
+      exchange: see `moe`.
+      wire: see `moe`. expert_index numbers the experts of all devices.
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
@@ -82,7 +86,8 @@ def expert_ffn(
       the dtypes of x, gate_weights and kernels. Those of an expert without tokens are zero.
 
     Raises:
-      ValueError: shapes do not fit, or an option is unknown or not possible. TypeError: dtypes.
+      ValueError: shapes do not fit, or an option is unknown or not possible.
+      TypeError: dtypes.
       NotImplementedError: a second derivative.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.

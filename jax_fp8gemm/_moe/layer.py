@@ -101,8 +101,13 @@ def moe(
       kernels: ExpertKernels with wi_0, wi_1 [e, h, f] and wo [e, f, h]; prepared or not. Or FP8
         weights, which are constants: QArrays [e, f, h] and [e, h, f]. Inside shard_map the shards
         of this device, in the order of the devices.
-      top_k, score_function, bias, normalize, routed_scaling_factor, n_group, topk_group: see
-        `route`. None of them with routing.
+      top_k: see `route`.
+      score_function: see `route`.
+      bias: see `route`.
+      normalize: see `route`.
+      routed_scaling_factor: see `route`.
+      n_group: see `route`.
+      topk_group: see `route`. None of them with routing.
       logits: bf16, f16 or f32 [..., e], made elsewhere; split as x is.
       routing: the Routing of the tokens, flattened to one dim as moe returns it; split as x is.
       capacity_factor: None keeps every row. Else an expert takes capacity_factor times its even

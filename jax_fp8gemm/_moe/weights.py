@@ -37,7 +37,8 @@ def prepare_experts(
       one GEMM in place of two.
 
     Raises:
-      ValueError: shapes do not fit, or scale_rounding is unknown. TypeError: dtypes.
+      ValueError: shapes do not fit, or scale_rounding is unknown.
+      TypeError: dtypes.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3.
 

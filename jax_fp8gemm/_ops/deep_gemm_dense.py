@@ -42,8 +42,9 @@ def fp8_gemm_nt(
       [m, n].
 
     Raises:
-      ValueError: shapes do not fit. TypeError: an operand has no scales, an output argument, or
-      dtypes that do not fit. NotImplementedError: a recipe that Hopper does not have.
+      ValueError: shapes do not fit.
+      TypeError: an operand has no scales, an output argument, or dtypes that do not fit.
+      NotImplementedError: a recipe that Hopper does not have.
 
     Source: DeepGEMM, csrc/apis/gemm.hpp.
 
@@ -68,7 +69,9 @@ def fp8_gemm_nn(
     Args:
       a: e4m3 [m, k] and its f32 scales [m, ceil(k / 128)].
       b: e4m3 [k, n] and its f32 scales [ceil(k / 128), ceil(n / 128)], or [ceil(k / 128), n].
-      c, out_dtype, options: see `fp8_gemm_nt`.
+      c: see `fp8_gemm_nt`.
+      out_dtype: see `fp8_gemm_nt`.
+      options: see `fp8_gemm_nt`.
     """
     op = "fp8_gemm_nn"
     return _dense(op, operand(op, "a", a), transposed(operand(op, "b", b)), c, out_dtype, options)
@@ -88,7 +91,9 @@ def fp8_gemm_tn(
     Args:
       a: e4m3 [k, m] and its f32 scales [ceil(k / 128), m].
       b: e4m3 [k, n] and its f32 scales [ceil(k / 128), ceil(n / 128)], or [ceil(k / 128), n].
-      c, out_dtype, options: see `fp8_gemm_nt`.
+      c: see `fp8_gemm_nt`.
+      out_dtype: see `fp8_gemm_nt`.
+      options: see `fp8_gemm_nt`.
     """
     op = "fp8_gemm_tn"
     lhs, rhs = transposed(operand(op, "a", a)), transposed(operand(op, "b", b))
@@ -109,7 +114,9 @@ def fp8_gemm_tt(
     Args:
       a: e4m3 [k, m] and its f32 scales [ceil(k / 128), m].
       b: e4m3 [n, k] and its f32 scales [ceil(n / 128), ceil(k / 128)], or [n, ceil(k / 128)].
-      c, out_dtype, options: see `fp8_gemm_nt`.
+      c: see `fp8_gemm_nt`.
+      out_dtype: see `fp8_gemm_nt`.
+      options: see `fp8_gemm_nt`.
     """
     op = "fp8_gemm_tt"
     return _dense(op, transposed(operand(op, "a", a)), operand(op, "b", b), c, out_dtype, options)
@@ -181,7 +188,9 @@ def fp8_einsum(
         [ceil(b / 128), h, d].
       b: e4m3 [h, d, r] with f32 scales [h, ceil(d / 128), ceil(r / 128)]. In the third [b, h, r]
         with [ceil(b / 128), h, r].
-      c, out_dtype, options: see `fp8_gemm_nt`.
+      c: see `fp8_gemm_nt`.
+      out_dtype: see `fp8_gemm_nt`.
+      options: see `fp8_gemm_nt`.
 
     Raises:
       NotImplementedError: another expression.

@@ -70,8 +70,10 @@ def m_grouped_fp8_gemm_nn_contiguous(
     Args:
       a: e4m3 [m, k] and its f32 scales [m, ceil(k / 128)].
       b: e4m3 [g, k, n] and its f32 scales [g, ceil(k / 128), ceil(n / 128)].
-      grouped_layout, use_psum_layout, ensure_zero_padding, options: see
-        `m_grouped_fp8_gemm_nt_contiguous`.
+      grouped_layout: see `m_grouped_fp8_gemm_nt_contiguous`.
+      use_psum_layout: see `m_grouped_fp8_gemm_nt_contiguous`.
+      ensure_zero_padding: see `m_grouped_fp8_gemm_nt_contiguous`.
+      options: see `m_grouped_fp8_gemm_nt_contiguous`.
     """
     del ensure_zero_padding
     op = "m_grouped_fp8_gemm_nn_contiguous"

@@ -31,7 +31,8 @@ def per_token_cast_to_fp8(
       e4m3 [m, k] and its f32 scales [m, ceil(k / 128)].
 
     Raises:
-      TypeError: x is not a float array. ValueError: x is not a matrix.
+      TypeError: x is not a float array.
+      ValueError: x is not a matrix.
       NotImplementedError: another gran_k, or packed scales.
 
     Source: DeepGEMM, deep_gemm/utils/math.py.
@@ -58,7 +59,8 @@ def per_block_cast_to_fp8(x: jax.Array, use_ue8m0: bool, gran_k: int = SCALE_BLO
       e4m3 [n, k] and its f32 scales [ceil(n / 128), ceil(k / 128)].
 
     Raises:
-      TypeError: x is not a float array. ValueError: x is not a matrix.
+      TypeError: x is not a float array.
+      ValueError: x is not a matrix.
       NotImplementedError: another gran_k.
 
     Source: DeepGEMM, deep_gemm/utils/math.py.
@@ -80,7 +82,8 @@ def per_channel_cast_to_fp8(x: jax.Array, use_ue8m0: bool, gran_k: int = SCALE_B
       e4m3 [k, m] and its f32 scales [k / 128, m].
 
     Raises:
-      TypeError: x is not a float array. ValueError: x is not a matrix, or k no multiple of 128.
+      TypeError: x is not a float array.
+      ValueError: x is not a matrix, or k no multiple of 128.
       NotImplementedError: another gran_k.
 
     Source: DeepGEMM, deep_gemm/utils/math.py.
@@ -178,7 +181,8 @@ def calc_diff(x: jax.Array, y: jax.Array) -> jax.Array:
     """Returns 1 − 2·Σxy / Σ(x² + y²), as Σ(x − y)² / Σ(x² + y²), which does not cancel.
 
     Args:
-      x, y: float arrays of the same shape.
+      x: a float array.
+      y: likewise, of the same shape.
 
     Returns:
       f32 scalar, 0 for equal arrays, also for zeros.

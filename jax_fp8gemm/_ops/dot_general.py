@@ -33,7 +33,8 @@ def fp8_dot_general(
     pass activations as lhs and weights as rhs.
 
     Args:
-      lhs, rhs: bf16, f16 or f32, of any rank.
+      lhs: bf16, f16 or f32, of any rank.
+      rhs: likewise.
       dimension_numbers: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)). Several
         contracting dims are one k in the order given.
       precision: not looked at, because FP8 GEMMs have one precision. Layers always pass
@@ -48,8 +49,8 @@ def fp8_dot_general(
 
     Raises:
       ValueError: dims that repeat, are out of range or differ in size; nothing to contract over.
-      TypeError: integers, complex numbers, FP8 or float64. NotImplementedError: a second
-      derivative.
+      TypeError: integers, complex numbers, FP8 or float64.
+      NotImplementedError: a second derivative.
 
     Source: jax.lax.dot_general.
 

@@ -59,8 +59,9 @@ def gemm(
                           128. The padding after a group is multiplied too: fill it with zeros.
 
     Args:
-      lhs, rhs: QArray, as above. Both have k last, a multiple of 16. Scales are 1x128 × 128x128,
-        1x128 × 1x128, per row × per row, or per tensor × per tensor.
+      lhs: QArray, as above. Both have k last, a multiple of 16. Scales are 1x128 × 128x128, 1x128 ×
+        1x128, per row × per row, or per tensor × per tensor.
+      rhs: likewise.
       group_sizes: int [g], of ragged, masked and ragged_contracting. It stays on the device.
         Negative sizes count as zero, and what does not fit into m (or k) is cut off.
       groups: int [m], of contiguous. It stays on the device.
@@ -133,8 +134,9 @@ def multiply(
     """Returns gemm's result as any float dtype; other than bf16 by way of f32.
 
     Args:
-      lhs, rhs: with k last, of any size: it is filled with zeros to a multiple of 16. rhs has two
-        dims, or any more that are contracted and that lhs has last.
+      lhs: with k last, of any size: it is filled with zeros to a multiple of 16. rhs has two dims,
+        or any more that are contracted and that lhs has last.
+      rhs: likewise.
       group_sizes: int32 [g] of a grouped variant.
       out_sharding: of the result, where mesh axes are Explicit.
     """

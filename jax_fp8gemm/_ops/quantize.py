@@ -114,7 +114,12 @@ def quantize_transposed(
     """Quantizes the transpose: the second of `quantize_both`'s copies alone.
 
     Args:
-      x, tile, scale_rounding, group_sizes, shared_columns, token_dims: see `quantize_both`.
+      x: see `quantize_both`.
+      tile: see `quantize_both`.
+      scale_rounding: see `quantize_both`.
+      group_sizes: see `quantize_both`.
+      shared_columns: see `quantize_both`.
+      token_dims: see `quantize_both`.
 
     Returns:
       QArray [..., k, tokens].
@@ -221,7 +226,11 @@ def requantize(
 
     Args:
       q: QArray [..., m, k], scaled (1, 128).
-      scale_rounding, group_sizes, index, shared_columns, token_dims: see `quantize_both`.
+      scale_rounding: see `quantize_both`.
+      group_sizes: see `quantize_both`.
+      index: see `quantize_both`.
+      shared_columns: see `quantize_both`.
+      token_dims: see `quantize_both`.
 
     Returns:
       QArray [..., k, tokens], as `quantize_both`'s transposed copy.
@@ -262,7 +271,8 @@ def dequantize(q: QArray, dtype: DTypeLike = jnp.float32) -> jax.Array:
       dtype [..., rows, k].
 
     Raises:
-      TypeError: q is not a QArray. ValueError: its scales fit no tile.
+      TypeError: q is not a QArray.
+      ValueError: its scales fit no tile.
     """
     check_quantized("dequantize", "q", q)
     tile = q.tile

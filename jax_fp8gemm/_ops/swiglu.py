@@ -67,7 +67,10 @@ def swiglu_quantize_both(
     """Quantizes row_weight · silu(gate) · up, and its transpose, in one pass.
 
     Args:
-      h, row_weight, group_sizes, scale_rounding: see `swiglu_quantize`.
+      h: see `swiglu_quantize`.
+      row_weight: see `swiglu_quantize`.
+      group_sizes: see `swiglu_quantize`.
+      scale_rounding: see `swiglu_quantize`.
 
     Returns:
       BothCopies: rows, a QArray [m, f], and transposed, a QArray [f, tokens], as `quantize_both`'s.

@@ -68,7 +68,8 @@ def _text(path: str) -> str | None:
     """Returns what the file holds, None if there is no such file.
 
     Raises:
-      OSError, ValueError: somebody else may have written it, or it cannot be read.
+      OSError: somebody else may have written it, or it cannot be read.
+      ValueError: somebody else may have written it, or it cannot be read.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would wait
     try:

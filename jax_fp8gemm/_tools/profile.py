@@ -126,7 +126,8 @@ def profile(function: Callable, *args: Any, reps: int = 5) -> Profile:
       Profile of the kernels on the first GPU.
 
     Raises:
-      RuntimeError: there is no GPU. ValueError: reps is not a positive integer.
+      RuntimeError: there is no GPU.
+      ValueError: reps is not a positive integer.
 
     Example:
       fp8.profile(jax.jit(step), jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16))

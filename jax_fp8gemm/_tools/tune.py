@@ -87,8 +87,9 @@ def tune(function: Callable, *args: Any, configs: int = 12) -> Tuning:
       Tuning, which is printed too.
 
     Raises:
-      RuntimeError: there is no Hopper GPU. ValueError: the program has no GEMM of this library,
-        configs is not a positive integer, or there is no place for the file.
+      RuntimeError: there is no Hopper GPU.
+      ValueError: the program has no GEMM of this library, configs is not a positive integer, or
+        there is no place for the file.
 
     Example:
       fp8.tune(jax.jit(step), jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16))

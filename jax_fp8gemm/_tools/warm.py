@@ -22,7 +22,8 @@ def warm(function: Callable, *args: Any, device: str) -> dict[str, int]:
     """Compiles the kernels of a program that are not on disk yet, and prints how many there were.
 
     Args:
-      function, args: see `calls_of`.
+      function: see `calls_of`.
+      args: see `calls_of`.
       device: name of the card that the program is for, as JAX says it.
 
     Returns:
