@@ -27,6 +27,12 @@ TILE_NAMES = {ROW_BLOCKS: "1x128", BLOCKS: "128x128", ROWS: "1xk", TENSOR: "tens
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Returns a / b, rounded up.
+
+    Args:
+      a: a count.
+      b: a positive integer.
+    """
     return -(-a // b)
 
 

@@ -45,6 +45,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
       grouped_layout: int32 [m], the group of each row, the same for each 128 rows; -1 for padding.
         With use_psum_layout int32 [g], where the rows of each group end. A group begins at the
         next multiple of 128 after the end of the one before.
+      use_psum_layout: whether grouped_layout says where groups end.
       ensure_zero_padding: rows of padding are zero in any case.
       expected_m_for_psum_layout: not looked at.
       options: see `fp8_gemm_nt`.
@@ -194,6 +195,7 @@ def k_grouped_fp8_gemm_tn_contiguous(
         use_psum_layout where each group ends. A group begins at the next multiple of 128 after
         the end of the one before. Fill what lies between with zeros.
       c: f32 [g, m, n].
+      use_psum_layout: whether ks says where groups end.
       options: see `fp8_gemm_nt`.
     """
     op = "k_grouped_fp8_gemm_tn_contiguous"

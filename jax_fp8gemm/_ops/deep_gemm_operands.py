@@ -30,7 +30,11 @@ _num_sms: int | None = None
 
 
 def set_num_sms(num_sms: int | None) -> None:
-    """Limits the multiprocessors of products traced from now on; None for no limit."""
+    """Limits the multiprocessors of products traced from now on.
+
+    Args:
+      num_sms: at most so many; None for no limit.
+    """
     global _num_sms
     check_positive("set_num_sms", "num_sms", num_sms)
     _num_sms = num_sms

@@ -25,7 +25,8 @@ def per_token_cast_to_fp8(
     Args:
       x: bf16, f16 or f32 [m, k].
       use_ue8m0: whether scales are rounded up to powers of two.
-      gran_k: 128. use_packed_ue8m0: False.
+      gran_k: 128.
+      use_packed_ue8m0: False.
 
     Returns:
       e4m3 [m, k] and its f32 scales [m, ceil(k / 128)].
@@ -53,7 +54,8 @@ def per_block_cast_to_fp8(x: jax.Array, use_ue8m0: bool, gran_k: int = SCALE_BLO
 
     Args:
       x: bf16, f16 or f32 [n, k].
-      use_ue8m0: whether scales are rounded up to powers of two. gran_k: 128.
+      use_ue8m0: whether scales are rounded up to powers of two.
+      gran_k: 128.
 
     Returns:
       e4m3 [n, k] and its f32 scales [ceil(n / 128), ceil(k / 128)].
@@ -76,7 +78,8 @@ def per_channel_cast_to_fp8(x: jax.Array, use_ue8m0: bool, gran_k: int = SCALE_B
 
     Args:
       x: bf16, f16 or f32 [k, m], k a multiple of 128.
-      use_ue8m0: whether scales are rounded up to powers of two. gran_k: 128.
+      use_ue8m0: whether scales are rounded up to powers of two.
+      gran_k: 128.
 
     Returns:
       e4m3 [k, m] and its f32 scales [k / 128, m].
@@ -123,12 +126,22 @@ def _checked(
 
 
 def align(x: int, y: int) -> int:
-    """Returns x rounded up to a multiple of y."""
+    """Returns x rounded up to a multiple of y.
+
+    Args:
+      x: a count.
+      y: a positive integer.
+    """
     return round_up(x, y)
 
 
 def get_tma_aligned_size(size: int, element_bytes: int) -> int:
-    """Returns `size` elements rounded up to whole 16 bytes, the copy engine's alignment."""
+    """Returns `size` elements rounded up to whole 16 bytes, the copy engine's alignment.
+
+    Args:
+      size: in elements.
+      element_bytes: of one element; a divisor of 16.
+    """
     return round_up(size, 16 // element_bytes)
 
 
@@ -142,7 +155,11 @@ get_k_alignment_for_contiguous_layout = get_mk_alignment_for_contiguous_layout
 
 
 def get_theoretical_mk_alignment_for_contiguous_layout(expected_m: int | None = None) -> int:
-    """Returns 128, whatever number of rows is expected, as DeepGEMM does on Hopper."""
+    """Returns 128, whatever number of rows is expected, as DeepGEMM does on Hopper.
+
+    Args:
+      expected_m: not looked at.
+    """
     del expected_m
     return SCALE_BLOCK
 
