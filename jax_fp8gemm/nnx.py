@@ -324,7 +324,9 @@ class Fp8MoE(nnx.Module):
             shared = _checked_fp8(op, "shared", shared, 2)
         unused = {n: lambda *_: jnp.zeros(()) for n in ("gate_kernel", "wi_0", "wi_1", "wo")}
         e, h, f = kernels.sizes
-        layer = cls(h, f, e, top_k=top_k, dtype=dtype, init=unused, rngs=nnx.Rngs(0), **options)
+        layer = cls(h, f, e, top_k=top_k, dtype=dtype, init=unused, rngs=nnx.Rngs(0))
+        _check_names("options", options, {*OPTIONS} - {"top_k"})
+        layer.options = tuple(sorted({"top_k": top_k, **options}.items()))
         layer.gate_kernel = nnx.Param(gate_kernel)
         for name in ("wi_0", "wi_1", "wo"):
             setattr(layer, name, nnx.data(None))
