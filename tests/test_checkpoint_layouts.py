@@ -13,6 +13,8 @@ from numerics import calc_diff, product64
 import jax_fp8gemm as fp8
 from jax_fp8gemm import checkpoint
 
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
 E8M0 = ml_dtypes.float8_e8m0fnu
 SCALES = {
     "F32": np.float32([[0.3, 1e-39], [7, 2], [0, 1]]),

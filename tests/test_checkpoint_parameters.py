@@ -17,6 +17,8 @@ from jax_fp8gemm import checkpoint
 from jax_fp8gemm._checkpoint.sources import Stored
 from jax_fp8gemm.checkpoint import DEEPSEEK_V3, GLM_4_5, GPT_OSS, QWEN3_MOE, Row
 
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
 BF16 = ml_dtypes.bfloat16
 H, F, E, VOCAB = 64, 128, 3, 16
 RNG = np.random.default_rng(0)

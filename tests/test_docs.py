@@ -161,6 +161,7 @@ FOREIGN = {  # files of others
     "layers/quantizations.py",
     "layers/moe.py",
     "model.safetensors.index.json",
+    "config.json",
 }
 
 
