@@ -20,7 +20,7 @@ import numpy as np
 from protocol import HERE, beside, progress, save
 
 from jax_fp8gemm import checkpoint
-from jax_fp8gemm._checkpoint.folder import find_entries
+from jax_fp8gemm._checkpoint.header import read_header
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
 from jax_fp8gemm._tools.timing import spread
@@ -28,7 +28,7 @@ from jax_fp8gemm._tools.timing import spread
 RESULTS = HERE / "results/cpu-checkpoint.json"
 REPS = 7
 EXPERTS, H, F = 22, 7168, 2048  # of a DeepSeek-V3 layer, as many as make 1 GB
-MX_EXPERTS, MX_H, MX_F = 8, 2880, 2880  # of gpt-oss, in 106 MB: numbers are looked up
+MX_EXPERTS, MX_H, MX_F = 4, 2880, 2880  # of gpt-oss, in 53 MB: each number is looked up
 PEER = "numpy.fromfile and device_put"
 
 
@@ -70,7 +70,7 @@ def ours(folder: pathlib.Path) -> list:
 def plain(folder: pathlib.Path) -> list:
     arrays = []
     for file in files_of(folder):
-        for entry in find_entries("plain", file, lambda name: True).values():
+        for entry in read_header("plain", file).values():
             count = entry.end - entry.begin
             content = np.fromfile(file, np.uint8, count, offset=entry.begin)
             arrays.append(jax.block_until_ready(jax.device_put(content)))
@@ -115,7 +115,7 @@ def measure(reps: int = REPS, scale: float = 1) -> list[dict]:
                     "p10": round(low, 2), "p90": round(high, 2),
                     "gbs": round(1e-3 * nbytes / us, 3),
                     **beside(PEER, peer, f"numpy {np.__version__}, jax {jax.__version__}"),
-                    "cpus": os.cpu_count(),
+                    "cpus": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1),
                 }  # fmt: skip
                 ratio = row["peer_us"] / row["us"]
                 progress(f"{row['op']}: {row['gbs']} GB/s, {ratio:.2f} of a plain read's rate")

@@ -50,6 +50,13 @@ def test_formats_outlive_a_tree_map(tmp_path):
     assert read_by_hand(tmp_path / "out") == read_by_hand(tmp_path / "in")
 
 
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "scale"])
+def test_a_weight_that_is_not_kept_leaves_no_scales(tmp_path, end):
+    q, scale = block_weight(300, 200).values()
+    write_by_hand(tmp_path / "x", {"a.weight": q, f"a.{end}": scale, "norm": np.float32([1])})
+    assert list(checkpoint.load(tmp_path / "x", keep=lambda name: name != "a.weight")) == ["norm"]
+
+
 def test_what_a_format_cannot_hold_is_an_error(tmp_path):
     q = fp8.quantize(jnp.full((8, 16), 0.3), (128, 128), scale_rounding="none")
     for form in ("F8_E8M0", "BF16", "F16"):

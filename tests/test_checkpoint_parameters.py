@@ -308,6 +308,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         checkpoint.load_parameters(path, halves)
     with pytest.raises(ValueError, match=r"a has the wrong rank"):
         checkpoint.load_parameters(path, (Row(parameter="a", stored="x", layout="kernel"),))
+    for stored in ("x", "x.{a}.{b}"):
+        row = Row(parameter="a.{layer}", stored=stored)
+        with pytest.raises(ValueError, match=r"does not fit itself(?s:.*)  fix  "):
+            checkpoint.load_parameters(path, (row,))
     with pytest.raises(TypeError, match=r"table is not a table of names(?s:.*)  fix  "):
         checkpoint.load_parameters(path, {"a": "x"})
 
