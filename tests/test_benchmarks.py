@@ -28,7 +28,7 @@ from jax_fp8gemm._tools import shapes, timing
 SCRIPTS = (
     "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm",
     "gemm", "grouped", "gemm_rows", "deepgemm_peer", "plot", "before_after", "watch",
-    "router", "shared_columns", "readme",
+    "router", "shared_columns", "readme", "load_checkpoint",
 )  # fmt: skip
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 OURS = [("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]
@@ -376,3 +376,19 @@ def test_a_training_step_beside_bf16(load, monkeypatch):
     bf16, ours = script.rows(importlib.import_module("train_moe").TINY, 2)
     assert bf16["peer"] == "fp8" and ours["tokens"] == 64
     assert all(row["us"] > 0 and row["bytes_peak"] > 0 for row in (bf16, ours))
+
+
+def test_loading_is_timed_beside_a_plain_read_of_the_same_bytes(load, tmp_path):
+    pytest.importorskip("safetensors")
+    script = load("load_checkpoint")
+    rows = script.measure(reps=1, scale=0.02)
+    names = [f"load checkpoint: {name}" for name in ("block FP8", "MXFP4 to E4M3")]
+    states = ("cold", "warm")
+    assert [row["op"] for row in rows] == [f"{name}, {state}" for name in names for state in states]
+    assert all(row["us"] > 0 and row["peer_us"] > 0 and row["same_run"] for row in rows)
+    script.write_block_fp8(tmp_path, 0.02)
+    ours = [jax.tree.leaves(tensors) for tensors in script.ours(tmp_path)]
+    both = [
+        sum(x.nbytes for x in jax.tree.leaves(arrays)) for arrays in (ours, script.plain(tmp_path))
+    ]
+    assert both[0] == both[1] > 3e5

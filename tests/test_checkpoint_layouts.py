@@ -13,6 +13,8 @@ from numerics import calc_diff, product64
 import jax_fp8gemm as fp8
 from jax_fp8gemm import checkpoint
 
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
 E8M0 = ml_dtypes.float8_e8m0fnu
 SCALES = {
     "F32": np.float32([[0.3, 1e-39], [7, 2], [0, 1]]),
@@ -46,6 +48,13 @@ def test_formats_outlive_a_tree_map(tmp_path):
     trained = {name: loaded[name] for name in loaded}  # a new dict knows nothing, but can be told
     checkpoint.save(tmp_path / "out", trained, formats=loaded.formats)
     assert read_by_hand(tmp_path / "out") == read_by_hand(tmp_path / "in")
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale", "scale"])
+def test_a_weight_that_is_not_kept_leaves_no_scales(tmp_path, end):
+    q, scale = block_weight(300, 200).values()
+    write_by_hand(tmp_path / "x", {"a.weight": q, f"a.{end}": scale, "norm": np.float32([1])})
+    assert list(checkpoint.load(tmp_path / "x", keep=lambda name: name != "a.weight")) == ["norm"]
 
 
 def test_what_a_format_cannot_hold_is_an_error(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from checkpoint_files import block_weight, write_by_hand
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from processes import losses_of_two
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import checkpoint
@@ -139,16 +140,51 @@ print(peak - start - returned, len(loaded))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("kept, count", [("w", 6), ("w3", 1)])
+@pytest.mark.parametrize("kept, count", [("w", 6), ("w3", 1), ("mx", 1)])
 def test_memory_besides_what_is_returned_is_one_tensor(tmp_path, kept, count):
     rows = 1 << 24  # bytes of a tensor
     tensors = {f"w{i}": np.full((4096, rows // 4096), i, np.uint8) for i in range(6)}
+    tensors["mx_blocks"] = np.full((8, 2048, 64, 16), 0x25, np.uint8)
+    tensors["mx_scales"] = np.full((8, 2048, 64), 120, np.uint8)
     write_by_hand(tmp_path / "x", {"first": np.float32([1])} | tensors)
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "x"), kept]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     besides, found = map(int, done.stdout.split())
     assert found == count and besides <= 1.1 * rows / 1024
+
+
+TWO_PROCESSES = """
+import os, sys, jax, jax.numpy as jnp
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
+from jax_fp8gemm import checkpoint
+from jax_fp8gemm._checkpoint.sources import Stored
+read, fill = [], Stored.fill
+
+def counted(self, index, out):
+    read.append(out.size)
+    fill(self, index, out)
+
+Stored.fill = counted
+sharding = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
+tensors = checkpoint.load(os.environ["WEIGHTS"], sharding=sharding)
+total = jax.jit(lambda q: q.qvalue.astype(jnp.float32).sum())(tensors["a.weight"])
+try:
+    checkpoint.save(os.environ["WEIGHTS"], tensors)
+except ValueError as error:
+    assert "a.weight is not in this process" in str(error)
+    print("losses", len(read), sum(read), float(total))
+"""
+
+
+def test_each_process_reads_its_own_part(tmp_path):
+    tensors = block_weight(1024, 64)
+    write_by_hand(tmp_path / "x", tensors)
+    four = "--xla_force_host_platform_device_count=4"
+    found = losses_of_two(TWO_PROCESSES, XLA_FLAGS=four, WEIGHTS=str(tmp_path / "x"))
+    assert found[:2] == [8, 512 * 64 + 4]  # numbers and scales for four devices
+    np.testing.assert_allclose(found[2], tensors["a.weight"].astype(np.float64).sum(), rtol=1e-5)
 
 
 class Terminal(io.StringIO):

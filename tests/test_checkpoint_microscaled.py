@@ -13,6 +13,8 @@ from numerics import dequantized64
 import jax_fp8gemm as fp8
 from jax_fp8gemm import checkpoint
 
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 

@@ -163,6 +163,7 @@ FOREIGN = {  # files of others
     "layers/quantizations.py",
     "layers/moe.py",
     "model.safetensors.index.json",
+    "config.json",
 }
 
 

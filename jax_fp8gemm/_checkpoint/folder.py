@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jax_fp8gemm._checkpoint.header import Entry, read_header
@@ -12,16 +12,21 @@ INDEX = "model.safetensors.index.json"  # Hugging Face's name of the table of se
 SINGLE = "model.safetensors"
 
 
-def find_entries(op: str, path: pathlib.Path, kept: Callable[[str], bool]) -> dict[str, Entry]:
-    """Returns the tensors of a checkpoint by name, as far as they are kept.
+Select = Callable[[Collection[str]], set[str]]
 
-    Files that hold nothing of what is kept need not be there.
+
+def find_entries(op: str, path: pathlib.Path, select: Select) -> dict[str, Entry]:
+    """Returns the tensors of a checkpoint by name, as far as `select` picks them from all names.
+
+    Files that hold none of these need not be there.
     """
     if not path.is_dir() or not (path / INDEX).exists():
         file = path / SINGLE if path.is_dir() else path
-        return {name: entry for name, entry in read_header(op, file).items() if kept(name)}
+        header = read_header(op, file)
+        selected = select(header)
+        return {name: entry for name, entry in header.items() if name in selected}
     entries: dict[str, Entry] = {}
-    for file, names in _indexed(op, path, kept).items():
+    for file, names in _indexed(op, path, select).items():
         found = read_header(op, file)
         for name in names:
             if name not in found:
@@ -31,15 +36,14 @@ def find_entries(op: str, path: pathlib.Path, kept: Callable[[str], bool]) -> di
     return entries
 
 
-def _indexed(
-    op: str, folder: pathlib.Path, kept: Callable[[str], bool]
-) -> dict[pathlib.Path, list[str]]:
+def _indexed(op: str, folder: pathlib.Path, select: Select) -> dict[pathlib.Path, list[str]]:
     index = read_json(op, folder / INDEX)
     table = index.get("weight_map")
     if not isinstance(table, dict):
         fix = f"take {INDEX} from where the other files are from"
         got, expected = f"{sorted(index)}"[:300], "weight_map in it"
         fail(op, f"{folder / INDEX} is no index.", got, expected, fix)
+    selected = select(table)
     files: dict[pathlib.Path, list[str]] = {}
     for name, file in table.items():
         plain = isinstance(file, str) and pathlib.PurePath(file).name == file and "\0" not in file
@@ -47,7 +51,7 @@ def _indexed(
             fix = "correct the index: its files lie beside it"
             got = f"{file!r} for {name}"[:300]
             fail(op, f"{folder / INDEX} names no file of its folder.", got, "a file's name", fix)
-        if kept(name):
+        if name in selected:
             files.setdefault(folder / file, []).append(name)
     return files
 

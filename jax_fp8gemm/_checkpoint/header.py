@@ -119,15 +119,16 @@ def _check_bytes(
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at or entry.end < at:
             _damaged(op, file, f"{name} at {entry.begin}:{entry.end}, where {at} is next")
-        bits = (
-            4
-            if entry.code == "F4"
-            else 8 * DTYPES[entry.code].itemsize
-            if (entry.code in DTYPES)
-            else None
-        )
+        bits = _bits(entry.code)
         if bits is not None and 8 * (entry.end - at) != bits * math.prod(entry.shape):
             _damaged(op, file, f"{name} {entry} of {entry.end - at} bytes")
         at = entry.end
     if at != size:
         _damaged(op, file, f"{size} bytes, where its tensors need {at}")
+
+
+def _bits(code: str) -> int | None:
+    """Returns the bits of a number, None of a dtype that is not known."""
+    if code == "F4":
+        return 4
+    return 8 * DTYPES[code].itemsize if code in DTYPES else None

@@ -5,8 +5,10 @@ least power of two by which its largest number still fits E4M3. Its other number
 down to E4M3's least. Each number is looked up, and what would be rounded is an error.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -15,31 +17,33 @@ import numpy as np
 from jax_fp8gemm._checkpoint.sources import Index, QSource, Source, read
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.layout import BLOCKS, SCALE_BLOCK, ceil_div, scale_shape
-from jax_fp8gemm._core.qarray import FP8, FP8_MAX
+from jax_fp8gemm._core.qarray import FP8
 
 GROUP = 32  # numbers that share an exponent; OCP Microscaling Formats 1.0, section 5.2
+GROUPS = SCALE_BLOCK // GROUP  # of a row of a block
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # likewise, section 5.3.3; then their negatives
 BIAS, NAN = 127, 255  # of E8M0; likewise, section 5.4.1
 MOST_SHIFT = 18  # 2**-9, E4M3's least, shifted by 18 is 512: beyond its largest, so none fits
 NO_LIMIT = 127  # of a zero: any shift fits
 LEAST_EXPONENT = -126  # of float32's normal numbers; GPUs may take smaller scales for zero
 
-FOUR_BITS, EIGHT_BITS = 2, 1  # numbers in a byte
+THREADS = min(8, os.cpu_count() or 1)  # NumPy's loops run side by side; each needs some 3 MB
+
+FOUR_BITS = 2  # numbers in a byte
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What becomes of each byte.
+    """What becomes of each byte when its numbers are multiplied by a power of two, the shift.
 
     Attributes:
-      shifted: [2·MOST_SHIFT + 1, 256], the byte's numbers times 2**(row − MOST_SHIFT) as E4M3.
-      exact: likewise, whether these are the same numbers.
-      limit: int8 [256], by which power of two at most the byte's numbers can be multiplied.
+      shifted: [2·MOST_SHIFT + 1, 256], the numbers times 2**(row − MOST_SHIFT) as E4M3.
+      least, most: int8 [256], the shifts between which that is exact.
     """
 
     shifted: np.ndarray
-    exact: np.ndarray
-    limit: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
 
 
 @functools.cache
@@ -53,13 +57,30 @@ def tables(per_byte: int) -> Tables:
     shifts = np.arange(-MOST_SHIFT, MOST_SHIFT + 1)
     shifted = np.ldexp(numbers, shifts[:, None, None])  # [shifts, 256, numbers of a byte]
     with np.errstate(all="ignore"):
-        as_fp8 = shifted.astype(FP8)
-        same = (as_fp8.astype(np.float32) == shifted) | np.isnan(shifted)
-    fits = ~(np.abs(shifted) > FP8_MAX).any(-1)
+        in_fp8 = shifted.astype(FP8)
+        same = (in_fp8.astype(np.float32) == shifted) | np.isnan(shifted)
+    exact = same.all(-1)  # from one shift to another, without gaps; always for zeros
     free = ~(np.abs(numbers) > 0).any(-1)
-    limit = np.where(free, NO_LIMIT, shifts[0] + fits.sum(0) - 1)
-    packed = np.ascontiguousarray(as_fp8).view(f"u{per_byte}")[..., 0]
-    return Tables(packed, same.all(-1), limit.astype(np.int8))
+    least = shifts[0] + exact.argmax(0)
+    most = np.where(free, NO_LIMIT, least + exact.sum(0) - 1)
+    packed = np.ascontiguousarray(in_fp8).view(f"u{per_byte}")[..., 0]
+    return Tables(packed, least.astype(np.int8), most.astype(np.int8))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strip:
+    """A row of blocks.
+
+    Attributes:
+      codes: [bytes of a group, rows · groups]; so NumPy's loops are long.
+      exponents: int16 [rows, groups].
+      least, most: int8 [rows, groups], between which shifts a group's numbers are exact.
+    """
+
+    codes: np.ndarray
+    exponents: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
 
 
 class Microscaled:
@@ -83,13 +104,20 @@ class Microscaled:
           at: where the row is: the dims before the last two, and the row of blocks.
           columns: of blocks.
         """
-        key = (at, columns.start, columns.stop)
-        if key not in self._found:
-            self._found[key] = self._block_exponents(*self._read(at, columns), at, columns.start)
-        return self._found[key]
+        found = self._found.get((at, columns.start, columns.stop))
+        return self._scales(self._read(at, columns), at, columns) if found is None else found
 
-    def _read(self, at: tuple[int, ...], columns: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Returns codes [rows, bytes] and exponents [rows, groups] of a row of blocks."""
+    def _scales(self, strip: Strip, at: tuple[int, ...], columns: slice) -> np.ndarray:
+        """Takes for each block the least power of two by which its numbers fit E4M3."""
+        needed = np.where(strip.most == NO_LIMIT, LEAST_EXPONENT, strip.exponents - strip.most)
+        needed = needed.max(0, initial=LEAST_EXPONENT)
+        filled = np.full((columns.stop - columns.start) * GROUPS, LEAST_EXPONENT, np.int16)
+        filled[: len(needed)] = needed
+        scales = filled.reshape(-1, GROUPS).max(-1)
+        self._found[at, columns.start, columns.stop] = scales
+        return scales
+
+    def _read(self, at: tuple[int, ...], columns: slice) -> Strip:
         n, k = self.shape[-2:]
         rows = slice(at[-1] * SCALE_BLOCK, min(n, (at[-1] + 1) * SCALE_BLOCK))
         start, stop = columns.start * SCALE_BLOCK, min(k, columns.stop * SCALE_BLOCK)
@@ -99,41 +127,38 @@ class Microscaled:
             found = read(source, (*lead, rows, slice(start // numbers, stop // numbers)))
             return found.view(np.uint8).reshape(found.shape[-2:])
 
-        return part(self._codes, self._per_byte), part(self._exponents, GROUP)
-
-    def _block_exponents(
-        self, codes: np.ndarray, exponents: np.ndarray, at: tuple[int, ...], first: int
-    ) -> np.ndarray:
-        """Returns for each block the least exponent of a scale by which its numbers fit E4M3."""
-        if (exponents == NAN).any():
-            column = int(np.argwhere(exponents == NAN)[0, 1]) * GROUP // SCALE_BLOCK
-            got, expected = f"NaN in block {[*at, first + column]}", "powers of two"
-            fix = "fetch the file again, or leave it out by keep"
-            fail(self._op, f"{self._name} has a scale that is no number.", got, expected, fix)
-        rows, groups = exponents.shape
-        limit = tables(self._per_byte).limit[codes].reshape(rows, groups, -1).min(-1)
-        least = exponents.astype(np.int16) - BIAS - limit
-        least = np.where(limit == NO_LIMIT, LEAST_EXPONENT, least).max(0, initial=LEAST_EXPONENT)
-        per_block = SCALE_BLOCK // GROUP
-        least = np.pad(least, (0, -groups % per_block), constant_values=LEAST_EXPONENT)
-        return least.reshape(-1, per_block).max(-1)
+        bits = part(self._exponents, GROUP)
+        self._check_numbers(bits, at, columns.start)
+        codes = part(self._codes, self._per_byte).reshape(-1, GROUP // self._per_byte)
+        codes, table = np.ascontiguousarray(codes.T), tables(self._per_byte)
+        return Strip(
+            codes=codes,
+            exponents=bits.astype(np.int16) - BIAS,
+            least=table.least.take(codes).max(0).reshape(bits.shape),
+            most=table.most.take(codes).min(0).reshape(bits.shape),
+        )
 
     def convert(self, at: tuple[int, ...], columns: slice) -> np.ndarray:
         """Returns a row of blocks as bits of E4M3 [rows, numbers]."""
-        codes, bits = self._read(at, columns)
-        exponents, least = bits.astype(np.int16) - BIAS, self.scales(at, columns)
-        per_block = SCALE_BLOCK // GROUP
-        shift = exponents - np.repeat(least, per_block)[: exponents.shape[1]]
-        row = np.clip(shift, -MOST_SHIFT, MOST_SHIFT).astype(np.int32) + MOST_SHIFT
-        row = np.repeat(row, codes.shape[1] // exponents.shape[1], axis=1)
-        table = tables(self._per_byte)
-        entry = row * 256 + codes
-        exact = table.exact.reshape(-1)[entry]
-        if not exact.all():
-            column = int(np.argwhere(~exact)[0, 1]) * self._per_byte // SCALE_BLOCK
-            part = exponents[:, column * per_block : (column + 1) * per_block]
+        strip = self._read(at, columns)
+        scales = self._scales(strip, at, columns)
+        rows, groups = strip.exponents.shape
+        shift = strip.exponents - np.repeat(scales, GROUPS)[:groups]
+        shift = shift.clip(-MOST_SHIFT, MOST_SHIFT).astype(np.int64)
+        if (shift < strip.least).any():
+            column = int(np.argwhere(shift < strip.least)[0, 1]) // GROUPS
+            part = strip.exponents[:, column * GROUPS : (column + 1) * GROUPS]
             self._not_exact([*at, columns.start + column], part)
-        return table.shifted.reshape(-1)[entry].view(np.uint8)
+        entries = (shift.reshape(-1) + MOST_SHIFT) * 256 + strip.codes
+        numbers = tables(self._per_byte).shifted.reshape(-1).take(entries)
+        return np.ascontiguousarray(numbers.T).view(np.uint8).reshape(rows, -1)
+
+    def _check_numbers(self, bits: np.ndarray, at: tuple[int, ...], first: int) -> None:
+        if (bits == NAN).any():
+            column = first + int(np.argwhere(bits == NAN)[0, 1]) // GROUPS
+            got, expected = f"NaN in block {[*at, column]}", "powers of two"
+            fix = "fetch the file again, or leave it out by keep"
+            fail(self._op, f"{self._name} has a scale that is no number.", got, expected, fix)
 
     def _not_exact(self, block: list[int], exponents: np.ndarray) -> None:
         got = f"block {block} with exponents from {exponents.min()} to {exponents.max()}"
@@ -170,12 +195,16 @@ class _Numbers:
             return
         around = _around(columns)
         start = columns.start - around.start * SCALE_BLOCK
-        for at, offset in _blocks(tuple(lead), _around(rows)):
+
+        def fill_row(at: tuple[int, ...], offset: tuple[int, ...]) -> None:
             numbers = self.weight.convert(at, around)
             top = at[-1] * SCALE_BLOCK
             low, high = max(rows.start, top), min(rows.stop, top + SCALE_BLOCK)
             part = numbers[low - top : high - top, start : start + out.shape[-1]]
             out[offset[:-1]][low - rows.start : high - rows.start] = part
+
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(fill_row, *zip(*_blocks(tuple(lead), _around(rows)), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are one weight: numbers and scales, by name, dtype and shape."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import jax
@@ -62,20 +62,29 @@ class Weight:
         return sum(entry.end - entry.begin for entry in entries)
 
 
-def owners(name: str) -> list[str]:
-    """Returns the names of weights that a tensor may belong to, going by its own."""
+def select(names: Collection[str], keep: Callable[[str], bool]) -> set[str]:
+    """Returns the tensors to look at, by names alone: what is kept, and what may belong to it."""
+    owners = {name: _owner(name, names) for name in names}
+    found = {
+        name
+        for name, owner in owners.items()
+        if keep(owner) or (not name.endswith(SCALE) and keep(name))
+    }
+    return found | {owners[name] for name in found if owners[name] in names}
+
+
+def _owner(name: str, names: Collection[str]) -> str:
+    """Returns the weight that a tensor may be a part of; else its own name."""
     if name.endswith(SCALE):
-        return [name.removesuffix(SCALE)]
-    found = [name]
-    for end, instead in (
-        ("_scale", ""),
-        (".scale", ".weight"),
-        (BLOCKS_NAME, ""),
-        (SCALES_NAME, ""),
-    ):
-        if name.endswith(end):
-            found.append(name.removesuffix(end) + instead)
-    return found
+        return name.removesuffix(SCALE)
+    base = name.removesuffix(BLOCKS_NAME).removesuffix(SCALES_NAME)
+    if base != name and base + BLOCKS_NAME in names and base + SCALES_NAME in names:
+        return base
+    for end, instead in (("_scale", ""), (".scale", ".weight")):
+        weight = name.removesuffix(end) + instead
+        if name.endswith(end) and weight in names:
+            return weight
+    return name
 
 
 def find_weights(op: str, entries: Mapping[str, Entry]) -> dict[str, Weight]:
@@ -104,13 +113,14 @@ def _scale_name(name: str, entries: Mapping[str, Entry]) -> str | None:
     base = name.removesuffix(BLOCKS_NAME)
     if name.endswith(BLOCKS_NAME) and base + SCALES_NAME in entries:
         return base + SCALES_NAME
-    code = entries[name].code
-    for scale in (name + SCALE, name + "_scale"):
-        if scale in entries:
-            return scale
-    scale = name.removesuffix(".weight") + ".scale"
-    holds_codes = code == FP8_CODE or code in FP4_CODES
-    return scale if name.endswith(".weight") and holds_codes and scale in entries else None
+    if name + SCALE in entries:
+        return name + SCALE
+    if entries[name].code not in (FP8_CODE, *FP4_CODES):
+        return None  # of a norm, say, beside which a scale is another parameter
+    candidates = [f"{name}_scale"]
+    if name.endswith(".weight"):
+        candidates.append(name.removesuffix(".weight") + ".scale")
+    return next((scale for scale in candidates if scale in entries), None)
 
 
 def _plain(op: str, name: str, entry: Entry) -> Weight:
@@ -149,7 +159,6 @@ def _pair(op: str, name: str, entry: Entry, scale_name: str, scale: Entry) -> We
     if entry.code != FP8_CODE or len(entry.shape) < 2:
         fix = "leave it out by keep, drop the scales, or quantize the weight"
         fail(op, f"{name} is no FP8 weight.", got, "F8_E4M3 [..., out, in]", fix)
-    kind: Literal["fp8", "microscaled"] = "fp8"
     if scale.shape not in (scale_shape(entry.shape, tile) for tile in (BLOCKS, ROWS)):
         if not _is_microscaled(entry, scale):
             fix = "quantize(w, (128, 128)) gives such scales"
@@ -160,7 +169,7 @@ def _pair(op: str, name: str, entry: Entry, scale_name: str, scale: Entry) -> We
         expected, fix = f"scales {', '.join(SCALE_CODES)}", "convert the scales to float32"
         fail(op, f"{name} has scales of the wrong dtype.", got, expected, fix, TypeError)
     form = Format(scale_name=scale_name, scale_code=scale.code)
-    return Weight(name=name, kind=kind, shape=entry.shape, numbers=entry, scale=scale, format=form)
+    return Weight(name=name, kind="fp8", shape=entry.shape, numbers=entry, scale=scale, format=form)
 
 
 def _is_microscaled(entry: Entry, scale: Entry) -> bool:

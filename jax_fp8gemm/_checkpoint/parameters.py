@@ -37,6 +37,13 @@ class Names:
         if not isinstance(table, Sequence) or not all(isinstance(row, Row) for row in table):
             got, fix = type(table).__name__, "take checkpoint.DEEPSEEK_V3 as an example"
             fail(op, "table is not a table of names.", got, "a tuple of Row", fix, TypeError)
+        for row in table:
+            stored, parameter = _keys(row.stored), _keys(row.parameter)
+            if not parameter <= stored or len(stored - parameter) > 1:
+                got = f"parameter {row.parameter!r}, stored {row.stored!r}"
+                expected = "numbers of parameter in stored too, and one more at most"
+                fix = "write {layer} in both, {expert} in stored alone"
+                fail(op, "a row of the table does not fit itself.", got, expected, fix)
         self._rows = [(row, _pattern(row.stored), _pattern(row.parameter)) for row in table]
 
     def of_stored(self, name: str) -> list[Place]:
@@ -56,7 +63,7 @@ class Names:
         for row, _, pattern in self._rows:
             if match := pattern.fullmatch(name):
                 numbers = match.groupdict()
-                inner = set(re.findall(r"{(\w+)}", row.stored)) - set(numbers)
+                inner = _keys(row.stored) - set(numbers)
                 if not inner:
                     stored = row.stored.format(**numbers)
                     return [Place(row=row, parameter=name, stored=stored, stacked=None)]
@@ -71,6 +78,10 @@ class Names:
                     for i in range(count)
                 ]
         return []
+
+
+def _keys(template: str) -> set[str]:
+    return set(re.findall(r"{(\w+)}", template))
 
 
 def _pattern(template: str) -> re.Pattern[str]:

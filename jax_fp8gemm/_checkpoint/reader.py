@@ -9,7 +9,7 @@ from jax.sharding import Sharding
 
 from jax_fp8gemm._checkpoint.arrays import source_of
 from jax_fp8gemm._checkpoint.folder import find_entries
-from jax_fp8gemm._checkpoint.pairs import Format, Weight, find_weights, owners
+from jax_fp8gemm._checkpoint.pairs import Format, Weight, find_weights, select
 from jax_fp8gemm._checkpoint.placing import place
 from jax_fp8gemm._checkpoint.progress import progress
 from jax_fp8gemm._checkpoint.quantization import Quantization, read_quantization
@@ -60,7 +60,7 @@ class Catalog:
         kept = keep or (lambda name: True)
         self.op, self._files = op, Mapped(op)
         self.quantization: Quantization | None = read_quantization(op, path)
-        entries = find_entries(op, path, lambda name: any(map(kept, owners(name))))
+        entries = find_entries(op, path, lambda names: select(names, kept))
         found = find_weights(op, entries)
         self.weights: dict[str, Weight] = {name: found[name] for name in found if kept(name)}
 
