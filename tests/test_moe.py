@@ -102,6 +102,13 @@ def test_routers_with_groups_against_float32(key, router):
         assert cosine(a, b) >= 0.995, a.shape
 
 
+def test_no_tokens_from_elsewhere():
+    x, logits = ones(2, 0, 32), ones(2, 0, 4)
+    for how in ({"logits": logits, "top_k": 2}, {"routing": fp8.route(logits[0], 2)}):
+        y, routing = fp8.moe(x, None, KERNELS, **how)
+        assert y.shape == x.shape and routing.expert_index.shape == (0, 2)
+
+
 def test_flax_layers_hand_groups_on():
     """Seen in what moe refuses, which shows what it was given."""
     linen = fp8_linen.Fp8MoE(8, 16, 2, n_group=3, topk_group=2)

@@ -14,6 +14,8 @@ from jax_fp8gemm._moe.gate import gate_logits
 from jax_fp8gemm._moe.placement import Placement
 from jax_fp8gemm._moe.routing import RouteSpec, Routing, route_by
 
+TOKEN_FIELDS = ("expert_index", "gate_weights", "scores")  # of a Routing: one row for each token
+
 
 class Router(NamedTuple):
     """One of three, of tokens x [..., h].
@@ -51,14 +53,15 @@ class Router(NamedTuple):
         if self.gate_kernel is not None:
             return route_by(spec, gate_logits(tokens, self.gate_kernel), bias, axis)
         assert self.logits is not None  # as_router checked it
-        return route_by(spec, self.logits.reshape(tokens.shape[0], -1), bias, axis)
+        logits = self.logits.reshape(-1, self.logits.shape[-1])
+        return route_by(spec, logits, bias, axis)
 
     def specs(self, where: Placement) -> "Router":
         """Returns how a shard_map splits a folded router."""
         tokens, whole = where.tokens, PartitionSpec()
-        routing: Any = Routing(*[tokens] * 3, *[whole] * 2)  # type: ignore[arg-type]
-        if self.routing is None:
-            routing = None
+        routing: Any = None
+        if self.routing is not None:
+            routing = Routing(tokens, tokens, tokens, whole, whole)  # type: ignore[arg-type]
         return Router(whole, tokens, routing)  # type: ignore[arg-type]
 
     def each_token(self, change: Callable[[jax.Array], jax.Array]) -> "Router":
@@ -66,8 +69,8 @@ class Router(NamedTuple):
         old = self.routing
         if old is None:
             return self
-        arrays = map(change, (old.expert_index, old.gate_weights, old.scores))
-        return self._replace(routing=Routing(*arrays, old.aux_loss, old.z_loss))
+        named = {name: change(getattr(old, name)) for name in TOKEN_FIELDS}
+        return self._replace(routing=dataclasses.replace(old, **named))
 
 
 def as_router(x: jax.Array, gate_kernel: Any, logits: Any, routing: Any) -> Router:
