@@ -15,7 +15,7 @@ from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._core.errors import fail, message
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.layer import OPTIONS, moe
 from jax_fp8gemm._moe.placement import (
@@ -27,7 +27,7 @@ from jax_fp8gemm._moe.placement import (
     size_of,
 )
 from jax_fp8gemm._moe.routing import Routing
-from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
+from jax_fp8gemm._ops.dot_general import dot_general_like_lhs, named_precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.quantize import quantize
 from jax_fp8gemm._ops.weights import prepare_weight
@@ -59,6 +59,8 @@ class Fp8Dense(nn.Dense):
     the other. With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
 
     Attributes:
+      precision: "bf16" multiplies in bf16, see `fp8_matmul`; anything else, and the default None,
+        in FP8.
       quantized: for inference. In place of the parameter `kernel` [in, out] there are, in the
         collection "quantized", `qvalue` e4m3 [out, in] and `scale` f32 [out/128, in/128], rounded
         up, as block-FP8 checkpoints hold them. `quantize_kernels` makes them of a float kernel.
@@ -85,7 +87,8 @@ class Fp8Dense(nn.Dense):
             bias = self.param("bias", self.bias_init, shape[:1], self.param_dtype)
         inputs, bias = dtypes.promote_dtype(inputs, bias, dtype=self.dtype)
         weight = prepare_weight(QArray(qvalue, scale))
-        y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
+        dtype, precision = inputs.dtype, named_precision(self.precision)
+        y = fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
         return y if bias is None else y + bias
 
 
@@ -184,7 +187,7 @@ class Fp8MoE(nn.Module):
       num_experts, hidden_features: e and f.
       top_k, score_function, normalize, routed_scaling_factor, capacity_factor,
         device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
-        scale_rounding, shared_columns, cast_in_gemm: see `moe`.
+        scale_rounding, shared_columns, cast_in_gemm, precision: see `moe`.
         With expert_axis the parameters are `nn.Partitioned` over it and over tensor_axis, unless
         their initializers say otherwise. Inside jax.shard_map `apply` takes this device's shards,
         and `init` belongs outside.
@@ -228,6 +231,7 @@ class Fp8MoE(nn.Module):
     mesh: Mesh | AbstractMesh | None = None
     device_capacity_factor: float | None = None
     quantized: bool = False
+    precision: Precision = "fp8"
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:

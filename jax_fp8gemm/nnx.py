@@ -19,7 +19,7 @@ from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
 from jax_fp8gemm._moe.placement import axes_of, sharding_names
 from jax_fp8gemm._moe.routing import Routing
-from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
+from jax_fp8gemm._ops.dot_general import dot_general_like_lhs, named_precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.weights import prepare_weight
 
@@ -52,6 +52,7 @@ class Fp8Linear(nnx.Linear):
     """nnx.Linear in FP8: same arguments, same parameters, same initial values.
 
     With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
+    `precision="bf16"` multiplies in bf16, see `fp8_matmul`; any other is FP8.
 
     Attributes:
       kernel: Param [in, out]; None where the weight is held in FP8.
@@ -88,7 +89,8 @@ class Fp8Linear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
         weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
-        y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
+        dtype, precision = inputs.dtype, named_precision(self.precision)
+        y = fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
         return y if bias is None else y + bias
 
     @classmethod
@@ -100,6 +102,7 @@ class Fp8Linear(nnx.Linear):
             use_bias=False,
             dtype=linear.dtype,
             param_dtype=linear.param_dtype,
+            precision=linear.precision,
             preferred_element_type=linear.preferred_element_type,
             kernel_init=lambda *_: jnp.zeros(()),  # makes room for:
             rngs=nnx.Rngs(0),
@@ -205,7 +208,7 @@ class Fp8MoE(nnx.Module):
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
       options: score_function, normalize, routed_scaling_factor, capacity_factor,
         device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
-        scale_rounding, shared_columns and cast_in_gemm of `moe`.
+        scale_rounding, shared_columns, cast_in_gemm and precision of `moe`.
         With expert_axis the parameters have sharding metadata (`out_sharding`) with it and
         tensor_axis, unless their initializers say otherwise. Where a mesh with these axes is in use
         (`jax.set_mesh`), they are made as shards.

@@ -18,8 +18,9 @@ WINGS = {
     "_core": "version errors extension types layout qarray bits checks groups variants reference",
     "_select": "problem candidates cost choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
-    "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
-    "_moe": "gate routing exchange kernels weights placement experts ffn layer",
+    "_ops": "casts quantize statistics swiglu gemm weights recipe bf16 matmul ragged_dot "
+    "dot_general",
+    "_moe": "gate routing exchange kernels weights placement block experts_bf16 experts ffn layer",
     "_tools": "timing operands shapes hlo profile tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}

@@ -6,6 +6,7 @@ docs/moe.md.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,31 +15,25 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
 from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows, to_bits
-from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.layout import K_MULTIPLE
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding
+from jax_fp8gemm._moe.block import ExpertSpec, permutation_here, rows_here
 from jax_fp8gemm._moe.exchange import (
     Slots,
-    TokenExchange,
     collect,
     make_slots,
     send,
     send_together,
 )
-from jax_fp8gemm._moe.kernels import ExpertKernels, describe_kernels
+from jax_fp8gemm._moe.experts_bf16 import bf16_experts
+from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.placement import (
-    ExpertAxes,
     received_rows,
     size_of,
 )
 from jax_fp8gemm._moe.routing import (
-    Permutation,
-    cut,
-    first_choices,
     merge_choices,
-    permutation_of,
     rows_or_zero,
     sum_rows,
 )
@@ -63,25 +58,6 @@ from jax_fp8gemm._ops.gemm import multiply
 MASKED_TOKENS = 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertSpec:
-    """Static description of one expert block; as the arguments of expert_ffn.
-
-    Attributes:
-      axes: manual axes of the mesh.
-      room: tokens that a device sends to another one at most, by all_to_all.
-      most_rows: that the experts of a device take at most; None: all.
-    """
-
-    scale_rounding: ScaleRounding
-    shared_columns: bool
-    axes: ExpertAxes
-    capacity: int | None = None
-    exchange: TokenExchange | None = None
-    room: int = 0
-    most_rows: int | None = None
-
-
 def run_experts(
     x: jax.Array,
     expert_index: jax.Array,
@@ -103,41 +79,18 @@ def run_experts(
         own = kernels.sizes[0]
         slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
     gate_weights = gate_weights.astype(jnp.float32)
-    if kernels.is_fp8 and spec.capacity is None and spec.most_rows is None:
+    bounded = spec.capacity is not None or spec.most_rows is not None
+    if kernels.is_fp8 and spec.precision == "fp8" and not bounded:
         tokens = received_rows(axes, x.shape[0], 1)
         if isinstance(tokens, int) and tokens <= MASKED_TOKENS:  # symbolic: any number
             spec = dataclasses.replace(spec, capacity=tokens)
             expert_index, gate_weights = merge_choices(expert_index, gate_weights)
-    run = automatic(lambda *operands: _experts(*operands, spec), x, None)
-    kernels = as_constants(kernels)
+    block: Callable = _experts if spec.precision == "fp8" else bf16_experts
+    run = automatic(lambda *operands: block(*operands, spec), x, None)
+    if spec.precision == "fp8":
+        kernels = as_constants(kernels)
     y, rows = run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
     return (jax.lax.psum(y, axes.summed) if axes.summed else y), rows
-
-
-def check_tokens(
-    op: str,
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate_weights: jax.Array,
-    kernels: ExpertKernels,
-) -> None:
-    named = {"x": x, "expert_index": expert_index, "gate_weights": gate_weights}
-    got = ", ".join(describe(name, value) for name, value in named.items())
-    got += f", {describe_kernels(kernels)}"
-    if (x.ndim, expert_index.ndim) != (2, 2) or expert_index.shape[0] != x.shape[0]:
-        expected, fix = "x [t, h], expert_index [t, top_k]", "reshape them to one row per token"
-        fail(op, "x and expert_index do not fit.", got, expected, fix)
-    if gate_weights.shape != expert_index.shape:
-        expected, fix = (
-            f"gate_weights {list(expert_index.shape)}",
-            "pass one weight for each choice",
-        )
-        fail(op, "expert_index and gate_weights differ in shape.", got, expected, fix)
-    if x.shape[1] != kernels.sizes[1]:
-        expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
-        if kernels.is_fp8:
-            expected, fix = f"wo [e, {x.shape[1]}, f]", "FP8 matrices are [e, out, in]"
-        fail(op, "dim h differs between x and wi_0.", got, expected, fix)
 
 
 # ---- the custom_vjp -----------------------------------------------------------------------------
@@ -159,8 +112,8 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
         gate_weights = checkpoint_name(gate_weights, "moe_x")
     xq, saved_x = named(xq, "moe_x")
     count = jax.tree.leaves(kernels)[0].shape[0]
-    permutation = _permutation(expert_index - 1, count, spec)
-    token, row_weight = _rows(permutation, gate_weights)
+    permutation = permutation_here(expert_index - 1, count, spec)
+    token, row_weight = rows_here(permutation, gate_weights)
     gemms = _ragged_gemms if spec.capacity is None else _masked_gemms
     matrices = operand(kernels, "up"), operand(kernels, "down")
     y, hq = gemms(xq, token, row_weight, permutation.group_sizes, matrices, spec)
@@ -181,7 +134,7 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     dy, _ = gradients
     saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
     sizes, rounding = permutation.group_sizes, spec.scale_rounding
-    token, row_weight = _rows(permutation, gate_weights)
+    token, row_weight = rows_here(permutation, gate_weights)
     shared, constant = spec.shared_columns, len(like) == 1
     if constant:
         down, up = turned(down), turned(up)
@@ -219,26 +172,6 @@ def _backward(spec: ExpertSpec, residuals, gradients):
 
 
 _experts.defvjp(_forward, _backward)
-
-
-def _permutation(expert_index: jax.Array, e: int, spec: ExpertSpec) -> Permutation:
-    """Returns the order of the rows of this device's e experts."""
-    if spec.axes.experts:
-        expert_index = expert_index - e * jax.lax.axis_index(spec.axes.experts)
-    if spec.most_rows is not None:
-        expert_index = first_choices(expert_index, e, spec.most_rows)
-    permutation = permutation_of(expert_index, e)
-    if spec.capacity is not None:
-        permutation = cut(permutation, spec.capacity)
-    if spec.most_rows is not None:  # the rest lies past the groups
-        permutation = dataclasses.replace(permutation, order=permutation.order[: spec.most_rows])
-    return permutation
-
-
-def _rows(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the token of each row, and its weight."""
-    token = permutation.order // gate_weights.shape[1]
-    return token, gate_weights.reshape(-1)[permutation.order]
 
 
 def _weight_gradients(rows, permutation, gate_weights, slots, spec: ExpertSpec) -> jax.Array:

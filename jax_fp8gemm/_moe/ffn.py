@@ -15,8 +15,9 @@ from jax_fp8gemm._core.checks import (
     check_positive,
     renamed,
 )
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, Wire
+from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
+from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._moe.placement import (
     AxisNames,
@@ -55,6 +56,7 @@ def expert_ffn(
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    precision: Precision = "fp8",
 ) -> jax.Array:
     """Sends each token through its experts, in FP8 forward and backward.
 
@@ -76,6 +78,7 @@ def expert_ffn(
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+      precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
 
     Returns:
       [t, h], of x's dtype. GEMMs have results in bf16, sums over top_k are float32. Gradients have
@@ -94,6 +97,7 @@ def expert_ffn(
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
     check_option(op, "exchange", exchange, ExchangeKind)
     check_option(op, "wire", wire, Wire)
+    check_option(op, "precision", precision, Precision)
     kernels = as_kernels(op, "kernels", kernels)
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
     expert_index = as_int32(op, "expert_index", expert_index)
@@ -110,6 +114,7 @@ def expert_ffn(
         scale_rounding=scale_rounding,
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
+        precision=precision,
     )
     if not axes.any or are_manual(op, axes):
         return _ffn(spec, x, expert_index, gate_weights, kernels)
@@ -123,6 +128,7 @@ def expert_ffn(
         x=x,
         rounding=scale_rounding,
         wanted=cast_in_gemm,
+        precision=precision,
     )
     operands, tokens = (x, expert_index, gate_weights, kernels), where.tokens
     specs = tokens, tokens, tokens, where.kernels(kernels)
@@ -140,6 +146,7 @@ class FfnSpec:
     scale_rounding: ScaleRounding
     shared_columns: bool
     cast_in_gemm: bool | None
+    precision: Precision
 
 
 def _ffn(
@@ -160,8 +167,10 @@ def _ffn(
         rows=received // here,
         others=(x,),
         wanted=spec.cast_in_gemm,
+        precision=spec.precision,
     )
     experts = ExpertSpec(
+        precision=spec.precision,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         axes=spec.axes,

@@ -12,9 +12,10 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
 from jax_fp8gemm._moe.exchange import axis_size
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.gate import gate_logits
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.placement import (
@@ -51,6 +52,7 @@ OPTIONS = (
     "scale_rounding",
     "shared_columns",
     "cast_in_gemm",
+    "precision",
 )
 FORMER_NAMES = {
     "score": "score_function",
@@ -82,6 +84,7 @@ def moe(
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    precision: Precision = "fp8",
 ) -> tuple[jax.Array, Routing]:
     """Routes each token to its experts and sums their weighted outputs; FP8 but for the router.
 
@@ -117,6 +120,7 @@ def moe(
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+      precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
 
     Returns:
       y [..., h] of x's dtype, and the Routing of the tokens, flattened to one dim.
@@ -153,6 +157,7 @@ def moe(
         scale_rounding=scale_rounding,
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
+        precision=precision,
     )
     spec.check()
     if not axes.any or are_manual("moe", axes):
@@ -177,12 +182,14 @@ class LayerSpec:
     scale_rounding: ScaleRounding
     shared_columns: bool
     cast_in_gemm: bool | None
+    precision: Precision
 
     def check(self) -> None:
         """Raises a ValueError or a TypeError for an option that is none."""
         check_option("moe", "score_function", self.score_function, ScoreFunction)
         check_option("moe", "exchange", self.exchange, ExchangeKind)
         check_option("moe", "wire", self.wire, Wire)
+        check_option("moe", "precision", self.precision, Precision)
         check_option("moe", "scale_rounding", self.scale_rounding, ScaleRounding)
         check_bool("moe", "normalize", self.normalize)
         check_bool("moe", "shared_columns", self.shared_columns)
@@ -218,6 +225,7 @@ def _over_devices(
         x=x,
         rounding=spec.scale_rounding,
         wanted=spec.cast_in_gemm,
+        precision=spec.precision,
     )
     if shared is not None:
         shared = where.halves("moe", "shared", shared)
@@ -248,6 +256,7 @@ def _layer(
         rows=_rows_here(spec, x),
         others=(x,),
         wanted=spec.cast_in_gemm,
+        precision=spec.precision,
     )
     tokens = x.reshape(-1, x.shape[-1])
     routing = route(
@@ -289,6 +298,7 @@ def _routed(
     if factor is not None:
         most = min(received, max(1, math.ceil(factor * received / devices)))
     experts = ExpertSpec(
+        precision=spec.precision,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         axes=axes,
@@ -349,6 +359,7 @@ def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
         preferred_element_type=x.dtype,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
+        precision=spec.precision,
     )
     *wi, wo = matrices
     parts = [matmul(x, w).astype(jnp.float32) for w in wi]

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._bind.partition import Axes
 from jax_fp8gemm._core.errors import describe, fail, message
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, Wire
 from jax_fp8gemm._moe.exchange import TokenExchange
 from jax_fp8gemm._moe.kernels import (
     ExpertKernels,
@@ -350,6 +350,7 @@ def ready_outside(
     x: jax.Array,
     rounding: ScaleRounding,
     wanted: bool | None,
+    precision: Precision,
 ) -> ExpertKernels:
     """Returns kernels with FP8 copies, so that what is gathered of them is FP8.
 
@@ -359,6 +360,8 @@ def ready_outside(
     Raises:
       ValueError: prepared kernels are to be split over a tensor axis, or cast in GEMMs.
     """
+    if precision == "bf16":
+        kernels = dataclasses.replace(kernels, copies=None)
     if where.axes.tensor:
         if kernels.copies is not None:
             got = f"prepared kernels, tensor_axis={where.axes.tensor}"
@@ -367,4 +370,13 @@ def ready_outside(
         return where.halves(op, "kernels", kernels)
     apart = [a for a in where.axes.tokens if a not in where.axes.experts]
     rows //= math.prod(where.mesh.shape[axis] for axis in apart)
-    return ready(op, kernels, rounding=rounding, rows=rows, others=(x,), wanted=wanted, split=True)
+    return ready(
+        op,
+        kernels,
+        rounding=rounding,
+        rows=rows,
+        others=(x,),
+        wanted=wanted,
+        split=True,
+        precision=precision,
+    )

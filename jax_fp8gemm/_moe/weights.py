@@ -11,7 +11,7 @@ from jax_fp8gemm._core.checks import check_option, renamed
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, SCALE_BLOCK
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding, VariantName
+from jax_fp8gemm._core.types import Precision, ScaleRounding, VariantName
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._ops.casts import cast_both
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
@@ -77,13 +77,16 @@ def ready(
     rows: Any,
     others: tuple[jax.Array, ...],
     wanted: bool | None,
+    precision: Precision,
     split: bool = False,
 ) -> ExpertKernels:
-    """Returns kernels with their copies, or as they are where they are cast in GEMMs, or FP8.
+    """Returns kernels with their copies, or as they are: where GEMMs cast them, FP8 ones, for bf16.
 
     Args:
       rows: of all experts here. others, wanted, split: see weights.cast_in_gemm.
     """
+    if precision == "bf16":
+        return dataclasses.replace(kernels, copies=None)
     if kernels.copies is not None or kernels.is_fp8:
         if wanted:
             got, fix = "prepared kernels", "leave cast_in_gemm out, or pass float kernels"

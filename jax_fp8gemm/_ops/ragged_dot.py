@@ -10,10 +10,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.bits import from_bits, named, save
-from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, renamed
+from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import clamped_sizes
-from jax_fp8gemm._core.types import Residuals, ScaleRounding
+from jax_fp8gemm._core.types import Precision, Residuals, ScaleRounding
+from jax_fp8gemm._ops.bf16 import float_weight, ragged_dot_bf16
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
@@ -41,6 +42,7 @@ def fp8_ragged_dot(
     residuals: Residuals = "fp8_t",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    precision: Precision = "fp8",
 ) -> jax.Array:
     """Multiplies groups of rows by a matrix each, as jax.lax.ragged_dot does, in FP8.
 
@@ -60,6 +62,7 @@ def fp8_ragged_dot(
         fewer in a group on average, everything is bf16, and neither a mesh in use nor the types of
         lhs and rhs name several devices; or inside shard_map. Pass False where only in_shardings
         of jax.jit name them.
+      precision: "fp8" or "bf16", as in `fp8_matmul`; "bf16" is jax.lax.ragged_dot.
 
     Returns:
       [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
@@ -93,6 +96,10 @@ def fp8_ragged_dot(
     )
     if not rhs.shape[0]:
         return jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
+    check_option(op, "precision", precision, Precision)
+    if precision == "bf16":
+        lhs, w, sizes = vary_alike(lhs, float_weight(rhs), sizes)
+        return ragged_dot_bf16(lhs, w, sizes, spec.dtype)
     w, copies = split(rhs)
     spec = dataclasses.replace(spec, cast_in_gemm=_casts(lhs, w, copies, spec, cast_in_gemm))
     return _ragged_dot(*vary_alike(lhs, w, copies, sizes), spec)
