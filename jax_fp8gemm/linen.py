@@ -16,6 +16,7 @@ from jax_fp8gemm._core.errors import fail, message
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
 from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._moe.activations import Activation, is_gated
 from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.layer import OPTIONS, moe
 from jax_fp8gemm._moe.placement import (
@@ -173,7 +174,7 @@ def quantize_kernels(
 
 def _experts(node: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the names of an Fp8MoE's matrices, none if these are another layer's parameters."""
-    routed = all(jnp.ndim(node.get(name, 0)) == 3 for name in ("wi_0", "wi_1", "wo"))
+    routed = all(jnp.ndim(node.get(name, 0)) == 3 for name in ("wi_0", "wo"))
     return tuple(n for n in node if n.removeprefix("shared_") in ("wi_0", "wi_1", "wo")) * routed
 
 
@@ -187,7 +188,7 @@ class Fp8MoE(nn.Module):
       num_experts, hidden_features: e and f.
       top_k, score_function, normalize, routed_scaling_factor, capacity_factor,
         device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
-        scale_rounding, shared_columns, cast_in_gemm, precision: see `moe`.
+        scale_rounding, shared_columns, cast_in_gemm, precision, activation: see `moe`.
         With expert_axis the parameters are `nn.Partitioned` over it and over tensor_axis, unless
         their initializers say otherwise. Inside jax.shard_map `apply` takes this device's shards,
         and `init` belongs outside.
@@ -232,6 +233,7 @@ class Fp8MoE(nn.Module):
     device_capacity_factor: float | None = None
     quantized: bool = False
     precision: Precision = "fp8"
+    activation: Activation = "swiglu"
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
@@ -272,17 +274,18 @@ class Fp8MoE(nn.Module):
             value = self.param(name, _boxed(init, names), shape, self.param_dtype, unbox=False)
             return _unboxed(value)
 
+        gated = is_gated(self.activation)
         gate_kernel = param("gate_kernel", self.gate_init, h, self.num_experts)
         kernels = ExpertKernels(
             wi_0=param("wi_0", self.wi_init, e, h, f),
-            wi_1=param("wi_1", self.wi_init, e, h, f),
+            wi_1=param("wi_1", self.wi_init, e, h, f) if gated else None,
             wo=param("wo", self.wo_init, e, f, h),
         )
         if not fs:
             return gate_kernel, kernels, None
         shared = ExpertKernels(
             wi_0=param("shared_wi_0", self.shared_wi_init, h, fs),
-            wi_1=param("shared_wi_1", self.shared_wi_init, h, fs),
+            wi_1=param("shared_wi_1", self.shared_wi_init, h, fs) if gated else None,
             wo=param("shared_wo", self.shared_wo_init, fs, h),
         )
         return gate_kernel, kernels, shared

@@ -20,7 +20,8 @@ WINGS = {
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe bf16 matmul ragged_dot "
     "dot_general",
-    "_moe": "gate routing exchange kernels weights placement block experts_bf16 experts ffn layer",
+    "_moe": "gate routing exchange activations kernels weights placement block unfused "
+    "experts_bf16 experts ffn layer",
     "_tools": "timing operands shapes hlo profile tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}

@@ -6,6 +6,7 @@ import jax
 
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import Precision, ScaleRounding
+from jax_fp8gemm._moe.activations import Activation
 from jax_fp8gemm._moe.exchange import TokenExchange
 from jax_fp8gemm._moe.kernels import ExpertKernels, describe_kernels
 from jax_fp8gemm._moe.placement import ExpertAxes
@@ -27,6 +28,7 @@ class ExpertSpec:
     shared_columns: bool
     axes: ExpertAxes
     precision: Precision = "fp8"
+    activation: Activation = "swiglu"
     capacity: int | None = None
     exchange: TokenExchange | None = None
     room: int = 0

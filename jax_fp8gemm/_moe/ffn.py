@@ -16,6 +16,7 @@ from jax_fp8gemm._core.checks import (
     renamed,
 )
 from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, Wire
+from jax_fp8gemm._moe.activations import Activation, check_activation, is_gated
 from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
 from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
@@ -57,6 +58,7 @@ def expert_ffn(
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
     precision: Precision = "fp8",
+    activation: Activation = "swiglu",
 ) -> jax.Array:
     """Sends each token through its experts, in FP8 forward and backward.
 
@@ -79,6 +81,8 @@ def expert_ffn(
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
       precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
+      activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
+        ClampedSwiglu. "swiglu" without biases has kernels of its own, the others are slower.
 
     Returns:
       [t, h], of x's dtype. GEMMs have results in bf16, sums over top_k are float32. Gradients have
@@ -98,7 +102,8 @@ def expert_ffn(
     check_option(op, "exchange", exchange, ExchangeKind)
     check_option(op, "wire", wire, Wire)
     check_option(op, "precision", precision, Precision)
-    kernels = as_kernels(op, "kernels", kernels)
+    check_activation(op, activation)
+    kernels = as_kernels(op, "kernels", kernels, gated=is_gated(activation))
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
     expert_index = as_int32(op, "expert_index", expert_index)
     check_bool(op, "shared_columns", shared_columns)
@@ -115,6 +120,7 @@ def expert_ffn(
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
         precision=precision,
+        activation=activation,
     )
     if not axes.any or are_manual(op, axes):
         return _ffn(spec, x, expert_index, gate_weights, kernels)
@@ -147,6 +153,7 @@ class FfnSpec:
     shared_columns: bool
     cast_in_gemm: bool | None
     precision: Precision
+    activation: Activation
 
 
 def _ffn(
@@ -171,6 +178,7 @@ def _ffn(
     )
     experts = ExpertSpec(
         precision=spec.precision,
+        activation=spec.activation,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         axes=spec.axes,

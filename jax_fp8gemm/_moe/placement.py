@@ -190,14 +190,13 @@ class Placement:
         lead = () if kernels.wo.ndim == 2 else (self.axes.experts or None,)
         tensor = self.axes.tensor or None
         up, down = PartitionSpec(*lead, None, tensor), PartitionSpec(*lead, tensor)
+        specs: dict[str, Any] = {"wi_0": up, "wi_1": up, "wo": down}
         if kernels.is_fp8:  # [out, in]; a QArray's numbers and scales have the same spec
-            given: dict[str, Any] = {"wi_0": down, "wi_1": down, "wi": down, "wo": up}
-            kept = {
-                name: spec for name, spec in given.items() if getattr(kernels, name) is not None
-            }
-            return ExpertKernels(**kept)
-        copies = None if kernels.copies is None else PartitionSpec(*lead)
-        return ExpertKernels(wi_0=up, wi_1=up, wo=down, copies=copies)  # type: ignore[arg-type]
+            specs = {"wi_0": down, "wi_1": down, "wi": down, "wo": up}
+        specs |= dict.fromkeys(("wi_0_bias", "wi_1_bias"), PartitionSpec(*lead, tensor))
+        specs |= {"wo_bias": PartitionSpec(*lead), "copies": PartitionSpec(*lead)}
+        absent = dict.fromkeys(n for n in specs if getattr(kernels, n) is None)
+        return ExpertKernels(**(specs | absent))
 
     def halves(self, op: str, name: str, kernels: ExpertKernels) -> ExpertKernels:
         """Returns kernels that tensor axes can split: of FP8 ones gate and up are apart.
