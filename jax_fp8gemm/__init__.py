@@ -4,6 +4,7 @@ from jax_fp8gemm._bind import native as _native
 from jax_fp8gemm._bind.gemm_op import EXPORT_CHECKS
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.version import __version__
+from jax_fp8gemm._moe.activations import ClampedSwiglu
 from jax_fp8gemm._moe.balance import sequence_loss, update_bias
 from jax_fp8gemm._moe.ffn import expert_ffn
 from jax_fp8gemm._moe.kernels import ExpertKernels
@@ -35,6 +36,7 @@ __all__ = [
     "EXPORT_CHECKS",
     "BothCopies",
     "CastStatistics",
+    "ClampedSwiglu",
     "ExpertKernels",
     "GemmConfig",
     "KernelRow",

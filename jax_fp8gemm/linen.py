@@ -15,7 +15,8 @@ from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._core.errors import fail, message
 from jax_fp8gemm._core.layout import BLOCKS, scale_shape
 from jax_fp8gemm._core.qarray import FP8, QArray
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._moe.activations import Activation, is_gated
 from jax_fp8gemm._moe.kernels import ExpertKernels
 from jax_fp8gemm._moe.layer import OPTIONS, moe
 from jax_fp8gemm._moe.placement import (
@@ -27,7 +28,7 @@ from jax_fp8gemm._moe.placement import (
     size_of,
 )
 from jax_fp8gemm._moe.routing import Routing
-from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
+from jax_fp8gemm._ops.dot_general import dot_general_like_lhs, named_precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.quantize import quantize
 from jax_fp8gemm._ops.weights import prepare_weight
@@ -59,6 +60,8 @@ class Fp8Dense(nn.Dense):
     the other. With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
 
     Attributes:
+      precision: "bf16" multiplies in bf16, see `fp8_matmul`; anything else, and the default None,
+        in FP8.
       quantized: for inference. In place of the parameter `kernel` [in, out] there are, in the
         collection "quantized", `qvalue` e4m3 [out, in] and `scale` f32 [out/128, in/128], rounded
         up, as block-FP8 checkpoints hold them. `quantize_kernels` makes them of a float kernel.
@@ -85,7 +88,8 @@ class Fp8Dense(nn.Dense):
             bias = self.param("bias", self.bias_init, shape[:1], self.param_dtype)
         inputs, bias = dtypes.promote_dtype(inputs, bias, dtype=self.dtype)
         weight = prepare_weight(QArray(qvalue, scale))
-        y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
+        dtype, precision = inputs.dtype, named_precision(self.precision)
+        y = fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
         return y if bias is None else y + bias
 
 
@@ -170,7 +174,7 @@ def quantize_kernels(
 
 def _experts(node: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the names of an Fp8MoE's matrices, none if these are another layer's parameters."""
-    routed = all(jnp.ndim(node.get(name, 0)) == 3 for name in ("wi_0", "wi_1", "wo"))
+    routed = all(jnp.ndim(node.get(name, 0)) == 3 for name in ("wi_0", "wo"))
     return tuple(n for n in node if n.removeprefix("shared_") in ("wi_0", "wi_1", "wo")) * routed
 
 
@@ -230,6 +234,8 @@ class Fp8MoE(nn.Module):
     n_group: int | None = None
     topk_group: int | None = None
     quantized: bool = False
+    precision: Precision = "fp8"
+    activation: Activation = "swiglu"
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
@@ -270,17 +276,18 @@ class Fp8MoE(nn.Module):
             value = self.param(name, _boxed(init, names), shape, self.param_dtype, unbox=False)
             return _unboxed(value)
 
+        gated = is_gated(self.activation)
         gate_kernel = param("gate_kernel", self.gate_init, h, self.num_experts)
         kernels = ExpertKernels(
             wi_0=param("wi_0", self.wi_init, e, h, f),
-            wi_1=param("wi_1", self.wi_init, e, h, f),
+            wi_1=param("wi_1", self.wi_init, e, h, f) if gated else None,
             wo=param("wo", self.wo_init, e, f, h),
         )
         if not fs:
             return gate_kernel, kernels, None
         shared = ExpertKernels(
             wi_0=param("shared_wi_0", self.shared_wi_init, h, fs),
-            wi_1=param("shared_wi_1", self.shared_wi_init, h, fs),
+            wi_1=param("shared_wi_1", self.shared_wi_init, h, fs) if gated else None,
             wo=param("shared_wo", self.shared_wo_init, fs, h),
         )
         return gate_kernel, kernels, shared

@@ -15,11 +15,12 @@ from jax_fp8gemm._core.checks import check_quantized
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import BLOCKS
 from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._moe.activations import is_gated
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
 from jax_fp8gemm._moe.placement import axes_of, sharding_names
 from jax_fp8gemm._moe.routing import Routing
-from jax_fp8gemm._ops.dot_general import dot_general_like_lhs
+from jax_fp8gemm._ops.dot_general import dot_general_like_lhs, named_precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.weights import prepare_weight
 
@@ -52,6 +53,7 @@ class Fp8Linear(nnx.Linear):
     """nnx.Linear in FP8: same arguments, same parameters, same initial values.
 
     With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
+    `precision="bf16"` multiplies in bf16, see `fp8_matmul`; any other is FP8.
 
     Attributes:
       kernel: Param [in, out]; None where the weight is held in FP8.
@@ -88,7 +90,8 @@ class Fp8Linear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
         weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
-        y = fp8_matmul(inputs, weight, preferred_element_type=inputs.dtype)
+        dtype, precision = inputs.dtype, named_precision(self.precision)
+        y = fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
         return y if bias is None else y + bias
 
     @classmethod
@@ -100,6 +103,7 @@ class Fp8Linear(nnx.Linear):
             use_bias=False,
             dtype=linear.dtype,
             param_dtype=linear.param_dtype,
+            precision=linear.precision,
             preferred_element_type=linear.preferred_element_type,
             kernel_init=lambda *_: jnp.zeros(()),  # makes room for:
             rngs=nnx.Rngs(0),
@@ -207,7 +211,8 @@ class Fp8MoE(nnx.Module):
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
       options: score_function, normalize, routed_scaling_factor, n_group, topk_group,
         capacity_factor, device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh,
-        exchange, wire, scale_rounding, shared_columns and cast_in_gemm of `moe`.
+        exchange, wire, scale_rounding, shared_columns, cast_in_gemm, precision and activation of
+        `moe`.
         With expert_axis the parameters have sharding metadata (`out_sharding`) with it and
         tensor_axis, unless their initializers say otherwise. Where a mesh with these axes is in use
         (`jax.set_mesh`), they are made as shards.
@@ -247,7 +252,8 @@ class Fp8MoE(nnx.Module):
         expert_axis, tensor_axis = options.get("expert_axis"), options.get("tensor_axis")
         axes = axes_of("Fp8MoE", expert_axis, tensor_axis, options.get("token_axes"))
         for name, shape in {**shapes, **shared}.items():
-            if 0 in shape and name in shared:
+            absent = name.endswith("wi_1") and not is_gated(options.get("activation", "swiglu"))
+            if (0 in shape and name in shared) or absent:
                 setattr(self, name, nnx.data(None))
                 continue
             make = init.get(name, expert_init if len(shape) == 3 else kernel_init)
@@ -282,13 +288,12 @@ class Fp8MoE(nnx.Module):
         if self.kernels is not None:
             held = self.shared_kernels
             return self.kernels.get_value(), None if held is None else held.get_value()
-        kernels = ExpertKernels(wi_0=self.wi_0[...], wi_1=self.wi_1[...], wo=self.wo[...])
-        if self.shared_wo is None:
-            return kernels, None
-        shared = ExpertKernels(
-            wi_0=self.shared_wi_0[...], wi_1=self.shared_wi_1[...], wo=self.shared_wo[...]
-        )
-        return kernels, shared
+
+        def made(prefix: str) -> ExpertKernels:
+            found = ((name, getattr(self, prefix + name)) for name in ("wi_0", "wi_1", "wo"))
+            return ExpertKernels(**{name: None if w is None else w[...] for name, w in found})
+
+        return made(""), None if self.shared_wo is None else made("shared_")
 
     @classmethod
     def from_quantized(
@@ -319,9 +324,10 @@ class Fp8MoE(nnx.Module):
           layer = Fp8MoE.from_quantized(gate_kernel, prepare_experts(kernels), top_k=8)
         """
         op = "Fp8MoE.from_quantized"
-        kernels = _checked_fp8(op, "kernels", kernels, 3)
+        gated = is_gated(options.get("activation", "swiglu"))
+        kernels = _checked_fp8(op, "kernels", kernels, 3, gated)
         if shared is not None:
-            shared = _checked_fp8(op, "shared", shared, 2)
+            shared = _checked_fp8(op, "shared", shared, 2, gated)
         unused = {n: lambda *_: jnp.zeros(()) for n in ("gate_kernel", "wi_0", "wi_1", "wo")}
         e, h, f = kernels.sizes
         layer = cls(h, f, e, top_k=top_k, dtype=dtype, init=unused, rngs=nnx.Rngs(0))
@@ -335,8 +341,8 @@ class Fp8MoE(nnx.Module):
         return layer
 
 
-def _checked_fp8(op: str, name: str, kernels: Any, ndim: int) -> ExpertKernels:
-    kernels = as_kernels(op, name, kernels, ndim)
+def _checked_fp8(op: str, name: str, kernels: Any, ndim: int, gated: bool) -> ExpertKernels:
+    kernels = as_kernels(op, name, kernels, ndim, gated=gated)
     if not kernels.is_fp8:
         fix = "quantize(jnp.swapaxes(w, -1, -2), (128, 128)) for each matrix w"
         got = describe_kernels(kernels)

@@ -6,6 +6,8 @@ from typing import Literal
 ScaleRounding = Literal["pow2", "none"]
 # How a router turns logits into scores.
 ScoreFunction = Literal["softmax", "sigmoid"]
+# What multiplies: our kernels in FP8, or XLA in bf16 for comparison and for other GPUs.
+Precision = Literal["fp8", "bf16"]
 # What a GEMM keeps of its input for the backward pass.
 Residuals = Literal["fp8_t", "fp8", "input"]
 # How tokens reach the devices of their experts, and in which type.

@@ -6,6 +6,7 @@ docs/moe.md.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,37 +15,42 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
 from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows, to_bits
-from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.layout import K_MULTIPLE
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding
+from jax_fp8gemm._moe.block import ExpertSpec, permutation_here, rows_here
 from jax_fp8gemm._moe.exchange import (
     Slots,
-    TokenExchange,
     collect,
     make_slots,
     send,
     send_together,
 )
-from jax_fp8gemm._moe.kernels import ExpertKernels, describe_kernels
+from jax_fp8gemm._moe.experts_bf16 import bf16_experts
+from jax_fp8gemm._moe.kernels import ExpertKernels, without_biases
 from jax_fp8gemm._moe.order import (
-    Permutation,
-    cut,
-    first_choices,
     merge_choices,
-    permutation_of,
     rows_or_zero,
     sum_rows,
 )
 from jax_fp8gemm._moe.placement import (
-    ExpertAxes,
     received_rows,
     size_of,
+)
+from jax_fp8gemm._moe.unfused import (
+    Biases,
+    Gradients,
+    activated,
+    activated_backward,
+    add_bias,
+    add_bias_backward,
+    biases_of,
+    is_fused,
 )
 from jax_fp8gemm._moe.weights import (
     are_constant,
     as_constants,
+    float_matrices,
     multiply_by,
     operand,
     turned,
@@ -61,25 +67,6 @@ from jax_fp8gemm._ops.gemm import multiply
 # Tokens up to which FP8 kernels are multiplied by way of slots [e, tokens], which makes an expert's
 # rows one sub-tile (64 rows) of the kernel, at a place of its own. A rule, not yet a measurement.
 MASKED_TOKENS = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertSpec:
-    """Static description of one expert block; as the arguments of expert_ffn.
-
-    Attributes:
-      axes: manual axes of the mesh.
-      room: tokens that a device sends to another one at most, by all_to_all.
-      most_rows: that the experts of a device take at most; None: all.
-    """
-
-    scale_rounding: ScaleRounding
-    shared_columns: bool
-    axes: ExpertAxes
-    capacity: int | None = None
-    exchange: TokenExchange | None = None
-    room: int = 0
-    most_rows: int | None = None
 
 
 def run_experts(
@@ -103,52 +90,33 @@ def run_experts(
         own = kernels.sizes[0]
         slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
     gate_weights = gate_weights.astype(jnp.float32)
-    if kernels.is_fp8 and spec.capacity is None and spec.most_rows is None:
+    bounded = spec.capacity is not None or spec.most_rows is not None
+    if kernels.is_fp8 and spec.precision == "fp8" and not bounded:
         tokens = received_rows(axes, x.shape[0], 1)
         if isinstance(tokens, int) and tokens <= MASKED_TOKENS:  # symbolic: any number
             spec = dataclasses.replace(spec, capacity=tokens)
             expert_index, gate_weights = merge_choices(expert_index, gate_weights)
-    run = automatic(lambda *operands: _experts(*operands, spec), x, None)
-    kernels = as_constants(kernels)
-    y, rows = run(*vary_alike(x, expert_index, gate_weights, kernels, slots))
+    block: Callable = _experts if spec.precision == "fp8" else bf16_experts
+    run = automatic(lambda *operands: block(*operands, spec), x, None)
+    if kernels.wo_bias is not None and axes.tensor:  # results are added up over these axes
+        first = jax.lax.axis_index(axes.tensor) == 0
+        kernels = dataclasses.replace(kernels, wo_bias=jnp.where(first, kernels.wo_bias, 0))
+    biases = Biases(None, None)
+    if spec.precision == "fp8":
+        biases, kernels = biases_of(kernels, spec), as_constants(without_biases(kernels))
+    y, rows = run(*vary_alike(x, expert_index, gate_weights, kernels, slots, biases))
     return (jax.lax.psum(y, axes.summed) if axes.summed else y), rows
-
-
-def check_tokens(
-    op: str,
-    x: jax.Array,
-    expert_index: jax.Array,
-    gate_weights: jax.Array,
-    kernels: ExpertKernels,
-) -> None:
-    named = {"x": x, "expert_index": expert_index, "gate_weights": gate_weights}
-    got = ", ".join(describe(name, value) for name, value in named.items())
-    got += f", {describe_kernels(kernels)}"
-    if (x.ndim, expert_index.ndim) != (2, 2) or expert_index.shape[0] != x.shape[0]:
-        expected, fix = "x [t, h], expert_index [t, top_k]", "reshape them to one row per token"
-        fail(op, "x and expert_index do not fit.", got, expected, fix)
-    if gate_weights.shape != expert_index.shape:
-        expected, fix = (
-            f"gate_weights {list(expert_index.shape)}",
-            "pass one weight for each choice",
-        )
-        fail(op, "expert_index and gate_weights differ in shape.", got, expected, fix)
-    if x.shape[1] != kernels.sizes[1]:
-        expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
-        if kernels.is_fp8:
-            expected, fix = f"wo [e, {x.shape[1]}, f]", "FP8 matrices are [e, out, in]"
-        fail(op, "dim h differs between x and wi_0.", got, expected, fix)
 
 
 # ---- the custom_vjp -----------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _experts(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
-    return _forward(x, expert_index, gate_weights, kernels, slots, spec)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _experts(x, expert_index, gate_weights, kernels, slots, biases, spec: ExpertSpec):
+    return _forward(x, expert_index, gate_weights, kernels, slots, biases, spec)[0]
 
 
-def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
+def _forward(x, expert_index, gate_weights, kernels, slots, biases, spec: ExpertSpec):
     """Residuals: x in FP8, a row for each token; SwiGLU's input in FP8; kernels, in FP8 if copies
     were made; who goes where."""
     # An empty slot holds zeros, so that what travels is the number of the expert plus one.
@@ -159,19 +127,20 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
         gate_weights = checkpoint_name(gate_weights, "moe_x")
     xq, saved_x = named(xq, "moe_x")
     count = jax.tree.leaves(kernels)[0].shape[0]
-    permutation = _permutation(expert_index - 1, count, spec)
-    token, row_weight = _rows(permutation, gate_weights)
+    permutation = permutation_here(expert_index - 1, count, spec)
+    token, row_weight = rows_here(permutation, gate_weights)
     gemms = _ragged_gemms if spec.capacity is None else _masked_gemms
     matrices = operand(kernels, "up"), operand(kernels, "down")
-    y, hq = gemms(xq, token, row_weight, permutation.group_sizes, matrices, spec)
+    y, hq = gemms(xq, token, row_weight, permutation.group_sizes, (*matrices, biases), spec)
+    y = add_bias(y, row_weight, biases.down, permutation.group_sizes)
     y = _collected(y, permutation, gate_weights, slots, x, spec)
     saved = saved_x, save(hq, "moe_h")
     back = operand(kernels, "down_back"), operand(kernels, "up_back")
     # Empty arrays that remember dtypes and shapes.
-    floats = () if are_constant(kernels) else (kernels.wi_0, kernels.wi_1, kernels.wo)
+    floats = () if are_constant(kernels) else float_matrices(kernels)
     like = [a[:0] for a in (x, *floats)]
     rows = permutation.group_sizes.sum(dtype=jnp.int32)
-    return (y, rows), (*saved, back, permutation, gate_weights, slots, like)
+    return (y, rows), (*saved, back, permutation, gate_weights, slots, biases, like)
 
 
 # NOTE: jitted, for jax.vmap with spmd_axis_name around shard_map: op by op, JAX 0.10.2 takes the
@@ -179,9 +148,9 @@ def _forward(x, expert_index, gate_weights, kernels, slots, spec: ExpertSpec):
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(spec: ExpertSpec, residuals, gradients):
     dy, _ = gradients
-    saved_x, saved_h, (down, up), permutation, gate_weights, slots, like = residuals
+    saved_x, saved_h, (down, up), permutation, gate_weights, slots, biases, like = residuals
     sizes, rounding = permutation.group_sizes, spec.scale_rounding
-    token, row_weight = _rows(permutation, gate_weights)
+    token, row_weight = rows_here(permutation, gate_weights)
     shared, constant = spec.shared_columns, len(like) == 1
     if constant:
         down, up = turned(down), turned(up)
@@ -192,53 +161,27 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     else:
         dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups, shared_columns=shared)
     da = multiply_by(down, dyq, sizes, transposed=False)
-    d = cast_swiglu_backward(
-        from_bits(saved_h),
-        da,
-        row_weight,
-        scale_rounding=rounding,
-        shared_columns=shared,
-        group_sizes=sizes,
-    )
+    d = _activation_gradients(from_bits(saved_h), da, row_weight, biases, sizes, spec)
     dx = multiply_by(up, d.h, sizes, transposed=False)
     dx = _collected(dx, permutation, gate_weights, slots, like[0], spec)
+    d_row_weight, d_biases = d.row_weight, Biases(d.bias, None)
+    if biases.down is not None:
+        more, d_bias = add_bias_backward(dyq, row_weight, biases.down, sizes)
+        d_row_weight, d_biases = d_row_weight + more, Biases(d.bias, d_bias)
     if constant:
-        d_weights = _weight_gradients(d.row_weight, permutation, gate_weights, slots, spec)
-        return dx, None, d_weights, None, None
-    d_down = _contracting(d.activation_transposed, dyt, sizes, like[3].dtype)
+        d_weights = _weight_gradients(d_row_weight, permutation, gate_weights, slots, spec)
+        return dx, None, d_weights, None, None, d_biases
+    d_down = _contracting(d.activation_transposed, dyt, sizes, like[-1].dtype)
     # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
     saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
     xt = recast(from_bits(saved_x), **by_groups)
-    d_kernels = [
-        _contracting(xt, d.gate_transposed, sizes, like[1].dtype),
-        _contracting(xt, d.up_transposed, sizes, like[2].dtype),
-        d_down,
-    ]
-    d_weights = _weight_gradients(d.row_weight, permutation, gate_weights, slots, spec)
-    return dx, None, d_weights, _kernel_gradients(d_kernels, like[1:]), None
+    d_up = [_contracting(xt, q, sizes, like[1].dtype) for q in d.transposed]
+    d_weights = _weight_gradients(d_row_weight, permutation, gate_weights, slots, spec)
+    d_kernels = _kernel_gradients([*d_up, d_down], like[1:])
+    return dx, None, d_weights, d_kernels, None, d_biases
 
 
 _experts.defvjp(_forward, _backward)
-
-
-def _permutation(expert_index: jax.Array, e: int, spec: ExpertSpec) -> Permutation:
-    """Returns the order of the rows of this device's e experts."""
-    if spec.axes.experts:
-        expert_index = expert_index - e * jax.lax.axis_index(spec.axes.experts)
-    if spec.most_rows is not None:
-        expert_index = first_choices(expert_index, e, spec.most_rows)
-    permutation = permutation_of(expert_index, e)
-    if spec.capacity is not None:
-        permutation = cut(permutation, spec.capacity)
-    if spec.most_rows is not None:  # the rest lies past the groups
-        permutation = dataclasses.replace(permutation, order=permutation.order[: spec.most_rows])
-    return permutation
-
-
-def _rows(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the token of each row, and its weight."""
-    token = permutation.order // gate_weights.shape[1]
-    return token, gate_weights.reshape(-1)[permutation.order]
 
 
 def _weight_gradients(rows, permutation, gate_weights, slots, spec: ExpertSpec) -> jax.Array:
@@ -249,11 +192,26 @@ def _weight_gradients(rows, permutation, gate_weights, slots, spec: ExpertSpec) 
 
 def _kernel_gradients(gradients: list[jax.Array], like: list[jax.Array]) -> ExpertKernels:
     """Takes the padding off; in the dtypes of the kernels."""
-    wi_0, wi_1, wo = (
+    *wi, wo = (
         gradient[:, : a.shape[1], : a.shape[2]].astype(a.dtype)
         for gradient, a in zip(gradients, like, strict=True)
     )
-    return ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=wo)
+    return ExpertKernels(wi_0=wi[0], wi_1=wi[1] if len(wi) == 2 else None, wo=wo)
+
+
+def _activation_gradients(h, da, row_weight, biases, sizes, spec: ExpertSpec) -> Gradients:
+    if not is_fused(spec, biases):
+        return activated_backward(h, da, row_weight, biases.up, sizes, spec)
+    d = cast_swiglu_backward(
+        h,
+        da,
+        row_weight,
+        scale_rounding=spec.scale_rounding,
+        shared_columns=spec.shared_columns,
+        group_sizes=sizes,
+    )
+    transposed = [d.gate_transposed, d.up_transposed]
+    return Gradients(d.h, transposed, d.activation_transposed, d.row_weight, None)
 
 
 # ---- the GEMMs ----------------------------------------------------------------------------------
@@ -267,10 +225,15 @@ def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -
 
 def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
-    up, down = matrices
+    up, down, biases = matrices
     options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
     h = multiply_by(up, _take(xq, token), sizes, transposed=True)
-    (a,) = cast_swiglu(h, row_weight, **options)
+    if is_fused(spec, biases):
+        (a,) = cast_swiglu(h, row_weight, **options)
+    else:
+        group = group_of_row(sizes, h.shape[0])
+        real = activated(h, row_weight, biases.up, group, spec)
+        a = cast_rows(real.astype(jnp.bfloat16), **options)
     y = multiply_by(down, a, sizes, transposed=True)
     return y, cast_rows(h, **options)
 
@@ -281,7 +244,7 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     The others hold anything, NaN too. But no row of the results takes from them, and a row's scales
     are its own.
     """
-    up, down = matrices
+    up, down, biases = matrices
     rows, e, rounding = token.shape[0], sizes.shape[0], spec.scale_rounding
     assert spec.capacity is not None
     capacity = min(spec.capacity, rows)
@@ -295,7 +258,11 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
         return out.reshape(e * capacity, -1)
 
     h = masked(_take(xq, token[row]), up)
-    (a,) = cast_swiglu(h, row_weight[row], scale_rounding=rounding)
+    if is_fused(spec, biases):
+        (a,) = cast_swiglu(h, row_weight[row], scale_rounding=rounding)
+    else:
+        real = activated(h, row_weight[row], biases.up, jnp.arange(len(h)) // capacity, spec)
+        a = cast_rows(real.astype(jnp.bfloat16), scale_rounding=rounding)
     y = masked(a, down)
     group = jnp.minimum(group_of_row(sizes, rows), e - 1)
     slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups

@@ -15,8 +15,10 @@ from jax_fp8gemm._core.checks import (
     check_positive,
     renamed,
 )
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, Wire
+from jax_fp8gemm._moe.activations import Activation, check_activation, is_gated
+from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
+from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._moe.placement import (
     AxisNames,
@@ -55,6 +57,8 @@ def expert_ffn(
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    precision: Precision = "fp8",
+    activation: Activation = "swiglu",
 ) -> jax.Array:
     """Sends each token through its experts, in FP8 forward and backward.
 
@@ -80,6 +84,9 @@ def expert_ffn(
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+      precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
+      activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
+        ClampedSwiglu. "swiglu" without biases has kernels of its own, the others are slower.
 
     Returns:
       [t, h], of x's dtype. GEMMs have results in bf16, sums over top_k are float32. Gradients have
@@ -99,7 +106,9 @@ def expert_ffn(
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
     check_option(op, "exchange", exchange, ExchangeKind)
     check_option(op, "wire", wire, Wire)
-    kernels = as_kernels(op, "kernels", kernels)
+    check_option(op, "precision", precision, Precision)
+    check_activation(op, activation)
+    kernels = as_kernels(op, "kernels", kernels, gated=is_gated(activation))
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
     expert_index = as_int32(op, "expert_index", expert_index)
     check_bool(op, "shared_columns", shared_columns)
@@ -115,6 +124,8 @@ def expert_ffn(
         scale_rounding=scale_rounding,
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
+        precision=precision,
+        activation=activation,
     )
     if not axes.any or are_manual(op, axes):
         return _ffn(spec, x, expert_index, gate_weights, kernels)
@@ -128,6 +139,7 @@ def expert_ffn(
         x=x,
         rounding=scale_rounding,
         wanted=cast_in_gemm,
+        precision=precision,
     )
     operands, tokens = (x, expert_index, gate_weights, kernels), where.tokens
     specs = tokens, tokens, tokens, where.kernels(kernels)
@@ -145,6 +157,8 @@ class FfnSpec:
     scale_rounding: ScaleRounding
     shared_columns: bool
     cast_in_gemm: bool | None
+    precision: Precision
+    activation: Activation
 
 
 def _ffn(
@@ -165,8 +179,11 @@ def _ffn(
         rows=received // here,
         others=(x,),
         wanted=spec.cast_in_gemm,
+        precision=spec.precision,
     )
     experts = ExpertSpec(
+        precision=spec.precision,
+        activation=spec.activation,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         axes=spec.axes,

@@ -15,9 +15,10 @@ from jax_fp8gemm._core.qarray import QArray, exportable
 
 Kernel = Any  # a float array, a QArray, or None: another field has it
 MATRICES = ("wi_0", "wi_1", "wi", "wo")
+BIASES = ("wi_0_bias", "wi_1_bias", "wi_bias", "wo_bias")
 
 
-@exportable("PreparedExperts", later=("wi",))
+@exportable("PreparedExperts", later=("wi", *BIASES))
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ExpertKernels:
     """The matrices of experts: gate, up and down, in floats or, for inference, in FP8.
@@ -32,9 +33,12 @@ class ExpertKernels:
         multiple of 16, f to one of 128.
       wi: gate and up as one array, gate first, in place of wi_0 and wi_1: [e, h, 2f], or a QArray
         [e, 2f, h].
+      wi_0_bias, wi_1_bias: None, or floats [e, f] that are added to gate and up.
+      wi_bias: both as one array [e, 2f].
+      wo_bias: None, or floats [e, h] that are added to the result of an expert.
 
-    QArrays are constants: no gradient flows to them. An expert that sees every token has matrices
-    without the dim e.
+    An expert with squared ReLU has no wi_1. QArrays are constants: no gradient flows to them. An
+    expert that sees every token has matrices without the dim e.
     """
 
     wi_0: Kernel = None
@@ -42,6 +46,14 @@ class ExpertKernels:
     wo: Kernel
     copies: dict[str, Bits] | None = None
     wi: Kernel = None
+    wi_0_bias: jax.Array | None = None
+    wi_1_bias: jax.Array | None = None
+    wi_bias: jax.Array | None = None
+    wo_bias: jax.Array | None = None
+
+    @property
+    def has_biases(self) -> bool:
+        return any(getattr(self, name) is not None for name in BIASES)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -62,21 +74,61 @@ def describe_kernels(kernels: ExpertKernels) -> str:
     return describe("wo", kernels.wo.qvalue)
 
 
-def as_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> ExpertKernels:
-    """Returns experts' matrices, checked; of floats, gate and up are apart.
+def without_biases(kernels: ExpertKernels) -> ExpertKernels:
+    return dataclasses.replace(kernels, **dict.fromkeys(BIASES))
 
-    ndim: 3, or 2 for an expert that sees every token.
+
+def of_rows(bias: jax.Array, group: jax.Array) -> jax.Array:
+    """Returns the bias [e, n] of each row, f32 [m, n]; zero for rows past the groups.
+
+    A GEMM by ones and zeros, whose transpose adds up without atomics.
+
+    Args:
+      group: int [m].
     """
+    chosen = group[:, None] == jnp.arange(bias.shape[0])[None]
+    return jnp.dot(chosen.astype(jnp.float32), bias.astype(jnp.float32), precision="highest")
+
+
+def as_kernels(
+    op: str, name: str, kernels: Any, ndim: int = 3, *, gated: bool = True
+) -> ExpertKernels:
+    """Returns experts' matrices, checked; of floats and of biases, gate and up are apart.
+
+    Args:
+      ndim: 3, or 2 for an expert that sees every token.
+      gated: whether there is a matrix "up" beside "gate".
+    """
+    checked = _as_matrices(op, name, kernels, ndim, gated)
+    return dataclasses.replace(checked, **_as_biases(op, name, kernels, checked.sizes))
+
+
+def _as_biases(op: str, name: str, kernels: ExpertKernels, sizes: tuple) -> dict[str, Any]:
+    given = {b: as_float(op, b, v) for b in BIASES if (v := getattr(kernels, b)) is not None}
+    *lead, h, f = sizes
+    if kernels.wi_1 is None and kernels.wi is None and given.keys() - {"wi_0_bias", "wo_bias"}:
+        got, fix = ", ".join(given), "leave wi_1_bias and wi_bias out"
+        fail(op, f"{name} have a bias of a matrix that is not there.", got, "wi_0_bias", fix)
+    shapes = {"wo_bias": (*lead, h), "wi_bias": (*lead, 2 * f)}
+    for bias, value in given.items():
+        shape = shapes.get(bias, (*lead, f))
+        if value.shape != shape:
+            got, expected = describe(bias, value), f"{bias} {list(shape)}"
+            fail(op, f"{bias} does not fit {name}.", got, expected, "pass one for each column")
+    both = given.pop("wi_bias", None)
+    if both is not None:
+        given["wi_0_bias"], given["wi_1_bias"] = jnp.split(both, 2, axis=-1)
+    return given
+
+
+def _as_matrices(op: str, name: str, kernels: Any, ndim: int, gated: bool) -> ExpertKernels:
     dims = "[e, h, f], [e, h, f], [e, f, h]" if ndim == 3 else "[h, f], [h, f], [f, h]"
     if not isinstance(kernels, ExpertKernels):
         got, fix = type(kernels).__name__, f"{name}=ExpertKernels(wi_0=, wi_1=, wo=)"
         expected = f"ExpertKernels with wi_0, wi_1, wo {dims}"
         fail(op, f"{name} is not an ExpertKernels.", got, expected, fix, TypeError)
     given = {m: w for m in MATRICES if (w := getattr(kernels, m)) is not None}
-    if set(given) not in ({"wi_0", "wi_1", "wo"}, {"wi", "wo"}):
-        what, expected = f"{name} lack matrices, or have too many.", "wi_0, wi_1, wo; or wi, wo"
-        got = ", ".join(given) or "none"
-        fail(op, what, got, expected, "pass gate and up as wi_0 and wi_1, or both as wi")
+    _check_names(op, name, set(given), gated)
     if any(isinstance(w, QArray) for w in given.values()):
         return _as_fp8(op, name, kernels, given, ndim)
     named = {matrix: as_float(op, matrix, w) for matrix, w in given.items()}
@@ -87,13 +139,24 @@ def as_kernels(op: str, name: str, kernels: Any, ndim: int = 3) -> ExpertKernels
     _check_ranks(op, name, named, ndim, f"wi_0, wi_1, wo {dims}")
     _check_count(op, kernels, got)
     *lead, h, f = kernels.wi_0.shape
-    if kernels.wi_1.shape != (*lead, h, f) or kernels.wo.shape != (*lead, f, h):
+    up = kernels.wi_0 if kernels.wi_1 is None else kernels.wi_1
+    if up.shape != (*lead, h, f) or kernels.wo.shape != (*lead, f, h):
         expected = f"wi_1 {[*lead, h, f]}, wo {[*lead, f, h]}"
         fail(op, f"{name} do not fit each other.", got, expected, "swap the dims of one of them")
-    if kernels.wi_0.dtype != kernels.wi_1.dtype:
+    if kernels.wi_0.dtype != up.dtype:
         what = "wi_0 and wi_1 differ in dtype."
         fail(op, what, got, "one dtype", "cast one of them", TypeError)
     return kernels
+
+
+def _check_names(op: str, name: str, given: set[str], gated: bool) -> None:
+    if given in (({"wi_0", "wi_1", "wo"}, {"wi", "wo"}) if gated else ({"wi_0", "wo"},)):
+        return
+    what, expected = f"{name} lack matrices, or have too many.", "wi_0, wi_1, wo; or wi, wo"
+    fix = "pass gate and up as wi_0 and wi_1, or both as wi"
+    if not gated:
+        expected, fix = "wi_0, wo", "squared ReLU has no gate: leave wi_1 out"
+    fail(op, what, ", ".join(sorted(given)) or "none", expected, fix)
 
 
 def _check_ranks(op: str, name: str, named: dict[str, Any], ndim: int, expected: str) -> None:
@@ -162,7 +225,7 @@ def fp8_halves(kernels: ExpertKernels) -> ExpertKernels:
         QArray(kernels.wi.qvalue[..., r, :], kernels.wi.scale[..., s, :])
         for r, s in zip(rows, scale_rows, strict=True)
     )
-    return ExpertKernels(wi_0=wi_0, wi_1=wi_1, wo=kernels.wo)
+    return dataclasses.replace(kernels, wi_0=wi_0, wi_1=wi_1, wi=None)
 
 
 def check_shards(op: str, name: str, kernels: ExpertKernels, devices: int) -> None:

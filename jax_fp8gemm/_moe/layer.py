@@ -12,9 +12,11 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, ScoreFunction, Wire
+from jax_fp8gemm._moe.activations import Activation, activate, check_activation, is_gated
+from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
 from jax_fp8gemm._moe.exchange import axis_size
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
 from jax_fp8gemm._moe.placement import (
     AxisNames,
@@ -53,6 +55,8 @@ OPTIONS = (
     "scale_rounding",
     "shared_columns",
     "cast_in_gemm",
+    "precision",
+    "activation",
 )
 FORMER_NAMES = {
     "score": "score_function",
@@ -88,6 +92,8 @@ def moe(
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    precision: Precision = "fp8",
+    activation: Activation = "swiglu",
 ) -> tuple[jax.Array, Routing]:
     """Routes each token to its experts and sums their weighted outputs; FP8 but for the router.
 
@@ -132,6 +138,10 @@ def moe(
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+      precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
+      activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
+        ClampedSwiglu; of the shared expert too. "swiglu" without biases has kernels of its own,
+        the others are slower.
 
     Returns:
       y [..., h] of x's dtype, and the Routing of the tokens, flattened to one dim.
@@ -152,9 +162,11 @@ def moe(
     """
     x = as_float("moe", "x", x)
     router = as_router(x, gate_kernel, logits, routing)
-    kernels = as_kernels("moe", "kernels", kernels)
+    check_activation("moe", activation)
+    gated = is_gated(activation)
+    kernels = as_kernels("moe", "kernels", kernels, gated=gated)
     if shared is not None:
-        shared = as_kernels("moe", "shared", shared, ndim=2)
+        shared = as_kernels("moe", "shared", shared, ndim=2, gated=gated)
     axes = axes_of("moe", expert_axis, tensor_axis, token_axes)
     route = route_spec(
         router,
@@ -176,6 +188,8 @@ def moe(
         scale_rounding=scale_rounding,
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
+        precision=precision,
+        activation=activation,
     )
     spec.check()
     if not axes.any or are_manual("moe", axes):
@@ -197,11 +211,14 @@ class LayerSpec:
     scale_rounding: ScaleRounding
     shared_columns: bool
     cast_in_gemm: bool | None
+    precision: Precision
+    activation: Activation
 
     def check(self) -> None:
         """Raises a ValueError or a TypeError for an option that is none."""
         check_option("moe", "exchange", self.exchange, ExchangeKind)
         check_option("moe", "wire", self.wire, Wire)
+        check_option("moe", "precision", self.precision, Precision)
         check_option("moe", "scale_rounding", self.scale_rounding, ScaleRounding)
         check_bool("moe", "shared_columns", self.shared_columns)
         check_bool("moe", "cast_in_gemm", self.cast_in_gemm, or_none=True)
@@ -237,6 +254,7 @@ def _over_devices(
         x=x,
         rounding=spec.scale_rounding,
         wanted=spec.cast_in_gemm,
+        precision=spec.precision,
     )
     router = router.each_token(lambda part: where.fold(part, x.shape[:-1]))
     if shared is not None:
@@ -268,6 +286,7 @@ def _layer(
         rows=_rows_here(spec, x),
         others=(x,),
         wanted=spec.cast_in_gemm,
+        precision=spec.precision,
     )
     tokens = x.reshape(-1, x.shape[-1])
     routing = router.decide(spec.route, tokens, bias, spec.axes.tokens or None)
@@ -301,6 +320,8 @@ def _routed(
     if factor is not None:
         most = min(received, max(1, math.ceil(factor * received / devices)))
     experts = ExpertSpec(
+        precision=spec.precision,
+        activation=spec.activation,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         axes=axes,
@@ -349,17 +370,24 @@ def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
     axes = spec.axes
     if axes.gathered:
         x = jax.lax.all_gather(x, axes.gathered, tiled=True)
-    x, matrices = vary_alike(x, shared_matrices(kernels))
+    biases = kernels.wi_0_bias, kernels.wi_1_bias, kernels.wo_bias
+    x, matrices, biases = vary_alike(x, shared_matrices(kernels), biases)
     matmul = functools.partial(
         fp8_matmul,
         preferred_element_type=x.dtype,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
+        precision=spec.precision,
     )
     *wi, wo = matrices
     parts = [matmul(x, w).astype(jnp.float32) for w in wi]
-    gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
-    y = matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)
+    if kernels.wi is not None:
+        parts = jnp.split(parts[0], 2, axis=-1)
+    parts = [p if b is None else p + b[None] for p, b in zip(parts, biases, strict=False)]
+    y = matmul(activate(parts, spec.activation).astype(x.dtype), wo)
+    if biases[2] is not None:
+        first = jax.lax.axis_index(axes.tensor) == 0 if axes.tensor else True
+        y = y + jnp.where(first, biases[2], 0).astype(y.dtype)[None]
     if axes.gathered:
         y = jax.lax.psum_scatter(y, axes.gathered, tiled=True)
     here = tuple(axis for axis in axes.tensor if axis in axes.summed)

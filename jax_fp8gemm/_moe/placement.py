@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax_fp8gemm._bind import meshes
 from jax_fp8gemm._bind.partition import Axes
 from jax_fp8gemm._core.errors import describe, fail, message
-from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, Wire
 from jax_fp8gemm._moe.exchange import TokenExchange
 from jax_fp8gemm._moe.kernels import (
     ExpertKernels,
@@ -190,14 +190,13 @@ class Placement:
         lead = () if kernels.wo.ndim == 2 else (self.axes.experts or None,)
         tensor = self.axes.tensor or None
         up, down = PartitionSpec(*lead, None, tensor), PartitionSpec(*lead, tensor)
+        specs: dict[str, Any] = {"wi_0": up, "wi_1": up, "wo": down}
         if kernels.is_fp8:  # [out, in]; a QArray's numbers and scales have the same spec
-            given: dict[str, Any] = {"wi_0": down, "wi_1": down, "wi": down, "wo": up}
-            kept = {
-                name: spec for name, spec in given.items() if getattr(kernels, name) is not None
-            }
-            return ExpertKernels(**kept)
-        copies = None if kernels.copies is None else PartitionSpec(*lead)
-        return ExpertKernels(wi_0=up, wi_1=up, wo=down, copies=copies)  # type: ignore[arg-type]
+            specs = {"wi_0": down, "wi_1": down, "wi": down, "wo": up}
+        specs |= dict.fromkeys(("wi_0_bias", "wi_1_bias"), PartitionSpec(*lead, tensor))
+        specs |= {"wo_bias": PartitionSpec(*lead), "copies": PartitionSpec(*lead)}
+        absent = dict.fromkeys(n for n in specs if getattr(kernels, n) is None)
+        return ExpertKernels(**(specs | absent))
 
     def halves(self, op: str, name: str, kernels: ExpertKernels) -> ExpertKernels:
         """Returns kernels that tensor axes can split: of FP8 ones gate and up are apart.
@@ -360,6 +359,7 @@ def ready_outside(
     x: jax.Array,
     rounding: ScaleRounding,
     wanted: bool | None,
+    precision: Precision,
 ) -> ExpertKernels:
     """Returns kernels with FP8 copies, so that what is gathered of them is FP8.
 
@@ -369,6 +369,8 @@ def ready_outside(
     Raises:
       ValueError: prepared kernels are to be split over a tensor axis, or cast in GEMMs.
     """
+    if precision == "bf16":
+        kernels = dataclasses.replace(kernels, copies=None)
     if where.axes.tensor:
         if kernels.copies is not None:
             got = f"prepared kernels, tensor_axis={where.axes.tensor}"
@@ -377,4 +379,13 @@ def ready_outside(
         return where.halves(op, "kernels", kernels)
     apart = [a for a in where.axes.tokens if a not in where.axes.experts]
     rows //= math.prod(where.mesh.shape[axis] for axis in apart)
-    return ready(op, kernels, rounding=rounding, rows=rows, others=(x,), wanted=wanted, split=True)
+    return ready(
+        op,
+        kernels,
+        rounding=rounding,
+        rows=rows,
+        others=(x,),
+        wanted=wanted,
+        split=True,
+        precision=precision,
+    )

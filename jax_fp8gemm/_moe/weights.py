@@ -11,7 +11,7 @@ from jax_fp8gemm._core.checks import check_option, renamed
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.layout import BLOCKS, K_MULTIPLE, SCALE_BLOCK
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding, VariantName
+from jax_fp8gemm._core.types import Precision, ScaleRounding, VariantName
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._ops.casts import cast_both
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
@@ -47,21 +47,27 @@ def prepare_experts(
       y = expert_ffn(x, routing.expert_index, routing.gate_weights, prepared)
     """
     check_option("prepare_experts", "scale_rounding", scale_rounding, ScaleRounding)
-    kernels = as_kernels("prepare_experts", "kernels", kernels)
+    gated = getattr(kernels, "wi_1", None) is not None or getattr(kernels, "wi", None) is not None
+    gated = gated or not isinstance(kernels, ExpertKernels)
+    kernels = as_kernels("prepare_experts", "kernels", kernels, gated=gated)
     if not kernels.is_fp8:
         return _with_copies(kernels, scale_rounding)
     up, down = _fp8_matrices(kernels)
+    if not gated:
+        return dataclasses.replace(kernels, wi_0=from_bits(up), wo=from_bits(down))
     if kernels.wi is None:
         up = _joined(up, axis=-2)
-    return ExpertKernels(wi=from_bits(up), wo=from_bits(down))
+    joined = ExpertKernels(wi=from_bits(up), wo=from_bits(down))
+    return dataclasses.replace(joined, **_padded_biases(kernels))
 
 
 def _with_copies(kernels: ExpertKernels, rounding: ScaleRounding) -> ExpertKernels:
     _, h, f = kernels.wi_0.shape
     pad_h, pad_f = -h % K_MULTIPLE, -f % SCALE_BLOCK
-    wi_0, wi_1, wo = jax.lax.stop_gradient((kernels.wi_0, kernels.wi_1, kernels.wo))
-    wi_0, wi_1 = (jnp.pad(w, [(0, 0), (0, pad_h), (0, pad_f)]) for w in (wi_0, wi_1))
-    up = cast_both((wi_0, wi_1), BLOCKS, scale_rounding=rounding)
+    *wi, wo = jax.lax.stop_gradient(float_matrices(kernels))
+    wi = [jnp.pad(w, [(0, 0), (0, pad_h), (0, pad_f)]) for w in wi]
+    pair = (wi[0], wi[1]) if len(wi) == 2 else wi[0]
+    up = cast_both(pair, BLOCKS, scale_rounding=rounding)
     wo = jnp.pad(wo, [(0, 0), (0, pad_f), (0, pad_h)])
     down = cast_both(wo, BLOCKS, scale_rounding=rounding)
     copies = {"up": up.transposed, "down": down.transposed}
@@ -78,24 +84,41 @@ def ready(
     rows: Any,
     others: tuple[jax.Array, ...],
     wanted: bool | None,
+    precision: Precision,
     split: bool = False,
 ) -> ExpertKernels:
-    """Returns kernels with their copies, or as they are where they are cast in GEMMs, or FP8.
+    """Returns kernels with their copies, or as they are: where GEMMs cast them, FP8 ones, for bf16.
 
     Args:
       rows: of all experts here. others, wanted, split: see weights.cast_in_gemm.
     """
+    if precision == "bf16":
+        return dataclasses.replace(kernels, copies=None)
     if kernels.copies is not None or kernels.is_fp8:
         if wanted:
             got, fix = "prepared kernels", "leave cast_in_gemm out, or pass float kernels"
             got = "kernels in FP8" if kernels.is_fp8 else got
             fail(op, "the GEMMs cannot cast prepared kernels.", got, "float kernels", fix)
         return kernels
-    pairs: list[tuple[jax.Array, ...]] = [(kernels.wi_0, kernels.wi_1), (kernels.wo,)]
+    *wi, wo = float_matrices(kernels)
+    pairs: list[tuple[jax.Array, ...]] = [(*wi,), (wo,)]
     options = {"rows": rows, "rounding": rounding, "others": others}
     if cast_in_gemm(op, pairs, **options, wanted=wanted, split=split):
         return kernels
     return _with_copies(kernels, rounding)
+
+
+def float_matrices(kernels: ExpertKernels) -> list[jax.Array]:
+    """Returns gate, up and down; without up where there is none."""
+    return [w for w in (kernels.wi_0, kernels.wi_1, kernels.wo) if w is not None]
+
+
+def _padded_biases(kernels: ExpertKernels) -> dict[str, Any]:
+    """Returns the biases as wide as `_fp8_matrices`."""
+    pad = -kernels.sizes[-1] % SCALE_BLOCK
+    named = {"wi_0_bias": kernels.wi_0_bias, "wi_1_bias": kernels.wi_1_bias}
+    padded = {n: None if b is None else jnp.pad(b, [(0, 0), (0, pad)]) for n, b in named.items()}
+    return {**padded, "wo_bias": kernels.wo_bias}
 
 
 def _fp8_matrices(kernels: ExpertKernels) -> tuple[Any, Bits]:
@@ -110,7 +133,9 @@ def _fp8_matrices(kernels: ExpertKernels) -> tuple[Any, Bits]:
     down = padded(kernels.wo, (0, 0), (0, pad))
     if kernels.wi is not None:
         return to_bits(kernels.wi), down
-    return tuple(padded(w, (0, pad), (0, 0)) for w in (kernels.wi_0, kernels.wi_1)), down
+    wi = (w for w in (kernels.wi_0, kernels.wi_1) if w is not None)
+    up = tuple(padded(w, (0, pad), (0, 0)) for w in wi)
+    return up if len(up) == 2 else up[0], down
 
 
 def _joined(pair: tuple[Bits, Bits], axis: int) -> Bits:
@@ -123,7 +148,8 @@ def as_constants(kernels: ExpertKernels) -> ExpertKernels:
     if not kernels.is_fp8:
         return kernels
     up, down = _fp8_matrices(kernels)
-    return ExpertKernels(wo=None, copies={"up": up, "down": down})
+    copies = {"up": up, "down": down}
+    return dataclasses.replace(kernels, wi_0=None, wi_1=None, wi=None, wo=None, copies=copies)
 
 
 def are_constant(kernels: ExpertKernels) -> bool:
@@ -140,7 +166,8 @@ def operand(kernels: ExpertKernels, name: str) -> Matrix:
         name = name.removesuffix("_back")
     if kernels.copies is not None:
         return kernels.copies[name]
-    return (kernels.wo,) if name.startswith("down") else (kernels.wi_0, kernels.wi_1)
+    *wi, wo = float_matrices(kernels)
+    return (wo,) if name.startswith("down") else (*wi,)
 
 
 def shared_matrices(kernels: ExpertKernels) -> list[Weight]:

@@ -1,5 +1,6 @@
 """fp8_dot_general: jax.lax.dot_general in FP8, for the hooks of Flax and the like."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ from jax.sharding import AxisType
 from jax_fp8gemm._bind.meshes import shard_result
 from jax_fp8gemm._core.checks import as_float, check_bool
 from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.types import Precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.recipe import result_dtype
 
@@ -37,8 +39,8 @@ def fp8_dot_general(
       rhs: likewise.
       dimension_numbers: ((lhs contracting, rhs contracting), (lhs batch, rhs batch)). Several
         contracting dims are one k in the order given.
-      precision: not looked at, because FP8 GEMMs have one precision. Layers always pass
-        theirs.
+      precision: "bf16" multiplies in bf16, see `fp8_matmul`. Anything else is not looked at,
+        because FP8 GEMMs have one precision. Layers always pass theirs.
       preferred_element_type: bf16, f16 or f32, of the result; default: the promoted dtype.
       out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
         a NamedSharding. On meshes without Explicit axes a constraint.
@@ -57,7 +59,6 @@ def fp8_dot_general(
     Example:
       layer = nnx.Linear(256, 512, dot_general=fp8_dot_general, rngs=rngs)
     """
-    del precision
     check_bool(OP, "shared_columns", shared_columns)
     lhs, rhs = as_float(OP, "lhs", jnp.asarray(lhs)), as_float(OP, "rhs", jnp.asarray(rhs))
     (contract, rhs_contract), (batch, rhs_batch) = dimension_numbers
@@ -67,6 +68,12 @@ def fp8_dot_general(
     dtype = result_dtype(OP, lhs, rhs, preferred_element_type)
     free, rhs_free = _others(lhs, contract, batch), _others(rhs, rhs_contract, rhs_batch)
     numbers = (contract, rhs_contract), (batch, rhs_batch)
+    multiply = functools.partial(
+        fp8_matmul,
+        preferred_element_type=dtype,
+        shared_columns=shared_columns,
+        precision=named_precision(precision),
+    )
 
     def run(lhs, rhs):
         x, w = (
@@ -76,10 +83,15 @@ def fp8_dot_general(
         shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
         if 0 in shape:
             return jnp.zeros(shape, dtype)
-        y = _multiply(x, w, len(batch), len(contract), dtype, shared_columns)
+        y = _multiply(x, w, len(batch), len(contract), multiply)
         return y.reshape(shape)
 
     return _sharded(run, lhs, rhs, numbers, out_sharding)
+
+
+def named_precision(precision: object) -> Precision:
+    """Returns the precision that a layer's own argument asks for: FP8 unless it is "bf16"."""
+    return "bf16" if isinstance(precision, str) and precision == "bf16" else "fp8"
 
 
 def dot_general_like_lhs(
@@ -92,7 +104,7 @@ def dot_general_like_lhs(
 
 
 def _multiply(
-    x: jax.Array, w: jax.Array, batch: int, contract: int, dtype: jnp.dtype, shared_columns: bool
+    x: jax.Array, w: jax.Array, batch: int, contract: int, multiply: Callable
 ) -> jax.Array:
     """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n].
 
@@ -101,9 +113,6 @@ def _multiply(
     """
     sizes, rows = x.shape[:batch], x.shape[batch : x.ndim - contract]
     k, n = math.prod(x.shape[-contract:]), math.prod(w.shape[batch + contract :])
-
-    def multiply(x, w):
-        return fp8_matmul(x, w, preferred_element_type=dtype, shared_columns=shared_columns)
 
     if math.prod(sizes) == 1:
         return multiply(x.reshape(*rows, k), w.reshape(k, n))

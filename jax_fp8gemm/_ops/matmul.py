@@ -8,10 +8,11 @@ from jax.typing import DTypeLike
 
 from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.bits import from_bits, named, save
-from jax_fp8gemm._core.checks import as_float, renamed
+from jax_fp8gemm._core.checks import as_float, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import TOKEN_MULTIPLE
-from jax_fp8gemm._core.types import Residuals, ScaleRounding
+from jax_fp8gemm._core.types import Precision, Residuals, ScaleRounding
+from jax_fp8gemm._ops.bf16 import float_weight, matmul_bf16
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
@@ -34,6 +35,7 @@ def fp8_matmul(
     scale_rounding: ScaleRounding = "pow2",
     residuals: Residuals = "fp8_t",
     shared_columns: bool = True,
+    precision: Precision = "fp8",
 ) -> jax.Array:
     """Multiplies in FP8, forward and backward: y[..., n] = Σ_k x[..., k] · w[k, n].
 
@@ -50,6 +52,8 @@ def fp8_matmul(
         "input": x itself.
       shared_columns: whether neighbouring columns of gradients may share a scale in the GEMM that
         makes the gradient to w, which is then faster. See `quantize_both`.
+      precision: "fp8"; or "bf16": the same in bf16, by XLA on any device. An FP8 weight is
+        dequantized. Other options then mean nothing.
 
     Returns:
       [..., n]. Gradients have the dtypes of x and w. Residuals are named "fp8_matmul_x" and
@@ -85,6 +89,9 @@ def fp8_matmul(
         residuals=residuals,
         shared_columns=shared_columns,
     )
+    check_option(op, "precision", precision, Precision)
+    if precision == "bf16":
+        return matmul_bf16(*vary_alike(x, float_weight(w)), spec.dtype)
     y: jax.Array = _matmul(*vary_alike(x if x.ndim > 1 else x[None], *split(w)), spec)
     return y if x.ndim > 1 else y[0]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jax_fp8gemm._core.bits import from_bits, named, save
 from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, is_integer, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import clamped_sizes, groups_from
-from jax_fp8gemm._core.types import Residuals, ScaleRounding
+from jax_fp8gemm._core.types import Precision, Residuals, ScaleRounding
+from jax_fp8gemm._ops.bf16 import float_weight, ragged_dot_bf16
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
@@ -55,7 +56,8 @@ def fp8_ragged_dot(
       rhs: bf16, f16 or f32 [g, k, n]; or what `prepare_weight` made of it.
       group_sizes: int [g], any sizes. It stays on the device. Negative sizes count as zero, and
         what does not fit into m is cut off.
-      precision: as in jax.lax.ragged_dot. None and the default mean FP8. Higher ones are refused.
+      precision: "fp8" or "bf16", as in `fp8_matmul`; "bf16" is jax.lax.ragged_dot. Or as in
+        jax.lax.ragged_dot: None and the default mean FP8, and higher ones are refused.
       preferred_element_type: dtype of the result; default: the promoted dtype of lhs and rhs.
       group_offset: int, or int [] or [1] on the device. rhs has the matrices of the groups from
         this one on, and group_sizes may have more groups, before and after. Rows of groups that
@@ -107,11 +109,16 @@ def fp8_ragged_dot(
     if not rhs.shape[0]:
         zeros = jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
         return shard_result(zeros, out_sharding)
-    w, copies = split(rhs)
-    spec = dataclasses.replace(spec, cast_in_gemm=_casts(lhs, w, copies, spec, cast_in_gemm))
     first, sizes = _own_groups(op, group_offset, sizes, rhs.shape[0], lhs.shape[0])
     lhs = lhs if first is None else _roll(lhs, -first)
-    y: jax.Array = _ragged_dot(*vary_alike(lhs, w, copies, sizes), spec)
+    y: jax.Array
+    if precision == "bf16":
+        lhs, w, sizes = vary_alike(lhs, float_weight(rhs), sizes)
+        y = ragged_dot_bf16(lhs, w, sizes, spec.dtype)
+    else:
+        w, copies = split(rhs)
+        spec = dataclasses.replace(spec, cast_in_gemm=_casts(lhs, w, copies, spec, cast_in_gemm))
+        y = _ragged_dot(*vary_alike(lhs, w, copies, sizes), spec)
     return shard_result(y if first is None else _roll(y, first), out_sharding)
 
 
@@ -158,9 +165,11 @@ PRECISIONS = (
 
 
 def _check_precision(op: str, precision: Any) -> None:
+    if isinstance(precision, str) and precision in get_args(Precision):
+        return
     for part in precision if isinstance(precision, tuple | list) else (precision,):
         if part not in (*PRECISIONS, "default", "fastest"):
-            got, expected = f"precision={precision!r}", "None or the default"
+            got, expected = f"precision={precision!r}", '"fp8", "bf16", None or the default'
             fix = 'leave precision out, pass precision="bf16", or call jax.lax.ragged_dot'
             fail(op, "FP8 has one precision.", got, expected, fix, NotImplementedError)
 

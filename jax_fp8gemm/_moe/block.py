@@ -1,0 +1,81 @@
+"""What one expert block is: its options, the checks of its tokens, and the order of its rows."""
+
+import dataclasses
+
+import jax
+
+from jax_fp8gemm._core.errors import describe, fail
+from jax_fp8gemm._core.types import Precision, ScaleRounding
+from jax_fp8gemm._moe.activations import Activation
+from jax_fp8gemm._moe.exchange import TokenExchange
+from jax_fp8gemm._moe.kernels import ExpertKernels, describe_kernels
+from jax_fp8gemm._moe.order import Permutation, cut, first_choices, permutation_of
+from jax_fp8gemm._moe.placement import ExpertAxes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """Static description of one expert block; as the arguments of expert_ffn.
+
+    Attributes:
+      axes: manual axes of the mesh.
+      precision: bf16 multiplies by XLA.
+      room: tokens that a device sends to another one at most, by all_to_all.
+      most_rows: that the experts of a device take at most; None: all.
+    """
+
+    scale_rounding: ScaleRounding
+    shared_columns: bool
+    axes: ExpertAxes
+    precision: Precision = "fp8"
+    activation: Activation = "swiglu"
+    capacity: int | None = None
+    exchange: TokenExchange | None = None
+    room: int = 0
+    most_rows: int | None = None
+
+
+def check_tokens(
+    op: str,
+    x: jax.Array,
+    expert_index: jax.Array,
+    gate_weights: jax.Array,
+    kernels: ExpertKernels,
+) -> None:
+    named = {"x": x, "expert_index": expert_index, "gate_weights": gate_weights}
+    got = ", ".join(describe(name, value) for name, value in named.items())
+    got += f", {describe_kernels(kernels)}"
+    if (x.ndim, expert_index.ndim) != (2, 2) or expert_index.shape[0] != x.shape[0]:
+        expected, fix = "x [t, h], expert_index [t, top_k]", "reshape them to one row per token"
+        fail(op, "x and expert_index do not fit.", got, expected, fix)
+    if gate_weights.shape != expert_index.shape:
+        expected, fix = (
+            f"gate_weights {list(expert_index.shape)}",
+            "pass one weight for each choice",
+        )
+        fail(op, "expert_index and gate_weights differ in shape.", got, expected, fix)
+    if x.shape[1] != kernels.sizes[1]:
+        expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
+        if kernels.is_fp8:
+            expected, fix = f"wo [e, {x.shape[1]}, f]", "FP8 matrices are [e, out, in]"
+        fail(op, "dim h differs between x and wi_0.", got, expected, fix)
+
+
+def permutation_here(expert_index: jax.Array, e: int, spec: ExpertSpec) -> Permutation:
+    """Returns the order of the rows of this device's e experts."""
+    if spec.axes.experts:
+        expert_index = expert_index - e * jax.lax.axis_index(spec.axes.experts)
+    if spec.most_rows is not None:
+        expert_index = first_choices(expert_index, e, spec.most_rows)
+    permutation = permutation_of(expert_index, e)
+    if spec.capacity is not None:
+        permutation = cut(permutation, spec.capacity)
+    if spec.most_rows is not None and spec.precision == "fp8":  # the rest lies past the groups
+        permutation = dataclasses.replace(permutation, order=permutation.order[: spec.most_rows])
+    return permutation
+
+
+def rows_here(permutation: Permutation, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the token of each row, and its weight."""
+    token = permutation.order // gate_weights.shape[1]
+    return token, gate_weights.reshape(-1)[permutation.order]
