@@ -32,6 +32,11 @@ class Fp8DotGeneral(nn.Module):
         return dot_general(*args, **kw)
 
 
+class PlainDotGeneral(nn.Module):
+    def __call__(self, *args, **kw):
+        return jax.lax.dot_general(*args, **kw)
+
+
 # moe.py asks a quantization for the dtypes that its own kernels should quantize to: None here.
 SIDE = Space(numerics=Space(get_dtype=lambda: None))
 
@@ -44,16 +49,19 @@ class Fp8BlockQuantization:
     quant_dg = Space(fwd=Space(dg_quantizer=Space(lhs=SIDE, rhs=SIDE)))
 
     def dot_general_cls(self, mesh_axes=()):
-        return Fp8DotGeneral
+        """Routers stay in their precision: theirs are the kernels with no name for the last dim."""
+        router = len(mesh_axes) == 2 and mesh_axes[-1] is None
+        return PlainDotGeneral if router else Fp8DotGeneral
 
     def einsum(self, mesh_axes=(), dtype=None):
         return functools.partial(jnp.einsum, _dot_general=dot_general)
 
 
-def gmm(lhs, rhs, group_sizes, preferred_element_type=jnp.float32, *, transpose_rhs=False, **kw):
-    """megablox's gmm: rows of lhs [m, k] by rhs [g, k, n]. Tiles and dtypes are not looked at."""
-    for name in ("group_offset", "existing_out", "partial_sum", "weight_gather_axes"):
+def gmm(lhs, rhs, group_sizes, preferred_element_type=jnp.float32, *, group_offset=None, **kw):
+    """megablox's gmm: lhs [m, k] by rhs [g, k, n]. Tiles and dtypes are not looked at."""
+    for name in ("existing_out", "partial_sum", "weight_gather_axes"):
         if kw.get(name) is not None and len(kw[name]):  # MaxText passes [] for no axes
             raise NotImplementedError(f"gmm in FP8 takes no {name}: leave it None")
-    w = rhs.swapaxes(1, 2) if transpose_rhs else rhs
-    return fp8.fp8_ragged_dot(lhs, w, group_sizes, preferred_element_type=preferred_element_type)
+    w = rhs.swapaxes(1, 2) if kw.get("transpose_rhs") else rhs
+    dtype = preferred_element_type
+    return fp8.fp8_ragged_dot(lhs, w, group_sizes, None, dtype, group_offset)

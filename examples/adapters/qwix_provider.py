@@ -1,16 +1,20 @@
 """qwix: a provider that gives a model's products with weights to FP8 kernels.
 
-    model = qwix.quantize_model(model, Fp8Provider([qwix.QuantizationRule(module_path="mlp.*")]))
+    provider = Fp8Provider([qwix.QuantizationRule(module_path="mlp.*")])
+    model = qwix.quantize_model(model, provider)
 
 Rules choose modules and ops (`module_path`, `op_names`); their quantized types and tile sizes are
-not looked at: the recipe is always 1x128 and 128x128. What FP8 does not take stays as it is.
+not looked at: the recipe is always 1x128 and 128x128. `provider.report` says, after the first run,
+what became of each product with a weight. What stayed as it is is also logged, once.
 """
 
-import functools
+import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
 import qwix
+from qwix._src.utils.flax_util import find_param, get_current_module_path
 
 import jax_fp8gemm as fp8
 
@@ -19,40 +23,86 @@ def floats(*arrays) -> bool:
     return all(x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32) for x in arrays)
 
 
-def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **kw):
-    """lax.dot_general, in FP8 where it is [..., k] · [k, n] of floats."""
-    (last, first), (batch, _) = dimension_numbers
-    dense = not batch and rhs.ndim == 2 and (*last, *first) == (lhs.ndim - 1, 0)
-    dtype = preferred_element_type
-    if dense and floats(lhs, rhs) and kw.get("out_sharding") is None:
-        return fp8.fp8_matmul(lhs, rhs, preferred_element_type=dtype)
-    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, dtype, **kw)
+def is_weight(x) -> bool:
+    with warnings.catch_warnings():  # qwix 0.1.8 uses what flax 0.12 has deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return find_param(x) is not None
 
 
-def ragged_dot(lhs, rhs, group_sizes, precision=None, preferred_element_type=None, **kw):
-    dtype = preferred_element_type
-    if floats(lhs, rhs) and kw.get("group_offset") is None:
-        return fp8.fp8_ragged_dot(lhs, rhs, group_sizes, preferred_element_type=dtype)
-    return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, dtype, **kw)
+def dot_general(lhs, rhs, numbers, dtype=None, *, weight_is_lhs=False, out_sharding=None):
+    """lax.dot_general in FP8; the weight has 128x128 scales, whichever side it is on."""
+    if not weight_is_lhs:
+        at = {"out_sharding": out_sharding}
+        return fp8.fp8_dot_general(lhs, rhs, numbers, preferred_element_type=dtype, **at)
+    (left, right), (batch, rhs_batch) = numbers
+    swapped = (right, left), (rhs_batch, batch)
+    y = fp8.fp8_dot_general(rhs, lhs, swapped, preferred_element_type=dtype)
+    first, own = len(batch), rhs.ndim - len(right)  # y: batch, rhs's other dims, lhs's other dims
+    return y.transpose(*range(first), *range(own, y.ndim), *range(first, own))
 
 
 class Fp8Provider(qwix.QuantizationProvider):
-    """Replaces dot_general, einsum and ragged_dot in modules that a rule matches."""
+    """Replaces dot_general, einsum and ragged_dot in modules that a rule matches.
+
+    Attributes:
+      report: by module and weight, "FP8" or why it stayed as it is.
+    """
+
+    def __init__(self, rules, **kw):
+        super().__init__(rules, **kw)
+        self.report, self._said = {}, False
 
     def get_intercept_map(self):
         # NOTE: einsum is one of them since jax caches its inside: what was traced outside of a
         # rule would be used again inside of it.
-        return super().get_intercept_map() | {
-            "jax.lax.dot_general": self._of_rule("dot_general", jax.lax.dot_general, dot_general),
-            "jax.lax.ragged_dot": self._of_rule("ragged_dot", jax.lax.ragged_dot, ragged_dot),
-            "jax.numpy.einsum": self._of_rule(
-                "einsum", jnp.einsum, functools.partial(jnp.einsum, _dot_general=dot_general)
-            ),
-        }
+        ops = {"jax.lax.dot_general": self.dot_general, "jax.lax.ragged_dot": self.ragged_dot}
+        return super().get_intercept_map() | ops | {"jax.numpy.einsum": self.einsum}
 
-    def _of_rule(self, name, plain, in_fp8):
-        def op(*args, **kw):
-            rule, _ = self._get_current_rule_and_op_id(name)
-            return (plain if rule is None else in_fp8)(*args, **kw)
+    def process_model_output(self, method_name, model_output):
+        stayed = [f"{name}: {what}" for name, what in self.report.items() if what != "FP8"]
+        if stayed and not self._said:
+            logging.getLogger(__name__).warning("not in FP8:\n%s", "\n".join(stayed))
+        self._said = True
+        return super().process_model_output(method_name, model_output)
 
-        return op
+    def dot_general(self, lhs, rhs, numbers, *args, **kw):
+        if self._get_current_rule_and_op_id("dot_general")[0] is None:
+            return jax.lax.dot_general(lhs, rhs, numbers, *args, **kw)
+        weights = [x.shape for x in (lhs, rhs) if is_weight(x)]
+        return self._product(weights, lhs, rhs, numbers, *args, **kw)
+
+    def einsum(self, spec, *operands, **kw):
+        if self._get_current_rule_and_op_id("einsum")[0] is None:
+            return jnp.einsum(spec, *operands, **kw)
+        weights = [x.shape for x in operands if is_weight(x)]
+
+        def product(*args, **kw):
+            return self._product(weights, *args, **kw)
+
+        return jnp.einsum(spec, *operands, _dot_general=product, **kw)
+
+    def ragged_dot(self, lhs, rhs, sizes, precision=None, preferred_element_type=None, *rest, **kw):
+        rule, dtype = self._get_current_rule_and_op_id("ragged_dot")[0], preferred_element_type
+        if rule is None or self._stays(rhs, "its operands are not floats", not floats(lhs, rhs)):
+            return jax.lax.ragged_dot(lhs, rhs, sizes, precision, dtype, *rest, **kw)
+        return fp8.fp8_ragged_dot(lhs, rhs, sizes, None, dtype, *rest, **kw)
+
+    def _product(self, weights, lhs, rhs, numbers, precision=None, dtype=None, **kw):
+        dtype = kw.pop("preferred_element_type", dtype)
+        found = [x.shape in weights for x in (lhs, rhs)]
+        if any(found) and not all(found):  # else of activations, as in attention
+            w = lhs if found[0] else rhs
+            out = kw.get("out_sharding") if found[0] else None
+            if not (
+                self._stays(w, "its operands are not floats", not floats(lhs, rhs))
+                or self._stays(w, "nothing is summed", not numbers[0][0])
+                or self._stays(w, "it is lhs, and out_sharding is given", out is not None)
+            ):
+                return dot_general(lhs, rhs, numbers, dtype, weight_is_lhs=found[0], **kw)
+        return jax.lax.dot_general(lhs, rhs, numbers, precision, dtype, **kw)
+
+    def _stays(self, w, why, applies) -> bool:
+        """Whether a reason to leave a product as it is applies; keeps it for the report."""
+        name = f"{'/'.join(map(str, get_current_module_path()))} {list(w.shape)}"
+        self.report[name] = why if applies else "FP8"
+        return applies

@@ -23,9 +23,12 @@ def fp8_implementation(
     precision=None,
     preferred_element_type=None,
     activation=None,
+    group_offset=None,
+    zero_initialize=False,
+    **others,
 ):
-    """Takes float arrays; precision is not looked at. An activation sees float32."""
-    del precision
+    """Takes float arrays. An activation sees float32. Rows past the groups are always zero."""
+    del zero_initialize
     dims = ragged_dot_dimension_numbers
     contracting, batch = dims.dot_dimension_numbers
     numbers = tuple(map(tuple, contracting)), tuple(map(tuple, batch))
@@ -34,11 +37,12 @@ def fp8_implementation(
         raise NotImplementedError(f"fp8_ragged_dot has groups of rows alone, not {dims}")
     if not all(isinstance(x, jax.Array) for x in (lhs, rhs)):
         raise NotImplementedError("fp8_ragged_dot quantizes floats itself: pass them")
-    if numbers == ROWS_TRANSPOSED:
-        rhs = rhs.swapaxes(1, 2)
+    if given := [name for name, value in others.items() if value is not None]:
+        raise NotImplementedError(f"fp8_ragged_dot has no {', '.join(given)}: leave it out")
+    w = rhs if numbers == ROWS else rhs.swapaxes(1, 2)
     sizes = jnp.asarray(getattr(group_sizes, "value", group_sizes))  # tokamax.GroupSizes has one
     dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
     if activation is None:
-        return fp8.fp8_ragged_dot(lhs, rhs, sizes, preferred_element_type=dtype)
-    y = fp8.fp8_ragged_dot(lhs, rhs, sizes, preferred_element_type=jnp.float32)
+        return fp8.fp8_ragged_dot(lhs, w, sizes, precision, dtype, group_offset)
+    y = fp8.fp8_ragged_dot(lhs, w, sizes, precision, jnp.float32, group_offset)
     return activation(y).astype(dtype)
