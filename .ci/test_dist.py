@@ -64,7 +64,9 @@ def main(oldest: str, middle: str, newest: str) -> None:
         ("wheel-newest", newest, NEWEST, "12"),
     ):
         test(name, python, wheel, jax, cuda, "--only-binary", ":all:", path="")
-    test("sdist", newest, sdist, NEWEST, "13", path=os.environ["PATH"])
+    # Without pip's cache, which may have a wheel of an earlier sdist of this name.
+    path = os.environ["PATH"]
+    test("sdist", newest, sdist, NEWEST, "13", "--no-cache-dir", path=path)
 
 
 if __name__ == "__main__":
