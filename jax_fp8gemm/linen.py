@@ -173,7 +173,7 @@ class Fp8MoE(nn.Module):
       num_experts, hidden_features: e and f.
       top_k, score_function, normalize, routed_scaling_factor, capacity_factor,
         device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh, exchange, wire,
-        scale_rounding, shared_columns, cast_in_gemm: see `moe`.
+        scale_rounding, shared_columns, cast_in_gemm, batch_invariant: see `moe`.
         With expert_axis the parameters are `nn.Partitioned` over it and over tensor_axis, unless
         their initializers say otherwise. Inside jax.shard_map `apply` takes this device's shards,
         and `init` belongs outside.
@@ -212,6 +212,7 @@ class Fp8MoE(nn.Module):
     token_axes: TokenAxes | None = None
     mesh: Mesh | AbstractMesh | None = None
     device_capacity_factor: float | None = None
+    batch_invariant: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:

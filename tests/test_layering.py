@@ -20,7 +20,7 @@ WINGS = {
     "_select": "problem candidates cost saved choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe matmul ragged_dot dot_general",
-    "_moe": "gate routing exchange weights placement experts ffn layer",
+    "_moe": "ordered gate routing exchange weights placement experts ffn layer",
     "_tools": "timing operands shapes hlo profile progress problems programs warm measure tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}

@@ -18,7 +18,7 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.layout import K_MULTIPLE
 from jax_fp8gemm._core.qarray import QArray
-from jax_fp8gemm._core.types import ScaleRounding
+from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding
 from jax_fp8gemm._moe.exchange import (
     Slots,
     TokenExchange,
@@ -62,6 +62,7 @@ class ExpertSpec:
       axes: manual axes of the mesh.
       room: tokens that a device sends to another one at most, by all_to_all.
       most_rows: that the experts of a device take at most; None: all.
+      batch_invariant: of y.
     """
 
     scale_rounding: ScaleRounding
@@ -71,6 +72,7 @@ class ExpertSpec:
     exchange: TokenExchange | None = None
     room: int = 0
     most_rows: int | None = None
+    batch_invariant: bool = False
 
 
 def run_experts(
@@ -122,6 +124,27 @@ def check_tokens(
     if x.shape[1] != kernels.wi_0.shape[1]:
         expected, fix = f"wi_0 [e, {x.shape[1]}, f]", "if wi_0 is [e, f, h], swap its last dims"
         fail(op, "dim h differs between x and wi_0.", got, expected, fix)
+
+
+def check_batch_invariant(
+    op: str, axes: ExpertAxes, exchange: ExchangeKind, bounds: dict[str, float | None]
+) -> None:
+    """Raises where the rows that stand beside a token may change its result.
+
+    Args:
+      bounds: by name, what limits the rows that are computed.
+    """
+    given = [f"{name}={value}" for name, value in bounds.items() if value is not None]
+    if given:
+        what = "other tokens decide which rows have room, so nothing is batch_invariant."
+        fix = "leave it out, so that every row is kept"
+        fail(op, what, f"batch_invariant=True, {', '.join(given)}", "no bound on rows", fix)
+    if axes.tensor or (axes.experts and exchange == "all_gather"):
+        what = "results are summed by a collective, whose order may depend on the number of rows."
+        got = f"batch_invariant=True, expert_axis={axes.experts}, tensor_axis={axes.tensor}, "
+        got += f"exchange={exchange!r}"
+        expected, fix = "sums in a fixed order", 'leave tensor_axis out, and pass "all_to_all"'
+        fail(op, what, got, expected, fix, NotImplementedError)
 
 
 # ---- the custom_vjp -----------------------------------------------------------------------------
@@ -241,9 +264,10 @@ def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
     up, down = matrices
     options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
-    h = multiply_by(up, _take(xq, token), sizes, transposed=True)
+    how: dict[str, Any] = {"transposed": True, "batch_invariant": spec.batch_invariant}
+    h = multiply_by(up, _take(xq, token), sizes, **how)
     (a,) = cast_swiglu(h, row_weight, **options)
-    y = multiply_by(down, a, sizes, transposed=True)
+    y = multiply_by(down, a, sizes, **how)
     return y, cast_rows(h, **options)
 
 
@@ -285,7 +309,9 @@ def _collected(rows, permutation, gate_weights, slots, like: jax.Array, spec: Ex
     """Returns the sum of each own token's rows, as wide as `like` and of its dtype."""
     dtype = like.dtype if spec.exchange is None else jnp.bfloat16  # what travels is bf16
     tokens, top_k = gate_weights.shape
-    sums = collect(sum_rows(rows, permutation, top_k, dtype, tokens), spec.exchange, slots)
+    same = spec.batch_invariant
+    sums = sum_rows(rows, permutation, top_k, dtype, tokens, in_order=same)
+    sums = collect(sums, spec.exchange, slots, in_order=same)
     return sums[:, : like.shape[1]].astype(like.dtype)
 
 

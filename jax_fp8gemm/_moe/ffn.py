@@ -16,7 +16,12 @@ from jax_fp8gemm._core.checks import (
     renamed,
 )
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, Wire
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.experts import (
+    ExpertSpec,
+    check_batch_invariant,
+    check_tokens,
+    run_experts,
+)
 from jax_fp8gemm._moe.placement import (
     AxisNames,
     ExpertAxes,
@@ -54,6 +59,7 @@ def expert_ffn(
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Sends each token through its experts, in FP8 forward and backward.
 
@@ -74,6 +80,7 @@ def expert_ffn(
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+      batch_invariant: of y, see `moe`.
 
     Returns:
       [t, h], of x's dtype. GEMMs have results in bf16, sums over top_k are float32. Gradients have
@@ -81,7 +88,7 @@ def expert_ffn(
 
     Raises:
       ValueError: shapes do not fit, or an option is unknown or not possible. TypeError: dtypes.
-      NotImplementedError: a second derivative.
+      NotImplementedError: a second derivative, or devices whose results cannot be batch_invariant.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 
@@ -99,7 +106,10 @@ def expert_ffn(
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     check_tokens(op, x, expert_index, gate_weights, kernels)
     check_positive(op, "capacity", capacity)
+    check_bool(op, "batch_invariant", batch_invariant)
     axes = axes_of(op, expert_axis, tensor_axis, token_axes)
+    if batch_invariant:
+        check_batch_invariant(op, axes, exchange, {"capacity": capacity})
     spec = FfnSpec(
         capacity=None if capacity is None else int(capacity),
         axes=axes,
@@ -108,6 +118,7 @@ def expert_ffn(
         scale_rounding=scale_rounding,
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
+        batch_invariant=batch_invariant,
     )
     if not axes.any or are_manual(op, axes):
         return _ffn(spec, x, expert_index, gate_weights, kernels)
@@ -138,6 +149,7 @@ class FfnSpec:
     scale_rounding: ScaleRounding
     shared_columns: bool
     cast_in_gemm: bool | None
+    batch_invariant: bool
 
 
 def _ffn(
@@ -166,5 +178,6 @@ def _ffn(
         capacity=None if spec.capacity is None else min(spec.capacity, received),
         exchange=via,
         room=t,
+        batch_invariant=spec.batch_invariant,
     )
     return run_experts(x, expert_index, gate_weights, kernels, experts)[0]

@@ -14,7 +14,12 @@ from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.exchange import axis_size
-from jax_fp8gemm._moe.experts import ExpertSpec, check_tokens, run_experts
+from jax_fp8gemm._moe.experts import (
+    ExpertSpec,
+    check_batch_invariant,
+    check_tokens,
+    run_experts,
+)
 from jax_fp8gemm._moe.gate import gate_logits
 from jax_fp8gemm._moe.placement import (
     AxisNames,
@@ -50,6 +55,7 @@ OPTIONS = (
     "scale_rounding",
     "shared_columns",
     "cast_in_gemm",
+    "batch_invariant",
 )
 FORMER_NAMES = {
     "score": "score_function",
@@ -81,6 +87,7 @@ def moe(
     scale_rounding: ScaleRounding = "pow2",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[jax.Array, Routing]:
     """Routes each token to its experts and sums their weighted outputs; FP8 but for the router.
 
@@ -114,6 +121,8 @@ def moe(
       scale_rounding: "pow2" or "none", see `quantize`. Copies of prepared kernels keep their own.
       shared_columns: of the gradients to kernels, as in `fp8_matmul`.
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
+      batch_invariant: whether a token's y, experts and weights have the same bits however many
+        tokens stand beside it, see `gemm`. Not with a capacity, nor where a collective sums.
 
     Returns:
       y [..., h] of x's dtype, and the Routing of the tokens, flattened to one dim.
@@ -122,7 +131,7 @@ def moe(
       ValueError: shapes do not fit, top_k is above e, experts do not split over the axis, there is
         no such axis, or an option is unknown or not possible.
       TypeError: dtypes.
-      NotImplementedError: a second derivative.
+      NotImplementedError: a second derivative, or devices whose results cannot be batch_invariant.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 
@@ -150,6 +159,7 @@ def moe(
         scale_rounding=scale_rounding,
         shared_columns=shared_columns,
         cast_in_gemm=cast_in_gemm,
+        batch_invariant=batch_invariant,
     )
     spec.check()
     if not axes.any or are_manual("moe", axes):
@@ -174,6 +184,7 @@ class LayerSpec:
     scale_rounding: ScaleRounding
     shared_columns: bool
     cast_in_gemm: bool | None
+    batch_invariant: bool
 
     def check(self) -> None:
         """Raises a ValueError or a TypeError for an option that is none."""
@@ -186,6 +197,11 @@ class LayerSpec:
         check_bool("moe", "cast_in_gemm", self.cast_in_gemm, or_none=True)
         _check_factor("capacity_factor", self.capacity_factor)
         _check_factor("device_capacity_factor", self.device_capacity_factor)
+        check_bool("moe", "batch_invariant", self.batch_invariant)
+        if self.batch_invariant:
+            names = ("capacity_factor", "device_capacity_factor")
+            bounds = {name: getattr(self, name) for name in names}
+            check_batch_invariant("moe", self.axes, self.exchange, bounds)
 
 
 def _over_devices(
@@ -246,13 +262,14 @@ def _layer(
     )
     tokens = x.reshape(-1, x.shape[-1])
     routing = route(
-        gate_logits(tokens, gate_kernel),
+        gate_logits(tokens, gate_kernel, spec.batch_invariant),
         spec.top_k,
         score_function=spec.score_function,
         bias=bias,
         normalize=spec.normalize,
         routed_scaling_factor=spec.routed_scaling_factor,
         axis=spec.axes.tokens or None,
+        batch_invariant=spec.batch_invariant,
     )
     check_tokens("moe", tokens, routing.expert_index, routing.gate_weights, kernels)
     y, dropped = _routed(spec, tokens, routing, kernels)
@@ -291,6 +308,7 @@ def _routed(
         exchange=via,
         room=room,
         most_rows=most,
+        batch_invariant=spec.batch_invariant,
     )
     choices = routing.expert_index, routing.gate_weights
     y, rows = run_experts(tokens, *choices, kernels, experts)
@@ -343,6 +361,7 @@ def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
         preferred_element_type=x.dtype,
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
+        batch_invariant=spec.batch_invariant,
     )
     gate, up = (matmul(x, w).astype(jnp.float32) for w in (wi_0, wi_1))
     y = matmul((jax.nn.silu(gate) * up).astype(x.dtype), wo)

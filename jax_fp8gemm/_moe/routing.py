@@ -21,6 +21,7 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.qarray import exportable
 from jax_fp8gemm._core.types import ScoreFunction
+from jax_fp8gemm._moe.ordered import softmax_by_halves, sum_of_few
 
 SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
 # From so many scores on, and for so few choices, one maximum after the other should take less time
@@ -62,6 +63,7 @@ def route(
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
     axis: str | tuple[str, ...] | None = None,
+    batch_invariant: bool = False,
 ) -> Routing:
     """Chooses top_k experts for each token: the largest score + bias, weighted by the score alone.
 
@@ -79,6 +81,8 @@ def route(
       routed_scaling_factor: factor of the weights.
       axis: inside shard_map, the mesh axis, or axes, over which tokens are split evenly. Then
         aux_loss and z_loss are those of all tokens.
+      batch_invariant: whether a token's experts and weights have the same bits however many tokens
+        there are.
 
     Returns:
       Routing.
@@ -96,16 +100,18 @@ def route(
     """
     check_option("route", "score_function", score_function, ScoreFunction)
     check_bool("route", "normalize", normalize)
+    check_bool("route", "batch_invariant", batch_invariant)
     logits = as_float("route", "logits", logits)
     _check_route(logits, top_k, bias)
     logits = logits.astype(jnp.float32)
     softmax = score_function == "softmax"
-    scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
+    soft = softmax_by_halves if batch_invariant else jax.nn.softmax
+    scores = soft(logits) if softmax else jax.nn.sigmoid(logits)
     steered = scores if bias is None else scores + bias.astype(jnp.float32)[None]
     expert_index = _choose(jax.lax.stop_gradient(steered), top_k)
     weights = jnp.take_along_axis(scores, expert_index, axis=1)
     if normalize:
-        weights = weights / (weights.sum(1, keepdims=True) + SMALLEST_SUM)
+        weights = weights / (sum_of_few(weights, batch_invariant)[:, None] + SMALLEST_SUM)
     aux_loss = _aux_loss(scores, expert_index, softmax, axis)
     z_loss = _mean(jax.nn.logsumexp(logits, axis=1) ** 2, axis)
     return Routing(expert_index, routed_scaling_factor * weights, scores, aux_loss, z_loss)
@@ -319,11 +325,16 @@ def sum_rows(
     top_k: int,
     dtype: jnp.dtype,
     tokens: int | None = None,
+    *,
+    in_order: bool = False,
 ) -> jax.Array:
-    """As unpermute, rounded to `dtype` once; tokens: None: as many as rows / top_k."""
+    """As unpermute, rounded to `dtype` once; tokens: None: as many as rows / top_k.
+
+    in_order: a token's rows are added in the order of its choices, whatever t is.
+    """
     row = permutation.inverse(None if tokens is None else tokens * top_k)
     pairs = rows_or_zero(rows, row).reshape(-1, top_k, rows.shape[1])
-    return pairs.astype(jnp.float32).sum(1).astype(dtype)
+    return sum_of_few(pairs.astype(jnp.float32), in_order).astype(dtype)
 
 
 # The two are each other's transpose. Said so, because the transpose that JAX would derive for a

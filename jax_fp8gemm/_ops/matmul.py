@@ -34,6 +34,7 @@ def fp8_matmul(
     scale_rounding: ScaleRounding = "pow2",
     residuals: Residuals = "fp8_t",
     shared_columns: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies in FP8, forward and backward: y[..., n] = Σ_k x[..., k] · w[k, n].
 
@@ -50,6 +51,7 @@ def fp8_matmul(
         "input": x itself.
       shared_columns: whether neighbouring columns of gradients may share a scale in the GEMM that
         makes the gradient to w, which is then faster. See `quantize_both`.
+      batch_invariant: of y, see `gemm`. Gradients are made as ever.
 
     Returns:
       [..., n]. Gradients have the dtypes of x and w. Residuals are named "fp8_matmul_x" and
@@ -84,6 +86,7 @@ def fp8_matmul(
         rounding=scale_rounding,
         residuals=residuals,
         shared_columns=shared_columns,
+        batch_invariant=batch_invariant,
     )
     y: jax.Array = _matmul(*vary_alike(x if x.ndim > 1 else x[None], *split(w)), spec)
     return y if x.ndim > 1 else y[0]
@@ -92,7 +95,8 @@ def fp8_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x, w, copies, spec: MatmulSpec):
     rows = cast_rows(x, scale_rounding=spec.scale_rounding)
-    return multiply(rows, forward_copy(w, copies, spec.scale_rounding), spec.dtype)
+    nk = forward_copy(w, copies, spec.scale_rounding)
+    return multiply(rows, nk, spec.dtype, batch_invariant=spec.batch_invariant)
 
 
 def _forward(x, w, copies, spec: MatmulSpec):
@@ -100,7 +104,8 @@ def _forward(x, w, copies, spec: MatmulSpec):
     kn, nk = both_copies(w, copies, spec.scale_rounding)
     rows, saved = keep(_tokens(x), spec)
     nk, _ = named(nk, f"{spec.name}_w")
-    y = multiply(rows, nk, spec.dtype).reshape(*x.shape[:-1], nk.shape[0])
+    y = multiply(rows, nk, spec.dtype, batch_invariant=spec.batch_invariant)
+    y = y.reshape(*x.shape[:-1], nk.shape[0])
     return y, (saved, save(kn, f"{spec.name}_w"), Like.of(x), Like.of(w))
 
 
