@@ -236,6 +236,7 @@ class Fp8MoE(nn.Module):
     quantized: bool = False
     precision: Precision = "fp8"
     activation: Activation = "swiglu"
+    batch_invariant: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:

@@ -211,8 +211,8 @@ class Fp8MoE(nnx.Module):
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too.
       options: score_function, normalize, routed_scaling_factor, n_group, topk_group,
         capacity_factor, device_capacity_factor, expert_axis, tensor_axis, token_axes, mesh,
-        exchange, wire, scale_rounding, shared_columns, cast_in_gemm, precision and activation of
-        `moe`.
+        exchange, wire, scale_rounding, shared_columns, cast_in_gemm, precision, activation and
+        batch_invariant of `moe`.
         With expert_axis the parameters have sharding metadata (`out_sharding`) with it and
         tensor_axis, unless their initializers say otherwise. Where a mesh with these axes is in use
         (`jax.set_mesh`), they are made as shards.

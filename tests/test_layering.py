@@ -21,8 +21,8 @@ WINGS = {
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe bf16 matmul ragged_dot "
     "dot_general deep_gemm_utils deep_gemm_operands deep_gemm_dense deep_gemm_grouped",
-    "_moe": "gate order routing balance exchange activations kernels weights placement router "
-    "block unfused experts_bf16 experts ffn layer",
+    "_moe": "ordered gate order routing balance exchange activations kernels weights placement "
+    "router block unfused experts_bf16 experts ffn layer",
     "_checkpoint": "header folder sources placing microscaled pairs arrays quantization progress "
     "reader writer tables parameters export",
     "_tools": "timing operands shapes hlo profile progress problems programs warm measure tune",

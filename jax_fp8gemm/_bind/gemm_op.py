@@ -75,6 +75,7 @@ class GemmSpec:
       rhs: "fp8", or what the kernel casts: "bf16" [g, n, k], "bf16_transposed" [g, k, n].
       pair: such a rhs lies in two arrays.
       accumulate: there is an init, which the result is added to.
+      batch_invariant: one order of sums over k for every m, so no device has a part of k.
     """
 
     variant: Variant
@@ -86,6 +87,7 @@ class GemmSpec:
     rhs: RhsName = "fp8"
     pair: bool = False
     accumulate: bool = False
+    batch_invariant: bool = False
 
     @functools.cached_property
     def casts(self) -> bool:
@@ -155,7 +157,11 @@ def _reference(spec: GemmSpec, operands: Arrays) -> Arrays:
     rest = [named[name] for name in ("groups", "init") if name in named]
     four = (named[name] for name in ("lhs", "rhs", "lhs_scale", "rhs_scale"))
     name, dtype = spec.variant.name, DTYPES[spec.out]
-    return [reference.gemm(*four, *rest, variant=name, tiles=spec.tiles, dtype=dtype)]
+    same = spec.batch_invariant
+    out = reference.gemm(
+        *four, *rest, variant=name, tiles=spec.tiles, dtype=dtype, batch_invariant=same
+    )
+    return [out]
 
 
 def _cast(spec: GemmSpec, left: jax.Array, right: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -204,6 +210,7 @@ def problem_of(spec: GemmSpec, operands: Sequence, device: str) -> Problem:
         num_sms=spec.num_sms,
         device=device,
         rhs=spec.rhs,
+        batch_invariant=spec.batch_invariant,
     )
 
 
@@ -299,7 +306,10 @@ def _label(spec: GemmSpec, operands: Arrays) -> str:
 
 
 def _rule(spec: GemmSpec, operands: Arrays) -> Rule:
-    return sharding_rule(spec.variant, spec.tiles, spec.accumulate, spec.rhs, spec.pair)
+    rule = sharding_rule(spec.variant, spec.tiles, spec.accumulate, spec.rhs, spec.pair)
+    if spec.batch_invariant:  # a sum over devices has an order of its own for each size
+        rule = dataclasses.replace(rule, whole=rule.whole | {"k"})
+    return rule
 
 
 @functools.cache

@@ -118,8 +118,21 @@ def dequantize(qvalue: jax.Array, scale: jax.Array, tile: Tile) -> jax.Array:
     return _untiled(tiles * scale[..., :, None, :, None], shape)
 
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+ROWS_AT_A_TIME = 64  # where rows are not to depend on others: XLA chooses its sums by their number
+
+
 def _product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     return jnp.einsum("...mk,...nk->...mn", lhs, rhs, precision=jax.lax.Precision.HIGHEST)
+
+
+def _product_by_rows(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """As _product, by as many products of 64 rows as there are."""
+    *lead, m, k = lhs.shape
+    padded = jnp.pad(lhs, [*[(0, 0)] * len(lead), (0, -m % ROWS_AT_A_TIME), (0, 0)])
+    parts = jnp.moveaxis(padded.reshape(*lead, -1, ROWS_AT_A_TIME, k), -3, 0)
+    out = jnp.moveaxis(jax.lax.map(lambda part: _product(part, rhs), parts), 0, -3)
+    return out.reshape(*lead, padded.shape[-2], -1)[..., :m, :]
 
 
 def copies(
@@ -180,39 +193,51 @@ def swiglu_gradients(
     return jnp.concatenate([d_gate, d_up], -1), weight * product, parts
 
 
-def _ragged(lhs, rhs, rows):
+def _ragged(product: Product, lhs, rhs, rows):
     """Row i times rhs[rows[i]]; zeros where there is no such group."""
 
     def one_group(out, group):
         index, matrix = group
-        return jnp.where((rows == index)[:, None], _product(lhs, matrix), out), None
+        return jnp.where((rows == index)[:, None], product(lhs, matrix), out), None
 
     # Like lhs: inside a shard_map the zeros vary over its axes, as the scan's results do.
     out = jnp.zeros_like(lhs, shape=(lhs.shape[0], rhs.shape[1]))
     return jax.lax.scan(one_group, out, (jnp.arange(rhs.shape[0]), rhs))[0]
 
 
-def _ragged_contracting(lhs, rhs, group_sizes):
+def _ragged_contracting(product: Product, lhs, rhs, group_sizes):
     columns = jnp.repeat(group_of_step(group_sizes, -(-lhs.shape[1] // SCALE_BLOCK)), SCALE_BLOCK)
     columns = columns[: lhs.shape[1]]
 
     def one_group(index):
         own = columns == index
-        return _product(jnp.where(own, lhs, 0), jnp.where(own, rhs, 0))
+        return product(jnp.where(own, lhs, 0), jnp.where(own, rhs, 0))
 
     return jax.lax.map(one_group, jnp.arange(group_sizes.shape[0]))
 
 
-def _masked(lhs, rhs, group_sizes):
+def _masked(product: Product, lhs, rhs, group_sizes):
     rows = jnp.arange(lhs.shape[1])[None, :, None] < group_sizes[:, None, None]
-    return jnp.where(rows, _product(lhs, rhs), 0)
+    return jnp.where(rows, product(lhs, rhs), 0)
+
+
+def _plain(product: Product, lhs, rhs):
+    return product(lhs, rhs)
+
+
+def _contiguous(product: Product, lhs, rhs, rows):
+    return _ragged(product, lhs, rhs, jnp.minimum(rows, rhs.shape[0] - 1))
+
+
+def _by_sizes(product: Product, lhs, rhs, sizes):
+    return _ragged(product, lhs, rhs, group_of_row(sizes, lhs.shape[0]))
 
 
 PRODUCTS: dict[VariantName, Callable[..., jax.Array]] = {
-    "dense": _product,
-    "batched": _product,
-    "ragged": lambda lhs, rhs, sizes: _ragged(lhs, rhs, group_of_row(sizes, lhs.shape[0])),
-    "contiguous": lambda lhs, rhs, rows: _ragged(lhs, rhs, jnp.minimum(rows, rhs.shape[0] - 1)),
+    "dense": _plain,
+    "batched": _plain,
+    "ragged": _by_sizes,
+    "contiguous": _contiguous,
     "masked": _masked,
     "ragged_contracting": _ragged_contracting,
 }
@@ -227,16 +252,19 @@ def gemm(
     variant: VariantName,
     tiles: tuple[Tile, Tile],
     dtype: jnp.dtype,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """out[..., m, n] = Σ_k lhs[..., m, k] · rhs[..., n, k], both times their scales, in float32.
 
     The kernel sums 128 of k in the tensor core, then times the scales in float32; that order is
     not part of the meaning. Scales are in the kernel's layout. `rest`: the group operand, where
-    the variant has one, then init, where there is one.
+    the variant has one, then init, where there is one. batch_invariant: no row's bits depend on
+    how many rows there are.
     """
     lhs = dequantize(lhs, scale_from_kernel(lhs_scale, lhs.shape, tiles[0]), tiles[0])
     rhs = dequantize(rhs, scale_from_kernel(rhs_scale, rhs.shape, tiles[1]), tiles[1])
     groups = 0 if VARIANTS[variant].group_operand is None else 1
-    product = PRODUCTS[variant](lhs, rhs, *rest[:groups])
+    multiply = _product_by_rows if batch_invariant else _product
+    product = PRODUCTS[variant](multiply, lhs, rhs, *rest[:groups])
     init = rest[groups:]
     return (product + init[0] if init else product).astype(dtype)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from jax_fp8gemm._core.errors import describe, fail
-from jax_fp8gemm._core.types import Precision, ScaleRounding
+from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding
 from jax_fp8gemm._moe.activations import Activation
 from jax_fp8gemm._moe.exchange import TokenExchange
 from jax_fp8gemm._moe.kernels import ExpertKernels, describe_kernels
@@ -22,6 +22,7 @@ class ExpertSpec:
       precision: bf16 multiplies by XLA.
       room: tokens that a device sends to another one at most, by all_to_all.
       most_rows: that the experts of a device take at most; None: all.
+      batch_invariant: of y.
     """
 
     scale_rounding: ScaleRounding
@@ -33,6 +34,7 @@ class ExpertSpec:
     exchange: TokenExchange | None = None
     room: int = 0
     most_rows: int | None = None
+    batch_invariant: bool = False
 
 
 def check_tokens(
@@ -59,6 +61,27 @@ def check_tokens(
         if kernels.is_fp8:
             expected, fix = f"wo [e, {x.shape[1]}, f]", "FP8 matrices are [e, out, in]"
         fail(op, "dim h differs between x and wi_0.", got, expected, fix)
+
+
+def check_batch_invariant(
+    op: str, axes: ExpertAxes, exchange: ExchangeKind, bounds: dict[str, float | None]
+) -> None:
+    """Raises where the rows that stand beside a token may change its result.
+
+    Args:
+      bounds: by name, what limits the rows that are computed.
+    """
+    given = [f"{name}={value}" for name, value in bounds.items() if value is not None]
+    if given:
+        what = "other tokens decide which rows have room, so nothing is batch_invariant."
+        fix = "leave it out, so that every row is kept"
+        fail(op, what, f"batch_invariant=True, {', '.join(given)}", "no bound on rows", fix)
+    if axes.tensor or (axes.experts and exchange == "all_gather"):
+        what = "results are summed by a collective, whose order may depend on the number of rows."
+        got = f"batch_invariant=True, expert_axis={axes.experts}, tensor_axis={axes.tensor}, "
+        got += f"exchange={exchange!r}"
+        expected, fix = "sums in a fixed order", 'leave tensor_axis out, and pass "all_to_all"'
+        fail(op, what, got, expected, fix, NotImplementedError)
 
 
 def permutation_here(expert_index: jax.Array, e: int, spec: ExpertSpec) -> Permutation:

@@ -16,6 +16,7 @@ from jax_fp8gemm._bind.partition import Axes
 from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.qarray import exportable
 from jax_fp8gemm._core.types import ExchangeKind, Wire
+from jax_fp8gemm._moe.ordered import sum_of_few
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +111,15 @@ def _from_words(words: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, like.dtype).reshape(len(words), *like.shape[1:])
 
 
-def collect(y: jax.Array, exchange: TokenExchange | None, slots: Slots | None) -> jax.Array:
+def collect(
+    y: jax.Array, exchange: TokenExchange | None, slots: Slots | None, *, in_order: bool = False
+) -> jax.Array:
     """Returns for each own token the sum of what devices computed for it: [t, h] of [rows, h].
 
     all_gather sums in y's dtype on the way, all_to_all in float32 after it; either returns y's.
+
+    Args:
+      in_order: all_to_all sums in the order of the devices, whatever t is.
     """
     if exchange is None:
         return y
@@ -124,7 +130,7 @@ def collect(y: jax.Array, exchange: TokenExchange | None, slots: Slots | None) -
     assert slots is not None
     back = jax.lax.all_to_all(y, exchange.axes, 0, 0, tiled=True)
     parts = back.at[slots.slot].get(mode="fill", fill_value=0)
-    return parts.astype(jnp.float32).sum(1).astype(y.dtype)
+    return sum_of_few(parts.astype(jnp.float32), in_order).astype(y.dtype)
 
 
 def axis_size(op: str, axes: Axes, num_experts: int) -> int:

@@ -227,14 +227,15 @@ def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
     up, down, biases = matrices
     options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
-    h = multiply_by(up, _take(xq, token), sizes, transposed=True)
+    how: dict[str, Any] = {"transposed": True, "batch_invariant": spec.batch_invariant}
+    h = multiply_by(up, _take(xq, token), sizes, **how)
     if is_fused(spec, biases):
         (a,) = cast_swiglu(h, row_weight, **options)
     else:
         group = group_of_row(sizes, h.shape[0])
         real = activated(h, row_weight, biases.up, group, spec)
         a = cast_rows(real.astype(jnp.bfloat16), **options)
-    y = multiply_by(down, a, sizes, transposed=True)
+    y = multiply_by(down, a, sizes, **how)
     return y, cast_rows(h, **options)
 
 
@@ -280,7 +281,9 @@ def _collected(rows, permutation, gate_weights, slots, like: jax.Array, spec: Ex
     """Returns the sum of each own token's rows, as wide as `like` and of its dtype."""
     dtype = like.dtype if spec.exchange is None else jnp.bfloat16  # what travels is bf16
     tokens, top_k = gate_weights.shape
-    sums = collect(sum_rows(rows, permutation, top_k, dtype, tokens), spec.exchange, slots)
+    same = spec.batch_invariant
+    sums = sum_rows(rows, permutation, top_k, dtype, tokens, in_order=same)
+    sums = collect(sums, spec.exchange, slots, in_order=same)
     return sums[:, : like.shape[1]].astype(like.dtype)
 
 

@@ -17,7 +17,7 @@ from jax_fp8gemm._core.checks import (
 )
 from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, Wire
 from jax_fp8gemm._moe.activations import Activation, check_activation, is_gated
-from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
+from jax_fp8gemm._moe.block import ExpertSpec, check_batch_invariant, check_tokens
 from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels
 from jax_fp8gemm._moe.placement import (
@@ -33,6 +33,7 @@ from jax_fp8gemm._moe.placement import (
     size_of,
 )
 from jax_fp8gemm._moe.weights import ready
+from jax_fp8gemm._ops.bf16 import check_precision
 
 
 @renamed(
@@ -59,6 +60,7 @@ def expert_ffn(
     cast_in_gemm: bool | None = None,
     precision: Precision = "fp8",
     activation: Activation = "swiglu",
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Sends each token through its experts, in FP8 forward and backward.
 
@@ -87,6 +89,7 @@ def expert_ffn(
       precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
       activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
         ClampedSwiglu. "swiglu" without biases has kernels of its own, the others are slower.
+      batch_invariant: of y, see `moe`.
 
     Returns:
       [t, h], of x's dtype. GEMMs have results in bf16, sums over top_k are float32. Gradients have
@@ -95,7 +98,7 @@ def expert_ffn(
     Raises:
       ValueError: shapes do not fit, or an option is unknown or not possible.
       TypeError: dtypes.
-      NotImplementedError: a second derivative.
+      NotImplementedError: a second derivative, or devices whose results cannot be batch_invariant.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 
@@ -106,7 +109,7 @@ def expert_ffn(
     check_option(op, "scale_rounding", scale_rounding, ScaleRounding)
     check_option(op, "exchange", exchange, ExchangeKind)
     check_option(op, "wire", wire, Wire)
-    check_option(op, "precision", precision, Precision)
+    check_precision(op, precision, batch_invariant)
     check_activation(op, activation)
     kernels = as_kernels(op, "kernels", kernels, gated=is_gated(activation))
     x, gate_weights = as_float(op, "x", x), as_float(op, "gate_weights", gate_weights)
@@ -115,7 +118,10 @@ def expert_ffn(
     check_bool(op, "cast_in_gemm", cast_in_gemm, or_none=True)
     check_tokens(op, x, expert_index, gate_weights, kernels)
     check_positive(op, "capacity", capacity)
+    check_bool(op, "batch_invariant", batch_invariant)
     axes = axes_of(op, expert_axis, tensor_axis, token_axes)
+    if batch_invariant:
+        check_batch_invariant(op, axes, exchange, {"capacity": capacity})
     spec = FfnSpec(
         capacity=None if capacity is None else int(capacity),
         axes=axes,
@@ -126,6 +132,7 @@ def expert_ffn(
         cast_in_gemm=cast_in_gemm,
         precision=precision,
         activation=activation,
+        batch_invariant=batch_invariant,
     )
     if not axes.any or are_manual(op, axes):
         return _ffn(spec, x, expert_index, gate_weights, kernels)
@@ -159,6 +166,7 @@ class FfnSpec:
     cast_in_gemm: bool | None
     precision: Precision
     activation: Activation
+    batch_invariant: bool
 
 
 def _ffn(
@@ -190,5 +198,6 @@ def _ffn(
         capacity=None if spec.capacity is None else min(spec.capacity, received),
         exchange=via,
         room=t,
+        batch_invariant=spec.batch_invariant,
     )
     return run_experts(x, expert_index, gate_weights, kernels, experts)[0]

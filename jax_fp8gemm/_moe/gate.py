@@ -26,7 +26,13 @@ LONGEST_SUM = 512
 Contracted = tuple[int, int]  # the contracted dim of each operand
 
 
-def gate_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+# Of exact sums: whole numbers of at most 2⁷. Over 1024 of k products sum up to at most 2²⁴.
+# float32 holds all of these, so no order rounds anything.
+SLICES, SLICE_BITS, LONGEST_EXACT_SUM = 4, 8, 1024
+LEAST_EXPONENT = -100  # of the largest number of a row: smaller ones would leave float32
+
+
+def gate_logits(x: jax.Array, kernel: jax.Array, batch_invariant: bool = False) -> jax.Array:
     """Returns x · kernel as float32 products would give it, f32 [t, e].
 
     Its gradients, of any order in reverse mode, are made in the same way.
@@ -34,6 +40,8 @@ def gate_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args:
       x: bf16, f16 or f32 [t, h].
       kernel: bf16, f16 or f32 [h, e].
+      batch_invariant: the bits of a token's logits do not depend on t; as many products of
+        whole numbers as 31 bits of each operand need, ten.
     """
     rule = Rule(
         op="moe",
@@ -42,7 +50,13 @@ def gate_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
         voters=((0, 1), (1, 1)),
         summed=frozenset("h"),
     )
-    return enter(rule, lambda manual: lambda *both: _product(*both, (1, 0), "float32"), (x, kernel))
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if batch_invariant:
+            return _exact_product(x, kernel)
+        return _product(x, kernel, (1, 0), "float32")
+
+    return enter(rule, lambda manual: product, (x, kernel))
 
 
 def parts(x: jax.Array) -> list[jax.Array]:
@@ -89,6 +103,60 @@ def _backward(contracted: Contracted, dtype: str, operands, d):
 
 
 _product.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x · kernel, f32 [t, e], of products whose sums have no rounding, and so no order.
+
+    A row of x, and a column of the kernel, are whole numbers times powers of 2⁻⁸ and one power of
+    two of its own. What is below 2⁻³² of the largest number of a row is lost.
+    """
+    left, row_exponent = _slices(x, 1)
+    right, column_exponent = _slices(kernel, 0)
+    levels: list[list[jax.Array]] = [[] for _ in range(SLICES)]
+    for i, part in enumerate(left):
+        beside = _sum_of_pieces(part, jnp.concatenate(right[: SLICES - i], 1))
+        for j, one in enumerate(jnp.split(beside, SLICES - i, 1)):
+            levels[i + j].append(one)
+    total = functools.reduce(jax.lax.add, levels.pop())
+    while levels:
+        total = total * 2.0**-SLICE_BITS + functools.reduce(jax.lax.add, levels.pop())
+    exponent = row_exponent + column_exponent - 2 * (SLICE_BITS - 1)
+    half = exponent // 2  # two factors, since one may be no float32
+    return total * _power_of_two(half) * _power_of_two(exponent - half)
+
+
+_exact_product.defvjp(
+    lambda x, kernel: (_exact_product(x, kernel), (x, kernel)),
+    functools.partial(_backward, (1, 0), "float32"),
+)
+
+
+def _slices(x: jax.Array, dim: int) -> tuple[list[jax.Array], jax.Array]:
+    """Returns whole numbers of at most 2⁷ in bf16, the largest slice first, and exponents: x is
+    2^(exponent − 7) · Σ_i slice_i · 2^(−8i)."""
+    x = x.astype(jnp.float32)
+    largest = jax.lax.bitcast_convert_type(jnp.abs(x).max(dim, keepdims=True), jnp.int32)
+    exponent = jnp.clip((largest >> 23) - 126, LEAST_EXPONENT, 128)  # |x| < 2^exponent
+    rest = x * _power_of_two(SLICE_BITS - 1 - exponent)
+    slices = []
+    for _ in range(SLICES):
+        whole = jnp.round(rest)
+        slices.append(whole.astype(jnp.bfloat16))
+        rest = (rest - whole) * 2.0**SLICE_BITS
+    return slices, exponent
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _sum_of_pieces(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns a · b, each piece of k exact, pieces added in their order."""
+    count = max(1, -(-a.shape[1] // LONGEST_EXACT_SUM))
+    pieces = _dot(_cut(a, 1, count), _cut(b, 0, count), (((2,), (1,)), ((1,), (0,))))
+    return functools.reduce(jax.lax.add, (pieces[i] for i in range(count)))
 
 
 def _one_sum(a, b, wanted, contracted: Contracted) -> jax.Array:

@@ -14,7 +14,7 @@ from jax_fp8gemm._core.checks import as_float, check_bool, check_option, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import ExchangeKind, Precision, ScaleRounding, ScoreFunction, Wire
 from jax_fp8gemm._moe.activations import Activation, activate, check_activation, is_gated
-from jax_fp8gemm._moe.block import ExpertSpec, check_tokens
+from jax_fp8gemm._moe.block import ExpertSpec, check_batch_invariant, check_tokens
 from jax_fp8gemm._moe.exchange import axis_size
 from jax_fp8gemm._moe.experts import run_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels
@@ -34,6 +34,7 @@ from jax_fp8gemm._moe.placement import (
 from jax_fp8gemm._moe.router import Router, as_router, route_spec
 from jax_fp8gemm._moe.routing import RouteSpec, Routing
 from jax_fp8gemm._moe.weights import ready, shared_matrices
+from jax_fp8gemm._ops.bf16 import check_precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 
 # What layers pass on.
@@ -57,6 +58,7 @@ OPTIONS = (
     "cast_in_gemm",
     "precision",
     "activation",
+    "batch_invariant",
 )
 FORMER_NAMES = {
     "score": "score_function",
@@ -94,6 +96,7 @@ def moe(
     cast_in_gemm: bool | None = None,
     precision: Precision = "fp8",
     activation: Activation = "swiglu",
+    batch_invariant: bool = False,
 ) -> tuple[jax.Array, Routing]:
     """Routes each token to its experts and sums their weighted outputs; FP8 but for the router.
 
@@ -142,6 +145,8 @@ def moe(
       activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
         ClampedSwiglu; of the shared expert too. "swiglu" without biases has kernels of its own,
         the others are slower.
+      batch_invariant: whether a token's y, experts and weights have the same bits however many
+        tokens stand beside it, see `gemm`. Not with a capacity, nor where a collective sums.
 
     Returns:
       y [..., h] of x's dtype, and the Routing of the tokens, flattened to one dim.
@@ -151,7 +156,7 @@ def moe(
         no such axis, or an option is unknown or not possible. Not one of gate_kernel, logits and
         routing is given.
       TypeError: dtypes.
-      NotImplementedError: a second derivative.
+      NotImplementedError: a second derivative, or devices whose results cannot be batch_invariant.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1.2 and 3.3.
 
@@ -177,6 +182,7 @@ def moe(
         routed_scaling_factor=routed_scaling_factor,
         n_group=n_group,
         topk_group=topk_group,
+        batch_invariant=batch_invariant,
     )
     spec = LayerSpec(
         route=route,
@@ -190,6 +196,7 @@ def moe(
         cast_in_gemm=cast_in_gemm,
         precision=precision,
         activation=activation,
+        batch_invariant=batch_invariant,
     )
     spec.check()
     if not axes.any or are_manual("moe", axes):
@@ -213,17 +220,23 @@ class LayerSpec:
     cast_in_gemm: bool | None
     precision: Precision
     activation: Activation
+    batch_invariant: bool
 
     def check(self) -> None:
         """Raises a ValueError or a TypeError for an option that is none."""
         check_option("moe", "exchange", self.exchange, ExchangeKind)
         check_option("moe", "wire", self.wire, Wire)
-        check_option("moe", "precision", self.precision, Precision)
+        check_precision("moe", self.precision, self.batch_invariant)
         check_option("moe", "scale_rounding", self.scale_rounding, ScaleRounding)
         check_bool("moe", "shared_columns", self.shared_columns)
         check_bool("moe", "cast_in_gemm", self.cast_in_gemm, or_none=True)
         _check_factor("capacity_factor", self.capacity_factor)
         _check_factor("device_capacity_factor", self.device_capacity_factor)
+        check_bool("moe", "batch_invariant", self.batch_invariant)
+        if self.batch_invariant:
+            names = ("capacity_factor", "device_capacity_factor")
+            bounds = {name: getattr(self, name) for name in names}
+            check_batch_invariant("moe", self.axes, self.exchange, bounds)
 
 
 def _over_devices(
@@ -329,6 +342,7 @@ def _routed(
         exchange=via,
         room=room,
         most_rows=most,
+        batch_invariant=spec.batch_invariant,
     )
     choices = routing.expert_index, routing.gate_weights
     y, rows = run_experts(tokens, *choices, kernels, experts)
@@ -378,6 +392,7 @@ def _shared(spec: LayerSpec, x: jax.Array, kernels: ExpertKernels) -> jax.Array:
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         precision=spec.precision,
+        batch_invariant=spec.batch_invariant,
     )
     *wi, wo = matrices
     parts = [matmul(x, w).astype(jnp.float32) for w in wi]

@@ -13,6 +13,7 @@ from jax_fp8gemm._core.checks import as_int32, is_integer, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import group_of_row
 from jax_fp8gemm._core.qarray import exportable
+from jax_fp8gemm._moe.ordered import sum_of_few
 
 
 def count_choices(expert_index: jax.Array, num_experts: int) -> jax.Array:
@@ -178,11 +179,16 @@ def sum_rows(
     top_k: int,
     dtype: jnp.dtype,
     tokens: int | None = None,
+    *,
+    in_order: bool = False,
 ) -> jax.Array:
-    """As unpermute, rounded to `dtype` once; tokens: None: as many as rows / top_k."""
+    """As unpermute, rounded to `dtype` once; tokens: None: as many as rows / top_k.
+
+    in_order: a token's rows are added in the order of its choices, whatever t is.
+    """
     row = permutation.inverse(None if tokens is None else tokens * top_k)
     pairs = rows_or_zero(rows, row).reshape(-1, top_k, rows.shape[1])
-    return pairs.astype(jnp.float32).sum(1).astype(dtype)
+    return sum_of_few(pairs.astype(jnp.float32), in_order).astype(dtype)
 
 
 # The two are each other's transpose. Said so, because the transpose that JAX would derive for a

@@ -51,7 +51,8 @@ class Router(NamedTuple):
         if self.routing is not None:
             return self.routing
         if self.gate_kernel is not None:
-            return route_by(spec, gate_logits(tokens, self.gate_kernel), bias, axis)
+            logits = gate_logits(tokens, self.gate_kernel, spec.batch_invariant)
+            return route_by(spec, logits, bias, axis)
         assert self.logits is not None  # as_router checked it
         logits = self.logits.reshape(-1, self.logits.shape[-1])
         return route_by(spec, logits, bias, axis)

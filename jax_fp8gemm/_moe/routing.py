@@ -11,6 +11,7 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.qarray import exportable
 from jax_fp8gemm._core.types import ScoreFunction
 from jax_fp8gemm._moe.order import count_choices
+from jax_fp8gemm._moe.ordered import softmax_by_halves, sum_of_few
 
 SMALLEST_SUM = 1e-20  # DeepSeek-V3's gate adds it to the sum of the chosen scores
 # From so many scores on, and for so few choices, one maximum after the other should take less time
@@ -52,6 +53,7 @@ class RouteSpec:
     routed_scaling_factor: float = 1.0
     n_group: int | None = None
     topk_group: int | None = None
+    batch_invariant: bool = False
 
     def check(self, op: str, got: str, e: int, bias: Any) -> None:
         """Raises a ValueError or a TypeError where bias and options do not fit e experts.
@@ -106,6 +108,7 @@ def route(
     n_group: int | None = None,
     topk_group: int | None = None,
     axis: str | tuple[str, ...] | None = None,
+    batch_invariant: bool = False,
 ) -> Routing:
     """Chooses top_k experts for each token: the largest score + bias, weighted by the score alone.
 
@@ -129,6 +132,8 @@ def route(
       topk_group: how many groups a token chooses from, 1 to n_group.
       axis: inside shard_map, the mesh axis, or axes, over which tokens are split evenly. Then
         aux_loss and z_loss are those of all tokens.
+      batch_invariant: whether a token's experts and weights have the same bits however many tokens
+        there are.
 
     Returns:
       Routing.
@@ -145,6 +150,7 @@ def route(
     Example:
       routing = route(x @ gate_kernel, top_k=8, score_function="sigmoid", bias=bias)
     """
+    check_bool("route", "batch_invariant", batch_invariant)
     logits = as_float("route", "logits", logits)
     if logits.ndim != 2:
         got, fix = describe("logits", logits), "reshape them"
@@ -156,6 +162,7 @@ def route(
         routed_scaling_factor=routed_scaling_factor,
         n_group=n_group,
         topk_group=topk_group,
+        batch_invariant=batch_invariant,
     )
     spec.check("route", describe("logits", logits), logits.shape[1], bias)
     return route_by(spec, logits, bias, axis)
@@ -170,12 +177,13 @@ def route_by(
     """As route, checked."""
     logits = logits.astype(jnp.float32)
     softmax = spec.score_function == "softmax"
-    scores = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
+    soft = softmax_by_halves if spec.batch_invariant else jax.nn.softmax
+    scores = soft(logits) if softmax else jax.nn.sigmoid(logits)
     steered = scores if bias is None else scores + bias.astype(jnp.float32)[None]
     expert_index = _choose_in_groups(jax.lax.stop_gradient(steered), spec)
     weights = jnp.take_along_axis(scores, expert_index, axis=1)
     if spec.normalize:
-        weights = weights / (weights.sum(1, keepdims=True) + SMALLEST_SUM)
+        weights = weights / (sum_of_few(weights, spec.batch_invariant)[:, None] + SMALLEST_SUM)
     aux_loss = _aux_loss(scores, expert_index, softmax, axis)
     z_loss = _mean(jax.nn.logsumexp(logits, axis=1) ** 2, axis)
     weights = spec.routed_scaling_factor * weights

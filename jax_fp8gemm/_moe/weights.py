@@ -192,15 +192,36 @@ def multiply_by(
     *,
     transposed: bool,
     variant: VariantName = "ragged",
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Returns the GEMM by what `operand` returned; transposed: for a forward GEMM."""
     if isinstance(matrix[0], tuple):
         parts = (
-            multiply_by(one, lhs, sizes, transposed=transposed, variant=variant) for one in matrix
+            multiply_by(
+                one,
+                lhs,
+                sizes,
+                transposed=transposed,
+                variant=variant,
+                batch_invariant=batch_invariant,
+            )
+            for one in matrix
         )
         return jnp.concatenate(list(parts), -1)
     if matrix[0].dtype == jnp.uint8:  # a copy, which lies as the GEMM wants it
         return multiply(
-            lhs, from_bits((matrix[0], matrix[1])), jnp.bfloat16, sizes, variant=variant
+            lhs,
+            from_bits((matrix[0], matrix[1])),
+            jnp.bfloat16,
+            sizes,
+            variant=variant,
+            batch_invariant=batch_invariant,
         )
-    return multiply_casting(lhs, matrix, sizes, transposed=transposed, variant=variant)
+    return multiply_casting(
+        lhs,
+        matrix,
+        sizes,
+        transposed=transposed,
+        variant=variant,
+        batch_invariant=batch_invariant,
+    )

@@ -11,8 +11,11 @@ from jax.lax import RaggedDotDimensionNumbers
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm._bind.meshes import explicit_sharding
+from jax_fp8gemm._core.checks import check_option
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.groups import clamped_sizes
 from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._core.types import Precision
 from jax_fp8gemm._ops.quantize import dequantize
 from jax_fp8gemm._ops.recipe import Like
 from jax_fp8gemm._ops.weights import PreparedWeight, Weight
@@ -115,3 +118,12 @@ def _ragged_backward(dtype, residuals, dy):
 
 
 ragged_dot_bf16.defvjp(_ragged_forward, _ragged_backward)
+
+
+def check_precision(op: str, precision: object, batch_invariant: bool) -> None:
+    """Raises a ValueError for an unknown precision, or for one that promises no order of sums."""
+    check_option(op, "precision", precision, Precision)
+    if precision == "bf16" and batch_invariant:
+        what, got = "XLA's products are not batch_invariant.", "precision='bf16'"
+        fix = "leave one of the two out"
+        fail(op, what, f"{got}, batch_invariant=True", "precision='fp8'", fix)

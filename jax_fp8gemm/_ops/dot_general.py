@@ -28,6 +28,7 @@ def fp8_dot_general(
     *,
     out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
     shared_columns: bool = True,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies as jax.lax.dot_general does, in FP8: what `dot_general=` of a Flax layer takes.
 
@@ -45,6 +46,7 @@ def fp8_dot_general(
       out_sharding: of the result, as in jax.lax.dot_general: a PartitionSpec of the mesh in use, or
         a NamedSharding. On meshes without Explicit axes a constraint.
       shared_columns: of the gradient to rhs, as in `fp8_matmul`.
+      batch_invariant: of the result, as in `fp8_matmul`.
 
     Returns:
       The batch dims, lhs's other dims, rhs's other dims. Gradients have the dtypes of lhs and rhs.
@@ -60,6 +62,7 @@ def fp8_dot_general(
       layer = nnx.Linear(256, 512, dot_general=fp8_dot_general, rngs=rngs)
     """
     check_bool(OP, "shared_columns", shared_columns)
+    check_bool(OP, "batch_invariant", batch_invariant)
     lhs, rhs = as_float(OP, "lhs", jnp.asarray(lhs)), as_float(OP, "rhs", jnp.asarray(rhs))
     (contract, rhs_contract), (batch, rhs_batch) = dimension_numbers
     contract, batch = _normal(contract, lhs.ndim), _normal(batch, lhs.ndim)
@@ -68,11 +71,12 @@ def fp8_dot_general(
     dtype = result_dtype(OP, lhs, rhs, preferred_element_type)
     free, rhs_free = _others(lhs, contract, batch), _others(rhs, rhs_contract, rhs_batch)
     numbers = (contract, rhs_contract), (batch, rhs_batch)
-    multiply = functools.partial(
+    matmul = functools.partial(
         fp8_matmul,
         preferred_element_type=dtype,
         shared_columns=shared_columns,
         precision=named_precision(precision),
+        batch_invariant=batch_invariant,
     )
 
     def run(lhs, rhs):
@@ -83,7 +87,7 @@ def fp8_dot_general(
         shape = _sizes(lhs, batch) + _sizes(lhs, free) + _sizes(rhs, rhs_free)
         if 0 in shape:
             return jnp.zeros(shape, dtype)
-        y = _multiply(x, w, len(batch), len(contract), multiply)
+        y = _multiply(x, w, len(batch), len(contract), matmul)
         return y.reshape(shape)
 
     return _sharded(run, lhs, rhs, numbers, out_sharding)
@@ -103,9 +107,7 @@ def dot_general_like_lhs(
     return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, out_sharding=out_sharding)
 
 
-def _multiply(
-    x: jax.Array, w: jax.Array, batch: int, contract: int, multiply: Callable
-) -> jax.Array:
+def _multiply(x: jax.Array, w: jax.Array, batch: int, contract: int, matmul: Callable) -> jax.Array:
     """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n].
 
     Rows stay apart, since a mesh may cut each of their dims. One batch is none: then k and n keep
@@ -113,10 +115,9 @@ def _multiply(
     """
     sizes, rows = x.shape[:batch], x.shape[batch : x.ndim - contract]
     k, n = math.prod(x.shape[-contract:]), math.prod(w.shape[batch + contract :])
-
     if math.prod(sizes) == 1:
-        return multiply(x.reshape(*rows, k), w.reshape(k, n))
-    return jax.vmap(multiply)(x.reshape(-1, *rows, k), w.reshape(-1, k, n))
+        return matmul(x.reshape(*rows, k), w.reshape(k, n))
+    return jax.vmap(matmul)(x.reshape(-1, *rows, k), w.reshape(-1, k, n))
 
 
 def _sharded(run, lhs, rhs, numbers, out_sharding) -> jax.Array:

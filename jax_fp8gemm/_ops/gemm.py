@@ -11,7 +11,13 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_fp8gemm._bind import gemm_op
 from jax_fp8gemm._bind.gemm_op import GemmSpec
 from jax_fp8gemm._core.bits import pad_k
-from jax_fp8gemm._core.checks import as_int32, check_option, check_positive, check_quantized
+from jax_fp8gemm._core.checks import (
+    as_int32,
+    check_bool,
+    check_option,
+    check_positive,
+    check_quantized,
+)
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import (
     BLOCKS,
@@ -41,6 +47,7 @@ def gemm(
     num_sms: int | None = None,
     expected_rows: int | None = None,
     config: GemmConfig | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies FP8 operands: out[m, n] = Σ_k lhs[m, k] · rhs[n, k], both with their scales.
 
@@ -73,6 +80,8 @@ def gemm(
       expected_rows: rows that a masked group is expected to have, for the choice of a config; None
         for all that fit.
       config: overrides the choice of a config.
+      batch_invariant: whether a row's result has the same bits however many rows stand beside it.
+        Few rows are then slower. k is not cut over devices.
 
     Returns:
       out_dtype, of the shape above. On a Hopper GPU two runs give the same bits.
@@ -96,6 +105,7 @@ def gemm(
     _check_operands(lhs, rhs, row)
     check_positive("gemm", "num_sms", num_sms)
     check_positive("gemm", "expected_rows", expected_rows)
+    check_bool("gemm", "batch_invariant", batch_invariant)
     if config is not None and not isinstance(config, GemmConfig):
         got, fix = type(config).__name__, "leave config out"
         fail("gemm", "config is not a GemmConfig.", got, "GemmConfig or None", fix, TypeError)
@@ -107,6 +117,7 @@ def gemm(
         config=config,
         expected_rows=expected_rows or 0,
         accumulate=init is not None,
+        batch_invariant=batch_invariant,
     )
     operands = [lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale]
     operand = _group_operand(lhs, rhs, row, group_sizes, groups)
@@ -130,6 +141,7 @@ def multiply(
     variant: VariantName = "dense",
     scales: ScalesName = "1x128_128x128",
     out_sharding: NamedSharding | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Returns gemm's result as any float dtype; other than bf16 by way of f32.
 
@@ -143,7 +155,7 @@ def multiply(
     lhs, rhs = pad_k(lhs), pad_k(rhs)
     out = OUT_NAMES.get(jnp.dtype(dtype).name, "f32")
     row = VARIANTS[variant].with_ranks(lhs.ndim, rhs.ndim)
-    spec = GemmSpec(variant=row, scales=scales, out=out)
+    spec = GemmSpec(variant=row, scales=scales, out=out, batch_invariant=batch_invariant)
     rest = () if group_sizes is None else (group_sizes,)
     operands = lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest
     return gemm_op.gemm(spec, *operands, out_sharding=out_sharding).astype(dtype)
@@ -156,6 +168,7 @@ def multiply_casting(
     *,
     transposed: bool,
     variant: VariantName = "ragged",
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies by weights that the kernel casts on their way to the tensor core.
 
@@ -178,6 +191,7 @@ def multiply_casting(
         out="bf16",
         rhs="bf16_transposed" if transposed else "bf16",
         pair=len(weights) == 2,
+        batch_invariant=batch_invariant,
     )
     return gemm_op.gemm(spec, lhs.qvalue, *weights, lhs.scale, group_sizes)
 

@@ -8,11 +8,11 @@ from jax.typing import DTypeLike
 
 from jax_fp8gemm._bind.meshes import vary_alike
 from jax_fp8gemm._core.bits import from_bits, named, save
-from jax_fp8gemm._core.checks import as_float, check_option, renamed
+from jax_fp8gemm._core.checks import as_float, renamed
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import TOKEN_MULTIPLE
 from jax_fp8gemm._core.types import Precision, Residuals, ScaleRounding
-from jax_fp8gemm._ops.bf16 import float_weight, matmul_bf16
+from jax_fp8gemm._ops.bf16 import check_precision, float_weight, matmul_bf16
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
@@ -36,6 +36,7 @@ def fp8_matmul(
     residuals: Residuals = "fp8_t",
     shared_columns: bool = True,
     precision: Precision = "fp8",
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies in FP8, forward and backward: y[..., n] = Σ_k x[..., k] · w[k, n].
 
@@ -54,6 +55,7 @@ def fp8_matmul(
         makes the gradient to w, which is then faster. See `quantize_both`.
       precision: "fp8"; or "bf16": the same in bf16, by XLA on any device. An FP8 weight is
         dequantized. Other options then mean nothing.
+      batch_invariant: of y, see `gemm`. Gradients are made as ever.
 
     Returns:
       [..., n]. Gradients have the dtypes of x and w. Residuals are named "fp8_matmul_x" and
@@ -88,8 +90,9 @@ def fp8_matmul(
         rounding=scale_rounding,
         residuals=residuals,
         shared_columns=shared_columns,
+        batch_invariant=batch_invariant,
     )
-    check_option(op, "precision", precision, Precision)
+    check_precision(op, precision, batch_invariant)
     if precision == "bf16":
         return matmul_bf16(*vary_alike(x, float_weight(w)), spec.dtype)
     y: jax.Array = _matmul(*vary_alike(x if x.ndim > 1 else x[None], *split(w)), spec)
@@ -99,7 +102,8 @@ def fp8_matmul(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x, w, copies, spec: MatmulSpec):
     rows = cast_rows(x, scale_rounding=spec.scale_rounding)
-    return multiply(rows, forward_copy(w, copies, spec.scale_rounding), spec.dtype)
+    nk = forward_copy(w, copies, spec.scale_rounding)
+    return multiply(rows, nk, spec.dtype, batch_invariant=spec.batch_invariant)
 
 
 def _forward(x, w, copies, spec: MatmulSpec):
@@ -107,7 +111,8 @@ def _forward(x, w, copies, spec: MatmulSpec):
     kn, nk = both_copies(w, copies, spec.scale_rounding)
     rows, saved = keep(_tokens(x), spec)
     nk, _ = named(nk, f"{spec.name}_w")
-    y = multiply(rows, nk, spec.dtype).reshape(*x.shape[:-1], nk.shape[0])
+    y = multiply(rows, nk, spec.dtype, batch_invariant=spec.batch_invariant)
+    y = y.reshape(*x.shape[:-1], nk.shape[0])
     return y, (saved, save(kn, f"{spec.name}_w"), Like.of(x), Like.of(w))
 
 

@@ -15,7 +15,7 @@ from jax_fp8gemm._core.checks import as_float, as_int32, check_bool, is_integer,
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.groups import clamped_sizes, groups_from
 from jax_fp8gemm._core.types import Precision, Residuals, ScaleRounding
-from jax_fp8gemm._ops.bf16 import float_weight, ragged_dot_bf16
+from jax_fp8gemm._ops.bf16 import check_precision, float_weight, ragged_dot_bf16
 from jax_fp8gemm._ops.casts import cast_both, cast_rows
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
 from jax_fp8gemm._ops.recipe import Like, MatmulSpec, keep, kept_transposed, spec_of
@@ -46,6 +46,7 @@ def fp8_ragged_dot(
     residuals: Residuals = "fp8_t",
     shared_columns: bool = True,
     cast_in_gemm: bool | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies groups of rows by a matrix each, as jax.lax.ragged_dot does, in FP8.
 
@@ -73,6 +74,7 @@ def fp8_ragged_dot(
         fewer in a group on average, everything is bf16, and neither a mesh in use nor the types of
         lhs and rhs name several devices; or inside shard_map. Pass False where only in_shardings
         of jax.jit name them.
+      batch_invariant: of the result, see `gemm`. Gradients are made as ever.
 
     Returns:
       [m, n]. Gradients have the dtypes of lhs and rhs; that of a group without rows is zero.
@@ -105,6 +107,7 @@ def fp8_ragged_dot(
         rounding=scale_rounding,
         residuals=residuals,
         shared_columns=shared_columns,
+        batch_invariant=batch_invariant,
     )
     if not rhs.shape[0]:
         zeros = jnp.zeros_like(lhs, spec.dtype, shape=(lhs.shape[0], rhs.shape[2]))
@@ -113,6 +116,7 @@ def fp8_ragged_dot(
     lhs = lhs if first is None else _roll(lhs, -first)
     y: jax.Array
     if precision == "bf16":
+        check_precision(op, precision, batch_invariant)
         lhs, w, sizes = vary_alike(lhs, float_weight(rhs), sizes)
         y = ragged_dot_bf16(lhs, w, sizes, spec.dtype)
     else:
@@ -200,9 +204,18 @@ def _check_ragged(
 def _ragged_dot(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
     rows = cast_rows(lhs, scale_rounding=spec.scale_rounding, group_sizes=group_sizes)
     if spec.cast_in_gemm:
-        return multiply_casting(rows, (rhs,), group_sizes, transposed=True)
-    nk = forward_copy(rhs, copies, spec.scale_rounding)
-    return multiply(rows, nk, spec.dtype, group_sizes, variant="ragged")
+        return _casting(rows, rhs, group_sizes, spec)
+    return _multiply(rows, forward_copy(rhs, copies, spec.scale_rounding), group_sizes, spec)
+
+
+def _casting(rows, rhs, group_sizes, spec: MatmulSpec):
+    same = spec.batch_invariant
+    return multiply_casting(rows, (rhs,), group_sizes, transposed=True, batch_invariant=same)
+
+
+def _multiply(rows, nk, group_sizes, spec: MatmulSpec):
+    same = spec.batch_invariant
+    return multiply(rows, nk, spec.dtype, group_sizes, variant="ragged", batch_invariant=same)
 
 
 def _forward(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
@@ -210,11 +223,11 @@ def _forward(lhs, rhs, copies, group_sizes, spec: MatmulSpec):
     rows, saved = keep(lhs, spec, group_sizes)
     like = group_sizes, Like.of(lhs), Like.of(rhs)
     if spec.cast_in_gemm:
-        y = multiply_casting(rows, (rhs,), group_sizes, transposed=True)
+        y = _casting(rows, rhs, group_sizes, spec)
         return y, (saved, rhs, *like)
     kn, nk = both_copies(rhs, copies, spec.scale_rounding)
     nk, _ = named(nk, f"{spec.name}_w")
-    y = multiply(rows, nk, spec.dtype, group_sizes, variant="ragged")
+    y = _multiply(rows, nk, group_sizes, spec)
     return y, (saved, save(kn, f"{spec.name}_w"), *like)
 
 

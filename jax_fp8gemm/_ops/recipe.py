@@ -26,6 +26,7 @@ class MatmulSpec:
       dtype: of the result.
       name: residuals are named after it for jax.checkpoint policies.
       cast_in_gemm: the GEMMs cast the weights themselves.
+      batch_invariant: of the forward GEMM.
     """
 
     dtype: jnp.dtype
@@ -34,6 +35,7 @@ class MatmulSpec:
     shared_columns: bool
     name: str
     cast_in_gemm: bool = False
+    batch_invariant: bool = False
 
 
 def spec_of(
@@ -45,17 +47,20 @@ def spec_of(
     rounding: Any,
     residuals: Any,
     shared_columns: Any,
+    batch_invariant: Any,
 ) -> MatmulSpec:
     """Checks the options of a matmul, and returns its spec."""
     check_option(op, "scale_rounding", rounding, ScaleRounding)
     check_option(op, "residuals", residuals, Residuals)
     check_bool(op, "shared_columns", shared_columns)
+    check_bool(op, "batch_invariant", batch_invariant)
     return MatmulSpec(
         dtype=result_dtype(op, lhs, rhs, preferred),
         scale_rounding=rounding,
         residuals=residuals,
         shared_columns=shared_columns,
         name=op,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -36,7 +36,7 @@ def candidates(problem: Problem) -> list[GemmConfig]:
         wanted.append(config)
         if problem.one_group[0] > LARGEST_ROWS and (block_m, block_n, multicast) in LARGEST:
             wanted += [dataclasses.replace(config, group_m=group) for group in GROUPS_OF_BLOCKS]
-    if problem.one_group[0] <= FEW_ROWS:
+    if problem.one_group[0] <= FEW_ROWS and not problem.batch_invariant:
         wanted += _few_rows(problem)
     return deepest(problem, wanted)
 

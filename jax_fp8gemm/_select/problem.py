@@ -39,6 +39,7 @@ class Problem:
       k: of all groups together in "ragged_contracting".
       num_sms: upper bound of the multiprocessors; 0: all.
       rhs: "fp8", or bfloat16 that the kernel casts: "bf16" [n, k], "bf16_transposed" [k, n].
+      batch_invariant: one order of sums over k, whatever m is: that of the persistent kernel.
     """
 
     variant: VariantName
@@ -52,6 +53,7 @@ class Problem:
     num_sms: int = 0
     device: str = DEFAULT_DEVICE
     rhs: RhsName = "fp8"
+    batch_invariant: bool = False
 
     @property
     def casts(self) -> bool:
@@ -140,6 +142,8 @@ def _fields(c: GemmConfig) -> tuple[str, int, int, int, str, int, int]:
 
 def why_illegal(problem: Problem, config: GemmConfig) -> str | None:
     """Returns why `config` cannot run `problem`, or None."""
+    if problem.batch_invariant and config.kernel != "persistent":
+        return "batch_invariant needs the persistent kernel: another one sums k in another order"
     reason, *_ = extension.plan(computed(problem), [_fields(config)], problem.steps)[0]
     return reason
 
