@@ -30,9 +30,9 @@ NVRTC_13 := $(TEST)/lib/python*/site-packages/nvidia/cu13/lib/libnvrtc.so.13
 NVRTC_130 := $(TEST)/cuda-13.0/nvidia/cu13/lib/libnvrtc.so.13
 test: $(TEST)/.installed $(NVRTC_130)
 	$(TEST)/bin/python -m pytest -n 2 --dist worksteal
-	for nvrtc in $(NVRTC_13) $(NVRTC_130); do JAX_FP8GEMM_NVRTC=$$(ls $$nvrtc) \
-	$(TEST)/bin/python -m pytest -n 2 -k no_spills \
-	tests/test_compiler.py tests/test_quantize_kernels.py || exit 1; done
+	ls $(NVRTC_13) $(NVRTC_130) > $(TEST)/nvrtc.txt
+	xargs -a $(TEST)/nvrtc.txt -P 2 -I {} env JAX_FP8GEMM_NVRTC={} \
+	$(TEST)/bin/python -m pytest -k no_spills tests/test_compiler.py tests/test_quantize_kernels.py
 
 $(NVRTC_130): $(TEST)/bin/python
 	$(TEST)/bin/python -m pip install --quiet --no-deps --target $(TEST)/cuda-13.0 \

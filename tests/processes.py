@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 LIMIT = 200  # seconds
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as conftest.py does
 
 
 def start(code: str, arguments: list[str], **environment: str) -> subprocess.Popen:
@@ -14,7 +15,7 @@ def start(code: str, arguments: list[str], **environment: str) -> subprocess.Pop
     path = os.pathsep.join([str(here.parent), str(here)])
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, **QUICK, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

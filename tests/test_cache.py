@@ -146,7 +146,9 @@ def test_every_damage_is_found(nvrtc, cache):
     good = entry.read_bytes()
     middle = len(good) // 2
     flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
-    for bad in (b"", good[:-1], flipped, b"jax_fp8gemm kernel 2\n", b"\xff" * len(good)):
+    zeros = good[:-200] + bytes(200)
+    others = (b"jax_fp8gemm kernel 2\n", b"\xff" * len(good), b"something else" * 99)
+    for bad in (b"", good[:100], good[:-1], flipped, zeros, *others):
         entry.write_bytes(bad)
         assert origin(nvrtc, cache) == "nvrtc"
         assert entry.read_bytes() == good

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tomllib
 
-import jax
 import pytest
 import test_layering
 from sybil import Sybil
@@ -41,16 +40,6 @@ def python_blocks() -> list:
     return found
 
 
-@pytest.fixture
-def quick_compilation():
-    """Blocks are run once each, so that most of their time is XLA's optimisation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("example", python_blocks())
 def test_a_block_runs_by_itself(example, tmp_path, monkeypatch):
     needed = re.search(r"<!-- needs (\w+) -->\s*$", example.document.text[: example.start])

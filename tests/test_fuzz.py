@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 
 import jax_fp8gemm as fp8
@@ -35,15 +34,6 @@ def fuzz(examples: int):
         print_blob=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Each example is run once, so that most of its time is XLA's optimisation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # ---- what is drawn ------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A mixture-of-experts layer over four devices, compiled for H200s on a machine without one."""
+"""A mixture-of-experts layer over four devices, compiled for H200s on a machine without one.
+
+The programs share the tests' cache of kernels.
+"""
 
 import os
 import pathlib
@@ -56,13 +59,12 @@ print("back", any(dtype == "bf16" for dtype, _ in travels))
 # turned; x turned, SwiGLU's gradient. With few rows for each expert the GEMMs cast the weights.
 @pytest.mark.parametrize("tokens, casts", [(4096, 9), (1024, 7)])
 @pytest.mark.parametrize("exchange", ["all_gather", "all_to_all"])
-def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tokens, casts, tmp_path):
+def test_a_layer_over_four_devices_compiles_for_an_h200(exchange, tokens, casts):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": "",
-        "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": str(pathlib.Path(__file__).parent),
     }
     command = [sys.executable, "-c", CODE, str(TARGET), exchange, str(tokens)]
@@ -147,14 +149,13 @@ TRAVELS = {
 }
 
 
-def collectives_of(tmp_path, sizes: str, split: str, factor: float) -> tuple[list[str], int]:
+def collectives_of(sizes: str, split: str, factor: float) -> tuple[list[str], int]:
     """Returns the collectives of a step, and the bytes of its temporaries."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": "",
-        "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": str(pathlib.Path(__file__).parent),
     }
     command = [sys.executable, "-c", PLAIN, str(TARGET), sizes, split, str(factor)]
@@ -165,22 +166,22 @@ def collectives_of(tmp_path, sizes: str, split: str, factor: float) -> tuple[lis
 
 
 @pytest.mark.parametrize("sizes, split", TRAVELS)
-def test_a_layer_that_divides_itself_compiles_for_h200s(sizes, split, tmp_path):
+def test_a_layer_that_divides_itself_compiles_for_h200s(sizes, split):
     """Under plain jax.jit no weight is gathered, and each token travels as one row."""
-    assert collectives_of(tmp_path, sizes, split, 1.5)[0] == sorted(TRAVELS[sizes, split])
+    assert collectives_of(sizes, split, 1.5)[0] == sorted(TRAVELS[sizes, split])
 
 
-def test_fsdp_of_experts_gathers_fp8_and_scatters_gradients(tmp_path):
-    travels, _ = collectives_of(tmp_path, "2x2x1", "fsdp", 1.5)
+def test_fsdp_of_experts_gathers_fp8_and_scatters_gradients():
+    travels, _ = collectives_of("2x2x1", "fsdp", 1.5)
     weights = [line for line in travels if "8,1024," in line or "8,512," in line]
     assert weights and all("f8e4m3fn" in line for line in weights if "all-gather" in line)
     assert any(line.startswith("reduce-scatter bf16[8,") for line in weights)
 
 
-def test_a_bound_on_rows_bounds_memory(tmp_path):
+def test_a_bound_on_rows_bounds_memory():
     """Of eight devices: 6144 rows on each instead of 32768, beside tokens and weights."""
-    _, bounded = collectives_of(tmp_path, "1x8x1", "tensor", 1.5)
-    _, whole = collectives_of(tmp_path, "1x8x1", "tensor", 0)
+    _, bounded = collectives_of("1x8x1", "tensor", 1.5)
+    _, whole = collectives_of("1x8x1", "tensor", 0)
     assert bounded < 0.45 * whole
 
 
@@ -213,13 +214,12 @@ print(made.memory_analysis().temp_size_in_bytes)
 """
 
 
-def test_a_layer_with_many_experts_needs_little_beside_their_gradients(tmp_path):
+def test_a_layer_with_many_experts_needs_little_beside_their_gradients():
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": "",
-        "JAX_FP8GEMM_CACHE_DIR": str(tmp_path),
     }
     command = [sys.executable, "-c", MEMORY, str(TARGET)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -267,10 +267,10 @@ for name, x in (("bf16", jnp.bfloat16), ("f32", jnp.float32)):
 """
 
 
-def test_the_router_uses_tensor_cores_and_sorts_once(tmp_path):
+def test_the_router_uses_tensor_cores_and_sorts_once():
     """Products of bf16 alone: of a bf16 x two for the logits, one for dx and two for the kernel's
     gradient. The one sort has keys of a byte; top-k has none."""
-    printed, _ = compiled(ROUTER, tmp_path)
+    printed, _ = compiled(ROUTER)
     assert printed["bf16"] == ["bf16xbf16"] * 5
     # Parts of x: 1 and 3 GEMMs for the logits, as many for the kernel's gradient, one for dx.
     assert printed["f32"] == ["bf16xbf16"] * 9

@@ -70,6 +70,7 @@ def test_a_mixture_of_experts_casts_nothing_twice():
     assert kernels_of(gradient(named, 0, 2), *operands)[0] == casts
 
 
+@pytest.mark.usefixtures("optimised")
 def test_values_are_those_without_checkpoint():
     key = jax.random.key(0)
     x, w = jax.random.normal(key, (256, 256)), jax.random.normal(key, (256, 128)) * 100

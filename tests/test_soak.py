@@ -38,15 +38,6 @@ def run():
     os.environ["XLA_FLAGS"], sys.path[:] = flags or "", path
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Programs run a few times each: most of their time is XLA's optimisation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def wrong(check, repeats: int = 6) -> int:
     return int(np.sum(np.asarray(loop((check,), repeats)(3, 0)) > 0))
 

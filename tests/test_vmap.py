@@ -33,15 +33,6 @@ OPERANDS = {  # m, k and the group operand
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Programs are run once each, so that most of their time is XLA's optimisation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def subsets(*names):
     """Returns every way to batch some of the operands, as in_axes."""
     found = itertools.product((0, None), repeat=len(names))
