@@ -1,6 +1,6 @@
 # make demo      sets everything up and trains a small language model in FP8 beside its bf16 twin
 # make test      sets everything up and runs the tests
-# make test-fast runs the tests of what users call, in three minutes; make test-docs those of the pages
+# make test-fast runs the tests of what users call; make test-docs those of the pages
 # make lint      checks form, types, C++ layout and spelling
 # make docs      builds the site into .make/site, with warnings as errors
 # make sanitize  runs the host code under sanitizers, with a fake compiler and a fake driver
@@ -52,7 +52,7 @@ lint: $(TEST)/.installed
 test-docs: $(TEST)/.installed
 	$(TEST)/bin/python -m pytest -n 2 tests/test_docs.py
 
-# What numbers mean and what users call, on a CPU, in three minutes: before each push.
+# What numbers mean and what users call, on a CPU: before each push.
 FAST := checks errors layout groups variants gemm quantize matmul routing release
 test-fast: $(TEST)/.installed
 	$(TEST)/bin/python -m pytest -n 2 $(FAST:%=tests/test_%.py)
