@@ -79,6 +79,10 @@ class Fp8Dense(nn.Dense):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         if not self.quantized:
             return super().__call__(inputs)
+        if self.dot_general is not dot_general_like_lhs:
+            what = "dot_general is not called for a kernel in FP8."
+            got, fix = f"quantized=True, dot_general={self.dot_general}", "leave one of the two out"
+            fail("Fp8Dense", what, got, "dot_general as it is by default", fix)
         shape = (self.features, jnp.shape(inputs)[-1])
         scales = scale_shape(shape, BLOCKS)
         qvalue = self.variable("quantized", "qvalue", lambda: jnp.zeros(shape, FP8)).value
