@@ -9,6 +9,7 @@
 # make sanitize-gpu  on a Hopper GPU: every family of kernels under compute-sanitizer
 # make dist      builds the wheels and the sdist into dist/, with Python 3.11 and 3.12
 # make test-dist installs these in fresh environments, with Python 3.11, 3.12 and 3.13
+# make frameworks  runs the adapters and other libraries' tests over this one, and stores the counts
 # make gpu       on a Hopper GPU: runs its tests and the benchmarks, and records them
 PYTHON ?= python3
 # What the tests bring (compilers for a GPU that is not there) must not disturb the demo.
@@ -19,7 +20,8 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
-.PHONY: demo test test-fast test-docs gpu docs lint sanitize sanitize-gpu soak plant dist test-dist clean
+.PHONY: demo test test-fast test-docs frameworks gpu docs lint sanitize sanitize-gpu soak plant \
+	dist test-dist clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python examples/demo.py
@@ -37,6 +39,20 @@ test: $(TEST)/.installed $(NVRTC_130)
 $(NVRTC_130): $(TEST)/bin/python
 	$(TEST)/bin/python -m pip install --quiet --no-deps --target $(TEST)/cuda-13.0 \
 	nvidia-cuda-nvrtc==13.0.88
+	touch $@
+
+# tokamax and MaxText need Python 3.12 and a newer JAX than the tests have. MaxText lists its needs in
+# extras that pin hundreds of packages: here are those that its layers import.
+FRAMEWORKS := .make/frameworks
+PYTHON312 ?= python3.12
+MAXTEXT := drjax grain huggingface_hub jinja2 omegaconf pathwaysutils pillow transformers
+frameworks: $(FRAMEWORKS)/.installed
+	$(FRAMEWORKS)/bin/python tests/frameworks/run.py
+
+$(FRAMEWORKS)/.installed: $(SOURCES)
+	$(PYTHON312) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --editable ".[cpu,frameworks]" $(MAXTEXT)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps maxtext==0.2.5 aqtp==0.9.0
 	touch $@
 
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
