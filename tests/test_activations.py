@@ -100,7 +100,9 @@ def test_against_float32_with_all_gradients(key, case):
     run = functools.partial(fp8.expert_ffn, activation=activation, **options)
     got = with_gradients(run, experts)(x, weights, kernels, dy)
     reference = functools.partial(dense, activation=activation)
-    check(got, with_gradients(reference, experts)(x, weights, kernels, dy))
+    expected = with_gradients(reference, experts)(x, weights, kernels, dy)
+    # A clamp's slope is a step: numbers whose FP8 error takes them over the limit change theirs.
+    check(got, expected, gradient=2 * GRADIENT if activation == TIGHT else GRADIENT)
 
 
 def test_fp8_weights_and_biases_as_one(key):
