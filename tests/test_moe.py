@@ -161,7 +161,7 @@ CHOSEN = ones(8, 2, dtype=jnp.int32), ones(8, 2)
         (
             ValueError,
             lambda: fp8.moe(ones(8, 32), ones(32, 4), jax.tree.map(fp8.quantize, KERNELS), top_k=2),
-            "kernels do not fit each other.",
+            "kernels have other scales.",
         ),
         (
             TypeError,
