@@ -240,7 +240,7 @@ ROUTING = fp8.Routing(*CHOSEN, ones(8, 4), ones(), ones())
         (
             ValueError,
             lambda: fp8.moe(ones(8, 32), ones(32, 4), jax.tree.map(fp8.quantize, KERNELS), top_k=2),
-            "kernels do not fit each other.",
+            "kernels have other scales.",
         ),
         (
             TypeError,
