@@ -183,9 +183,9 @@ def test_what_kernels_leave_unwritten_reaches_nothing(key, monkeypatch, capacity
     t = 26  # as in no other test: their programs are not to be taken from a cache
     plain, copies = reference.PRODUCTS["masked"], reference.copies
 
-    def masked(lhs, rhs, sizes):
+    def masked(multiply, lhs, rhs, sizes):
         rows = jnp.arange(lhs.shape[1])[:, None] < sizes[:, None, None]
-        return jnp.where(rows, plain(lhs, rhs, sizes), jnp.nan)
+        return jnp.where(rows, plain(multiply, lhs, rhs, sizes), jnp.nan)
 
     def grouped(x, *args, group_sizes, **kwargs):
         found = copies(x, *args, group_sizes=group_sizes, **kwargs)

@@ -340,7 +340,7 @@ LAYER = functools.partial(fp8.moe, X, jnp.ones((128, 2)), kernels(2, 128, 8))
     "error, call, words",
     [
         (ValueError, lambda: fp8.route(X, 2.0), "route: top_k is 2.0"),
-        (ValueError, lambda: LAYER(top_k=2.0), "route: top_k is 2.0"),
+        (ValueError, lambda: LAYER(top_k=2.0), "moe: top_k is 2.0"),
         (ValueError, lambda: fp8.route(X, True), "route: top_k is True"),
         (ValueError, lambda: jax.jit(fp8.route)(X, 2), "route: top_k is "),
         (TypeError, lambda: fp8.route(X, 2, normalize="x"), "route: normalize is not a bool"),

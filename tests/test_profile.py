@@ -318,9 +318,9 @@ print("dtypes", *sorted(one.dtype for one in known if one.flops))
 
 @needs_compiler[0]
 @needs_compiler[1]
-def test_labels_and_products_of_a_compiled_program(tmp_path):
+def test_labels_and_products_of_a_compiled_program():
     """The casts are of x, of w, and of y; the second GEMM casts the experts itself."""
-    printed, _ = compiled(CODE, tmp_path)
+    printed, _ = compiled(CODE)
     assert printed["labels"] == [
         "fp8_gemm_dense_m512_n384_k640",
         "fp8_gemm_ragged_g4_m512_n256_k384",
