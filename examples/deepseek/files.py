@@ -52,7 +52,10 @@ def load(folder: pathlib.Path, mesh: Mesh | None = None) -> Model:
         config = dataclasses.replace(config, expert_axis="expert")
         split = NamedSharding(mesh, PartitionSpec("expert"))
         whole = NamedSharding(mesh, PartitionSpec())
-        sharding = lambda name: split if ".experts." in name else whole  # noqa: E731
+
+        def sharding(name: str) -> NamedSharding:
+            return split if ".experts." in name else whole
+
     tree = checkpoint.load_parameters(folder, checkpoint.DEEPSEEK_V3, sharding=sharding)
     model = nnx.eval_shape(lambda: Model(config, nnx.Rngs(0)))
     model.embed_tokens.embedding = nnx.Param(tree["embed_tokens"])

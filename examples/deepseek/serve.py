@@ -1,8 +1,8 @@
 """Generates text with a checkpoint in DeepSeek's layout, its weights in FP8 as they are stored.
 
-python examples/deepseek/train.py --steps 300 --save /tmp/small
-python examples/deepseek/serve.py /tmp/small --prompt "def "
-python examples/deepseek/serve.py /tmp/small --devices 4    # experts over 4 devices
+python examples/deepseek/train.py --steps 300 --save small
+python examples/deepseek/serve.py small --prompt "def "
+python examples/deepseek/serve.py small --devices 4    # experts over 4 devices
 """
 
 import argparse

@@ -88,7 +88,7 @@ def expert_ffn(
       cast_in_gemm: whether the GEMMs cast the kernels, see `fp8_ragged_dot`; None: decide.
       precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
       activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
-        ClampedSwiglu. "swiglu" without biases has kernels of its own, the others are slower.
+        ClampedSwiglu. "swiglu" without biases has kernels of its own.
       batch_invariant: of y, see `moe`.
 
     Returns:

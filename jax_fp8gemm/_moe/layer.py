@@ -144,7 +144,7 @@ def moe(
       precision: "fp8" or "bf16", as in `fp8_matmul`; in bf16 tokens travel in bf16 too.
       activation: "swiglu", "geglu" (tanh), "squared_relu" of experts without wi_1, or a
         ClampedSwiglu; of the shared expert too. "swiglu" without biases has kernels of its own,
-        the others are slower.
+        the others take more passes.
       batch_invariant: whether a token's y, experts and weights have the same bits however many
         tokens stand beside it, see `gemm`. Not with a capacity, nor where a collective sums.
 

@@ -81,7 +81,7 @@ def gemm(
         for all that fit.
       config: overrides the choice of a config.
       batch_invariant: whether a row's result has the same bits however many rows stand beside it.
-        Few rows are then slower. k is not cut over devices.
+        Few rows then lose the kernel made for them. k is not cut over devices.
 
     Returns:
       out_dtype, of the shape above. On a Hopper GPU two runs give the same bits.
