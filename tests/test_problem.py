@@ -135,7 +135,7 @@ def test_blocks_to_expect_are_the_mean_over_sizes_from_0_7_to_1_3():
     assert blocks(many, config) == 1400
     shared = dataclasses.replace(config, multicast="rhs")  # 256 rows at once: two blocks a group
     assert blocks(problem, shared) == 26
-    assert blocks(dataclasses.replace(problem, variant="contiguous"), config) == 14
+    assert blocks(dataclasses.replace(problem, variant="contiguous"), config) == 11  # no row more
     assert blocks(dataclasses.replace(problem, variant="masked", m=100), config) == 14
     assert blocks(dataclasses.replace(problem, n=65), config) == 28
 

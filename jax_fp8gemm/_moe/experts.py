@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_fp8gemm._bind.meshes import automatic, vary_alike
 from jax_fp8gemm._core.bits import from_bits, map_rows, named, save, take_rows, to_bits
 from jax_fp8gemm._core.groups import group_of_row
-from jax_fp8gemm._core.layout import K_MULTIPLE
+from jax_fp8gemm._core.layout import K_MULTIPLE, ceil_div
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._moe.block import ExpertSpec, permutation_here, rows_here
 from jax_fp8gemm._moe.exchange import (
@@ -253,9 +253,13 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     row = (starts[:, None] + jnp.arange(capacity)[None]).reshape(-1)
     row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
 
+    # How many rows an expert has on average: decides on the blocks.
+    expected = min(capacity, ceil_div(rows, e)) if isinstance(rows, int) else 0
+
     def masked(lhs, rhs):
         lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)
-        out = multiply_by(rhs, lhs, sizes, transposed=True, variant="masked")
+        how = {"transposed": True, "variant": "masked", "expected_rows": expected}
+        out = multiply_by(rhs, lhs, sizes, **how)
         return out.reshape(e * capacity, -1)
 
     h = masked(_take(xq, token[row]), up)

@@ -192,6 +192,7 @@ def multiply_by(
     *,
     transposed: bool,
     variant: VariantName = "ragged",
+    expected_rows: int = 0,
     batch_invariant: bool = False,
 ) -> jax.Array:
     """Returns the GEMM by what `operand` returned; transposed: for a forward GEMM."""
@@ -203,6 +204,7 @@ def multiply_by(
                 sizes,
                 transposed=transposed,
                 variant=variant,
+                expected_rows=expected_rows,
                 batch_invariant=batch_invariant,
             )
             for one in matrix
@@ -215,6 +217,7 @@ def multiply_by(
             jnp.bfloat16,
             sizes,
             variant=variant,
+            expected_rows=expected_rows,
             batch_invariant=batch_invariant,
         )
     return multiply_casting(

@@ -141,6 +141,7 @@ def multiply(
     variant: VariantName = "dense",
     scales: ScalesName = "1x128_128x128",
     out_sharding: NamedSharding | None = None,
+    expected_rows: int = 0,
     batch_invariant: bool = False,
 ) -> jax.Array:
     """Returns gemm's result as any float dtype; other than bf16 by way of f32.
@@ -151,11 +152,15 @@ def multiply(
       rhs: likewise.
       group_sizes: int32 [g] of a grouped variant.
       out_sharding: of the result, where mesh axes are Explicit.
+      expected_rows: of a masked group; 0: as many as there is room for.
     """
     lhs, rhs = pad_k(lhs), pad_k(rhs)
     out = OUT_NAMES.get(jnp.dtype(dtype).name, "f32")
     row = VARIANTS[variant].with_ranks(lhs.ndim, rhs.ndim)
-    spec = GemmSpec(variant=row, scales=scales, out=out, batch_invariant=batch_invariant)
+    same, expected = batch_invariant, expected_rows
+    spec = GemmSpec(
+        variant=row, scales=scales, out=out, expected_rows=expected, batch_invariant=same
+    )
     rest = () if group_sizes is None else (group_sizes,)
     operands = lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest
     return gemm_op.gemm(spec, *operands, out_sharding=out_sharding).astype(dtype)

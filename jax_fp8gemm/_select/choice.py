@@ -9,11 +9,11 @@ import pathlib
 import sys
 
 from jax_fp8gemm._select.candidates import candidates
-from jax_fp8gemm._select.cost import predicted_seconds
-from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
+from jax_fp8gemm._select.cost import ranked
+from jax_fp8gemm._select.problem import GemmConfig, Problem, blocks, why_illegal
 from jax_fp8gemm._select.saved import Table, file_name, read
 
-TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away
+TUNED_RATIO = 1.5  # a tuned row serves m up to this factor away, with the same number of blocks
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def saved(device: str) -> Table:
 
 def select(problem: Problem) -> GemmConfig:
     """Returns the config for `problem`: that of the user's file, else the tuned row of the nearest
-    m, else the model's best."""
+    m that needs as many blocks, else the model's best."""
     chosen, source = _choose(problem)
     if os.environ.get("JAX_FP8GEMM_PRINT_CONFIGS") == "1":
         print(f"jax_fp8gemm: {problem} -> {chosen} ({source})", file=sys.stderr)
@@ -58,9 +58,13 @@ def _choose(problem: Problem) -> tuple[GemmConfig, str]:
     def distance(m: int) -> float:
         return abs(math.log(m / p.m))
 
+    def serves(m: int) -> bool:
+        here, there = (blocks(x, by_m[m]) for x in (p, dataclasses.replace(p, m=m)))
+        return here == there and why_illegal(p, by_m[m]) is None
+
     near = [m for m in by_m if distance(m) <= math.log(TUNED_RATIO)]
     near.sort(key=distance)
-    chosen = next((by_m[m] for m in near if why_illegal(p, by_m[m]) is None), None)
+    chosen = next((by_m[m] for m in near if serves(m)), None)
     if chosen is not None:
         return chosen, "tuned"
-    return min(candidates(p), key=lambda c: predicted_seconds(p, c)), "model"
+    return ranked(p, candidates(p))[0], "model"

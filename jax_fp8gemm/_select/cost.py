@@ -1,69 +1,276 @@
-"""The cost model: how long a config takes for a problem, as one page of arithmetic."""
+"""The cost model: how long configs take for a problem, as one page of arithmetic.
+
+It works on arrays, one element for each config, so that all configs of a problem are ranked at
+once. benchmarks/fit_cost.py fits the constants to thousands of timings.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
-from jax_fp8gemm._core.layout import K_STEP, ROW_BLOCKS, ceil_div
-from jax_fp8gemm._select.problem import SMS, GemmConfig, Problem, blocks
+import numpy as np
+
+from jax_fp8gemm._core.layout import K_STEP, ROW_BLOCKS, SCALE_BLOCK
+from jax_fp8gemm._select.problem import SMS, STORE_BYTES, GemmConfig, Problem, blocks
 
 TENSOR_RATE = 8192  # FP8 operations per clock and SM, measured
+LINE, SECTOR = 128, 32  # bytes of L2: one entry, and what of it is read at a time
+UNEVEN = np.linspace(-1, 1, 9)
 
 
 @dataclasses.dataclass(frozen=True)
-class CostModel:
-    """Constants of `predicted_seconds`, fitted to timings on an H200.
+class Kernel:
+    """Constants of one kernel.
 
-    Those of few rows and of a split are fitted to timings on an H100 (docs/measured.md).
+    Attributes:
+      tensor: clocks of a step over the tensor core's own.
+      apart: added to it where the columns of a block lie in two scale blocks.
+      step: clocks of a step beside these.
+      loads: bytes per clock from L2 into one SM.
+      sharp: exponent by which the tensor core and loads of a step overlap.
+      block: clocks for each block that nothing hides.
+      latency: µs for launch, first bytes, last store.
+      overlap: exponent by which SMs, L2 and memory overlap.
     """
 
-    clock: float = 1.80e9  # Hz, under load with promotion
-    bandwidth: float = 4.7e12  # B/s from device memory, when every SM asks for its share
-    l2_bytes: float = 46.0  # per clock into one SM
-    tensor: float = 1.25  # clocks of a step over the tensor core's own
-    shared_columns: float = 1.0  # likewise with a scale for each column, which blocks share
-    few_rows_tensor: float = 2.5
-    few_rows_l2_bytes: float = 59.0
-    cast_step: float = 1800.0  # clocks that a step takes at least, where rhs is cast
-    latency: float = 4.5e-6  # s: launch, first bytes, last store
-    few_rows_latency: float = 4.1e-6
-    block: float = 1400.0  # clocks for each block that nothing hides
-    few_rows_block: float = 1600.0
-    split_block: float = 3000.0  # for each block of a cluster that shares it
-    clusters_of_four: float = 10 / 11  # of the SMs that find a place in one
-    output: float = 27.0  # bytes per clock that leave one SM
+    tensor: float
+    apart: float
+    step: float
+    loads: float
+    sharp: float
+    block: float
+    latency: float
+    overlap: float
 
 
-def predicted_seconds(problem: Problem, config: GemmConfig) -> float:
-    """Returns the cost model's time of `problem` with `config`; good for ranking, no more.
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """What `microseconds` takes, fitted to timings on an H200.
 
-    time = max(waves · (steps of k · max(tensor core, L2) + block overhead) / clock,
-               bytes / bandwidth) + latency
+    Attributes:
+      clock: per µs, under load.
+      bandwidth: bytes per µs from device memory, when every SM asks for its share.
+      alone: exponent of the part of the SMs that ask.
+      l2: bytes per µs from L2 to all SMs. A multicast saves some of them.
+      arrival: clocks until a copy is there, which the stages of the ring hide together.
+      loads_straddling, loads_misaligned: times the bytes into one SM, where rows begin inside a
+        line or a sector. Likewise l2_straddling and l2_misaligned those from L2, and
+        memory_misaligned those from memory.
+      spread: of the number of blocks, where groups have any size.
+      multicast: clocks of a step for a shared copy.
+      store_64, store_32, store_16: bytes per clock of a result, by the columns of its boxes.
+      store_direct, store_direct_f32, store_few_rows: likewise from registers.
+      drain: bytes per clock that leave an SM beside the next block's steps.
+      few_rows_128: times the tensor core's clocks, for blocks of 128 rows of that kernel.
+      split, split_element: clocks for a block that a cluster shares, and for an element of it.
+      clusters_of_four: of the SMs that find a place in one.
+      cast_step: clocks that a step takes at least, where rhs is cast.
     """
-    p, c, model = problem, config, CostModel()
-    few_rows = c.kernel == "few_rows"
-    m, k = p.one_group
-    steps = max(2, ceil_div(k, K_STEP)) / c.split_k
-    sms = min(p.num_sms or SMS, SMS)
-    if c.split_k == 4:
-        sms = int(sms * model.clusters_of_four)
-    ctas = blocks(p, c) * c.split_k
-    waves = ceil_div(ctas, sms)
-    tensor = c.block_m * c.block_n * K_STEP * 2 / TENSOR_RATE
-    if few_rows:
-        tensor *= model.few_rows_tensor
-    else:
-        tensor *= model.shared_columns if p.tiles[1] == ROW_BLOCKS else model.tensor
-    # A multicast saves reads of L2, but what arrives in an SM is the same.
-    loaded = K_STEP * (min(c.block_m, m) + c.block_n * (2 if p.casts else 1))
-    loads = loaded / (model.few_rows_l2_bytes if few_rows else model.l2_bytes)
-    if p.casts:
-        tensor = max(tensor, model.cast_step)
+
+    blocks: Kernel  # the persistent kernel, with a scale for each block of rhs
+    columns: Kernel  # the same with one for each column
+    few_rows: Kernel
+    clock: float
+    bandwidth: float
+    alone: float
+    l2: float
+    arrival: float
+    loads_straddling: float
+    loads_misaligned: float
+    l2_straddling: float
+    l2_misaligned: float
+    memory_misaligned: float
+    spread: float
+    multicast: float
+    store_64: float
+    store_32: float
+    store_16: float
+    store_direct: float
+    store_direct_f32: float
+    store_few_rows: float
+    drain: float
+    few_rows_128: float
+    split: float
+    split_element: float
+    clusters_of_four: float
+    cast_step: float = 1800.0
+
+
+# fmt: off
+H200 = Constants(
+    blocks=Kernel(
+        tensor=0.8409, apart=0.03478, step=191.1, loads=149.3, sharp=0.7486, block=633.2, latency=2.404, overlap=2.692,
+    ),
+    columns=Kernel(
+        tensor=0.9787, apart=0.01129, step=209.2, loads=149.3, sharp=0.7486, block=929.8, latency=2.404, overlap=2.692,
+    ),
+    few_rows=Kernel(
+        tensor=2.884, apart=0.0, step=114.3, loads=84.43, sharp=3.497, block=1175.0, latency=2.086, overlap=2.424,
+    ),
+    clock=2777.0,
+    bandwidth=5383000.0,
+    alone=0.4416,
+    l2=34820000.0,
+    arrival=258.7,
+    loads_straddling=1.677,
+    loads_misaligned=0.468,
+    l2_straddling=2.265,
+    l2_misaligned=6.037,
+    memory_misaligned=1.052,
+    spread=0.02388,
+    multicast=83.5,
+    store_64=24.4,
+    store_32=17.24,
+    store_16=19.19,
+    store_direct=13.7,
+    store_direct_f32=9.263,
+    store_few_rows=10.55,
+    drain=8.666,
+    few_rows_128=1.279,
+    split=591.0,
+    split_element=0.9465,
+    clusters_of_four=0.9444,
+)
+# fmt: on
+H100 = dataclasses.replace(H200, bandwidth=H200.bandwidth * 3.35 / 4.8)  # by data sheets
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a time depends on: an array for each, with an element for each config."""
+
+    kernel: np.ndarray  # index into the kernels of Constants
+    block_m: np.ndarray
+    block_n: np.ndarray
+    stages: np.ndarray
+    lhs_shared: np.ndarray  # by a cluster
+    rhs_shared: np.ndarray
+    split_k: np.ndarray
+    blocks: np.ndarray
+    m: np.ndarray  # of one group
+    n: np.ndarray
+    k: np.ndarray  # of one group
+    g: np.ndarray
+    row_bytes: np.ndarray  # of lhs and rhs
+    steps: np.ndarray  # of one group
+    sms: np.ndarray
+    out_bytes: np.ndarray  # of an element
+    aligned: np.ndarray  # whether results may leave by the copy engine
+    f32: np.ndarray
+    ragged: np.ndarray
+    any_size: np.ndarray  # whether groups end anywhere in a block
+    casts: np.ndarray
+
+
+def features(problem: Problem, configs: Sequence[GemmConfig]) -> Features:
+    p, (m, k) = problem, problem.one_group
+    persistent = 1 if p.tiles[1] == ROW_BLOCKS else 0
     out_bytes = 4 if p.out == "f32" else 2
-    block = model.few_rows_block if few_rows else model.block
-    block += min(c.block_m, m) * c.block_n * out_bytes / c.split_k / model.output
-    if c.split_k > 1:
-        block += model.split_block
-    cycles = waves * (steps * max(tensor, loads) + block)
-    traffic = p.g * (m * k + p.n * k * (2 if p.casts else 1) + out_bytes * m * p.n)
-    streaming = traffic / (model.bandwidth * min(1.0, ctas / SMS))
-    latency = model.few_rows_latency if few_rows else model.latency
-    return max(cycles / model.clock, streaming) + latency
+    own = {
+        "kernel": [2 if c.kernel == "few_rows" else persistent for c in configs],
+        "block_m": [c.block_m for c in configs],
+        "block_n": [c.block_n for c in configs],
+        "stages": [c.stages for c in configs],
+        "lhs_shared": [c.multicast == "lhs" for c in configs],
+        "rhs_shared": [c.multicast == "rhs" for c in configs],
+        "split_k": [c.split_k for c in configs],
+        "blocks": [blocks(p, c) for c in configs],
+    }
+    same = {
+        "m": m, "n": p.n, "k": k, "g": p.g, "row_bytes": p.k, "steps": p.steps_of_group,
+        "sms": min(p.num_sms or SMS, SMS), "out_bytes": out_bytes,
+        "aligned": p.n * out_bytes % STORE_BYTES == 0, "f32": p.out == "f32",
+        "ragged": p.variant == "ragged", "any_size": p.any_size, "casts": p.casts,
+    }  # fmt: skip
+    shared = {name: np.full(len(configs), value) for name, value in same.items()}
+    return Features(**{name: np.array(values) for name, values in own.items()}, **shared)
+
+
+def microseconds(f: Features, c: Constants) -> np.ndarray:
+    """Returns the model's times; good for ranking, no more.
+
+    SMs:    waves · (steps of k · step + block), a step as long as its tensor core work or copies
+    L2:     all copies / its rate
+    memory: all bytes / its rate
+    time  = the three, overlapped, + latency
+    """
+    own = {
+        field.name: np.array([getattr(x, field.name) for x in (c.blocks, c.columns, c.few_rows)])[
+            f.kernel
+        ]
+        for field in dataclasses.fields(Kernel)
+    }
+    steps = f.steps / f.split_k
+    step = _step(f, c, own)
+    stored = np.minimum(f.block_m, f.m) * f.block_n * f.out_bytes
+    block = own["block"] + stored / f.split_k / _store_rate(f, c)
+    shares = c.split + c.split_element * f.block_m * f.block_n
+    block = block + np.where(f.split_k > 1, shares, 0)
+    waves = _waves(f, c)
+    drains = (f.kernel < 2) & (waves > 1)
+    block = block + np.where(drains, np.maximum(0, stored / c.drain - steps * step), 0)
+    sms = waves * (steps * step + block) / c.clock
+
+    rows = np.where(f.any_size, f.block_m, np.minimum(f.block_m, f.m))
+    rows = rows * np.where(f.lhs_shared, 0.5, 1)
+    columns = f.block_n * np.where(f.rhs_shared, 0.5, 1) * np.where(f.casts, 2, 1)
+    copied = f.blocks * f.steps * K_STEP * (rows + columns)
+    l2 = copied * _by_alignment(f, c.l2_straddling, c.l2_misaligned) / c.l2
+
+    used = np.minimum(1, f.blocks * f.split_k / SMS) ** c.alone
+    read = (f.m * f.k + f.n * f.k * np.where(f.casts, 2, 1)) * _by_alignment(
+        f, c.memory_misaligned, c.memory_misaligned
+    )
+    memory = f.g * (read + f.out_bytes * f.m * f.n) / (c.bandwidth * used)
+
+    e = own["overlap"]
+    return (sms**e + l2**e + memory**e) ** (1 / e) + own["latency"]
+
+
+def _step(f: Features, c: Constants, own: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the clocks of one step of k in one SM."""
+    apart = (SCALE_BLOCK % f.block_n != 0) & (f.block_n % SCALE_BLOCK != 0)
+    tensor = f.block_m * f.block_n * K_STEP * 2 / TENSOR_RATE
+    tensor = tensor * (own["tensor"] + np.where(apart, own["apart"], 0))
+    tensor = tensor * np.where((f.kernel == 2) & (f.block_m == 128), c.few_rows_128, 1)
+    tensor = np.where(f.casts, np.maximum(tensor, c.cast_step), tensor)
+    rows = np.where(f.any_size, f.block_m, np.minimum(f.block_m, f.m))
+    loaded = K_STEP * (rows + f.block_n * np.where(f.casts, 2, 1))
+    loads = loaded / own["loads"] * _by_alignment(f, c.loads_straddling, c.loads_misaligned)
+    arrival, e = c.arrival / f.stages, own["sharp"]
+    shared = np.where(f.lhs_shared | f.rhs_shared, c.multicast, 0)
+    return (tensor**e + loads**e + arrival**e) ** (1 / e) + own["step"] + shared
+
+
+def _by_alignment(f: Features, straddling: float, misaligned: float) -> np.ndarray:
+    inside = np.where(f.row_bytes % SECTOR == 0, straddling, misaligned)
+    return np.where(f.row_bytes % LINE == 0, 1, inside)
+
+
+def _store_rate(f: Features, c: Constants) -> np.ndarray:
+    """Returns bytes per clock at which a block's results leave; see store() in plan.cuh."""
+    divisor = f.block_n & -f.block_n
+    box = np.minimum(divisor, np.where(f.f32, 32, 64))
+    rate = np.select([box >= 64, box == 32], [c.store_64, c.store_32], c.store_16)
+    direct = ~f.aligned | f.f32 & (f.ragged | (f.block_n > 128))
+    rate = np.where(direct, np.where(f.f32, c.store_direct_f32, c.store_direct), rate)
+    return np.where(f.kernel == 2, c.store_few_rows, rate)
+
+
+def _waves(f: Features, c: Constants) -> np.ndarray:
+    """Returns how many blocks the busiest SM has, one after the other."""
+    sms = f.sms * np.where(f.split_k == 4, c.clusters_of_four, 1)
+    waves = f.blocks * f.split_k / sms
+    spread = np.where(f.any_size, c.spread, 0)
+    return np.maximum(1, np.mean([np.ceil(waves * (1 + spread * x) - 1e-9) for x in UNEVEN], 0))
+
+
+def predicted_microseconds(problem: Problem, configs: Sequence[GemmConfig]) -> np.ndarray:
+    """Returns the model's µs of `problem` with each config, on the card that it names."""
+    card = H100 if "H100" in problem.device else H200
+    return microseconds(features(problem, configs), card)
+
+
+def ranked(problem: Problem, configs: Sequence[GemmConfig]) -> list[GemmConfig]:
+    """Returns the configs, the best by the model first; of equal ones the first as it was."""
+    order = np.argsort(predicted_microseconds(problem, configs), kind="stable")
+    return [configs[i] for i in order]

@@ -68,6 +68,19 @@ class Problem:
         """Steps of 128 along k, of all groups together."""
         return ceil_div(self.k, K_STEP)
 
+    @property
+    def any_size(self) -> bool:
+        """Whether groups end anywhere in a block."""
+        return VARIANTS[self.variant].groups == "m" and self.variant != "contiguous"
+
+    @functools.cached_property
+    def steps_of_group(self) -> float:
+        """Steps along k of one GEMM; where groups are along k, the mean to expect."""
+        k = self.one_group[1]
+        if VARIANTS[self.variant].groups != "k":
+            return max(2, ceil_div(k, K_STEP))
+        return float(np.mean(np.maximum(1, np.ceil(np.linspace(*SPREAD, 13) * k / K_STEP))))
+
     @functools.cached_property
     def one_group(self) -> tuple[int, int]:
         """Rows and depth of one GEMM, where groups are all of one size."""
@@ -168,11 +181,13 @@ def blocks(problem: Problem, config: GemmConfig) -> int:
     if config.multicast == "lhs":
         n = round_up(n, 2)
     unit = config.block_m * (2 if config.multicast == "rhs" else 1)
-    if VARIANTS[problem.variant].groups == "m":
+    if problem.variant == "contiguous":  # a block's rows are of one group
+        m = ceil_div(problem.m, unit) / problem.g
+    elif problem.any_size:
         m = _expected_units(rows, unit)
     else:
         m = float(ceil_div(rows, unit))
-    return math.ceil(problem.g * m * unit / config.block_m * n)
+    return math.ceil(round(problem.g * m, 6) * unit / config.block_m * n)
 
 
 @functools.lru_cache(maxsize=1024)

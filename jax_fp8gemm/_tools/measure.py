@@ -16,7 +16,7 @@ from jax_fp8gemm._core.layout import ROW_BLOCKS
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.choice import select
-from jax_fp8gemm._select.cost import predicted_seconds
+from jax_fp8gemm._select.cost import ranked
 from jax_fp8gemm._select.problem import GemmConfig, Problem
 from jax_fp8gemm._tools.operands import (
     executable_of,
@@ -70,10 +70,10 @@ def configs_to_try(problem: Problem, count: int) -> list[GemmConfig]:
 
     A quarter of these or more is of each kernel, if there are so many.
     """
-    ranked = sorted(candidates(problem), key=lambda c: predicted_seconds(problem, c))
-    kinds = [[c for c in ranked if c.kernel == kind] for kind in ("persistent", "few_rows")]
+    best_first = ranked(problem, candidates(problem))
+    kinds = [[c for c in best_first if c.kernel == kind] for kind in ("persistent", "few_rows")]
     sure = [config for kind in kinds for config in kind[: count // 4]]
-    rest = [config for config in ranked if config not in sure][: count - len(sure)]
+    rest = [config for config in best_first if config not in sure][: count - len(sure)]
     return list(dict.fromkeys([select(problem), *sure, *rest]))
 
 
