@@ -205,6 +205,36 @@ def disassembler() -> str | None:
     return None
 
 
+# Of every kind, those with the most registers or the fewest columns: what has the same loops and
+# stores as one of these has no more.
+THREE_WARPGROUPS = [
+    (variant, scales, out, n, multicast)
+    for variant in ("dense", "batched", "ragged", "masked")
+    for scales, out, n, multicast in (
+        ("1x128_128x128", "bf16", 128, "rhs"),
+        ("1x128_128x128", "f32", 112, "lhs"),
+        ("tensor_tensor", "bf16", 64, "none"),
+        ("1x128_1x128", "f32", 128, "none"),
+    )
+] + [
+    ("dense", "1x128_128x128", "bf16", 80, "rhs"),
+    ("dense", "row_row", "bf16", 96, "none"),
+    ("ragged_contracting", "1x128_1x128", "f32", 128, "rhs"),
+    ("ragged_contracting", "1x128_1x128", "bf16", 64, "none"),
+]
+
+
+def three_warpgroups() -> list[Choice]:
+    """Returns blocks of 192 rows, whether or not a shape leads to them."""
+    found = []
+    for variant, scales, out, n, multicast in THREE_WARPGROUPS:
+        problem = Problem(variant, 900, 4096, 4096, 1 if variant == "dense" else 6, scales, out)
+        config = GemmConfig("persistent", 192, n, 8, multicast)
+        found += [(problem, config) for config in problem_module.deepest(problem, [config])]
+    assert len(found) == len(THREE_WARPGROUPS)
+    return found
+
+
 def steps_that_wait(sass: str) -> int:
     """Counts steps of k in which products of scales stand before the last of four QGMMA."""
     letters = {"QGMMA": "Q", "FMUL": "m", "WARPGROUP.ARRIVE": "<"}
@@ -214,7 +244,7 @@ def steps_that_wait(sass: str) -> int:
 
 @pytest.mark.parametrize(
     "wanted",
-    [attributes(*choice) for choice in reachable()],
+    [attributes(*choice) for choice in [*reachable(), *three_warpgroups()]],
     ids=lambda w: f"{w['variant']}-{w['kernel']}-{w['block_m']}x{w['block_n']}",
 )
 def test_reachable_kernels_have_no_spills_and_use_the_tensor_core(wanted, tmp_path):

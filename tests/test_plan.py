@@ -70,6 +70,16 @@ LAID_OUT = {
         [("stages", 4 * (128 * 128 + 128 * 128 + 4 * 128 + 128 + BARRIERS))],
         {"threads": 384, "cluster_size": 2, "registers": 128, "store": "direct"},
     ),
+    "three_warpgroups": (
+        {"variant": "ragged"},
+        {"block_m": 192, "block_n": 112},
+        [
+            ("stages: scales of four more rows than 192",
+             4 * (192 * 128 + 112 * 128 + round_up(4 * 196, 128) + 128 + BARRIERS)),
+            ("three warpgroups' results on their way out", 3 * 64 * 112 * 2),
+        ],
+        {"threads": 512, "cluster_size": 1, "registers": 112, "store": "tma"},
+    ),
     "few_rows": (
         {},
         FEW_ROWS | {"block_n": 8},
@@ -149,7 +159,7 @@ CAST_CALL = {
 ILLEGAL = [
     ({}, {"kernel": "wide"}, "kernel must be persistent or few_rows"),
     ({}, {"multicast": "both"}, "multicast must be none, lhs or rhs"),
-    ({}, {"block_m": 192}, "block_m must be 64, 128 or 256"),
+    ({}, {"block_m": 96}, "block_m must be 64, 128, 192 or 256"),
     ({}, {"block_n": 12}, "block_n must be a multiple of 8, from 8 to 256"),
     ({}, {"stages": 1}, "stages must be from 2 to 64"),
     ({}, {"split_k": 3}, "split_k must be 1, 2 or 4"),
@@ -158,15 +168,21 @@ ILLEGAL = [
     ({"accumulate": 1}, {}, "only an f32 output can accumulate"),
     ({"rhs": "bf16"}, {}, "a bf16 rhs must have groups"),
     (CAST | {"rhs_scale": "1x128"}, {}, "a bf16 rhs is cast with scales of 128x128"),
-    ({}, {"block_m": 64}, "block_m of the persistent kernel must be 128 or 256"),
+    ({}, {"block_m": 64}, "block_m of the persistent kernel must be 128, 192 or 256"),
     ({}, {"block_n": 24}, "block_n of the persistent kernel must be a multiple of 16"),
     ({}, {"split_k": 2}, "only the few_rows kernel takes split_k"),
     (CAST, {"block_n": 64}, "a bf16 rhs needs block_n 128"),
+    (CAST, {"block_m": 192}, "a bf16 rhs needs block_m 128 or 256"),
     (CAST, {"multicast": "lhs"}, "a bf16 rhs takes no multicast"),
     ({}, {"block_n": 176}, "such a block_n may touch three blocks of scales; two is the most"),
     (
         {"variant": "contiguous"},
         {"block_m": 256, "stages": 2},
+        "the contiguous variant needs block_m 128",
+    ),
+    (
+        {"variant": "contiguous"},
+        {"block_m": 192},
         "the contiguous variant needs block_m 128",
     ),
     (
@@ -181,6 +197,11 @@ ILLEGAL = [
         FEW_ROWS | {"block_m": 256},
         "block_m of the few_rows kernel must be 64 or 128",
     ),
+    (
+        {},
+        FEW_ROWS | {"block_m": 192},
+        "block_m of the few_rows kernel must be 64 or 128",
+    ),
     ({}, FEW_ROWS | {"block_n": 136}, "block_n of the few_rows kernel must be at most 128"),
     ({}, FEW_ROWS | {"multicast": "lhs"}, "the few_rows kernel takes no multicast"),
     ({}, FEW_ROWS | {"stages": 5}, "the few_rows kernel needs an even number of stages"),
@@ -192,6 +213,7 @@ ILLEGAL = [
     ({}, FEW_ROWS | {"split_k": 4}, "split_k is more than the steps of k"),
     ({}, {"stages": 9}, "such a config needs more than 227 KiB of shared memory"),
     ({}, FEW_ROWS | {"block_m": 128, "block_n": 128}, "such a config needs too many registers"),
+    ({}, {"block_m": 192, "block_n": 144}, "such a config needs too many registers"),
 ]
 
 
@@ -301,7 +323,7 @@ def legal_plans() -> list[tuple[dict, int]]:
         CAST,
         CAST | {"out": "f32", "aligned": 0},
     ]
-    sizes = [("persistent", 128), ("persistent", 256), ("few_rows", 64), ("few_rows", 128)]
+    sizes = [("persistent", m) for m in (128, 192, 256)] + [("few_rows", m) for m in (64, 128)]
     columns, stages, splits = (8, 24, 48, 80, 96, 128, 160, 192), (2, 3, 4, 7, 10), (1, 2, 4)
     found = []
     for problem, (kernel, m), n, depth, split in itertools.product(

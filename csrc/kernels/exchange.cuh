@@ -11,6 +11,10 @@
 
 namespace fp8gemm {
 
+constexpr int kMathWarpgroups = 2;  // of the few-rows kernel
+constexpr int kMathThreads = kMathWarpgroups * kWarpgroupThreads;
+constexpr int kMathWarps = kMathThreads / kWarpThreads;
+
 // A part is one of two warpgroups of one of split_k CTAs; its sums are
 // float[kSubTiles][kRegisters].
 template <GemmSpec spec>

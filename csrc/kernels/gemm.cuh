@@ -3,8 +3,10 @@
 //   warpgroup 0, 1   consumers: tensor core, promotion, epilogue; every second 64 rows each
 //   warpgroup 2      producer: one thread starts the copies
 //
-// Where rhs is bf16, warpgroup 3 makes FP8 of it, and its copies are another warp's (rhs_cast.cuh).
-// Where rhs has a scale per column, other warps of warpgroup 2 look for equal ones (inspector.cuh).
+// A block of 192 rows has three warpgroups of consumers, with 64 rows each.
+// Where rhs is bf16, one more warpgroup makes FP8 of it, and its copies are another warp's
+// (rhs_cast.cuh). Where rhs has a scale per column, other warps of the producer's warpgroup look
+// for equal ones (inspector.cuh).
 //
 // Persistent: a CTA takes output blocks until none is left. The producer chooses them, and leaves
 // a note of each before its first bytes. The epilogue of a finished sub-tile runs under the next
@@ -24,10 +26,6 @@
 
 namespace fp8gemm {
 
-constexpr int kProducer = kMathWarps, kCastProducer = kProducer + 1;  // warps
-constexpr int kFirstInspector = kProducer + 1;  // where the others are not needed for casts
-constexpr int kFirstCaster = kProducer + kWarpgroupThreads / kWarpThreads;
-
 enum NamedBarrier : int {  // 0 is __syncthreads, kCastBarrier the casting warps'
   kReadyBarrier = 1,       // the mbarriers are initialised
   kStoreBarrier,           // + warpgroup: its 128 threads around the use of its output boxes
@@ -35,6 +33,11 @@ enum NamedBarrier : int {  // 0 is __syncthreads, kCastBarrier the casting warps
 
 template <GemmSpec spec>
 struct GemmTraits {
+  static constexpr int kMathWarpgroups = math_warpgroups(spec);
+  static constexpr int kMathThreads = math_threads(spec), kMathWarps = math_warps(spec);
+  static constexpr int kProducer = kMathWarps, kCastProducer = kProducer + 1;  // warps
+  static constexpr int kFirstInspector = kProducer + 1;  // where casts do not need the others
+  static constexpr int kFirstCaster = kProducer + kWarpgroupThreads / kWarpThreads;
   static constexpr int kSubTiles = sub_tiles(spec);    // per warpgroup
   static constexpr int kRegisters = spec.block_n / 2;  // of one 64-row accumulator, per thread
   // Of those, what one instruction fills.
@@ -59,6 +62,9 @@ struct GemmTraits {
                 "SharedMemory and shared_bytes() disagree: list every member in plan.cuh");
   static_assert(threads(spec) == (kCasts ? kFirstCaster + kCastWarps : kFirstCaster) * kWarpThreads,
                 "the warps here and threads() disagree: count every warp in plan.cuh");
+  static_assert(has_registers(spec), "register_shares(): give away no more than there are");
+  static_assert(!kCasts || kStoreBarrier + kMathWarpgroups <= kCastBarrier,
+                "two uses of one named barrier: move kCastBarrier");
 };
 
 template <GemmSpec spec>
@@ -68,6 +74,7 @@ struct Consumer {
   static constexpr int kSubTiles = Traits::kSubTiles;
   static constexpr int kRegisters = Traits::kRegisters;
   static constexpr int kPartRegisters = Traits::kPartRegisters;
+  static constexpr int kMathWarpgroups = Traits::kMathWarpgroups;
 
   const GemmParams& params;
   Shared& shared;
@@ -104,7 +111,7 @@ struct Consumer {
       if (steps > 0) {
         multiply_sub_tiles(block, taken_steps(steps));
       } else {
-        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, kMathThreads);
+        store_zeros<spec>(params, OutBlock::of<spec>(block), threadIdx.x, Traits::kMathThreads);
         release();
       }
     }
@@ -264,7 +271,7 @@ struct Consumer {
   }
 
   FP8GEMM_DEVICE int row_in_block(int sub_tile) const {
-    return (2 * sub_tile + warpgroup) * kSubTileRows + warp * 16 + lane / 4;
+    return (kMathWarpgroups * sub_tile + warpgroup) * kSubTileRows + warp * 16 + lane / 4;
   }
 
   template <int kSubTile>
@@ -287,7 +294,7 @@ struct Consumer {
   FP8GEMM_DEVICE void store_tma() {
     constexpr int kColumns = store_columns(spec.block_n, spec.out);
     constexpr int kBoxes = spec.block_n / kColumns, kBoxBytes = Traits::kOutTileBytes / kBoxes;
-    const int tile = 2 * kSubTile + warpgroup;
+    const int tile = kMathWarpgroups * kSubTile + warpgroup;
     const int slot = Traits::kOutTiles == 1 ? warpgroup : tile;
     const uint32_t boxes = shared_address(&shared.out) + slot * Traits::kOutTileBytes;
     const bool leader = threadIdx.x % kWarpgroupThreads == 0;
@@ -328,11 +335,11 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
     for (int stage = 0; stage < spec.stages; ++stage) {
       mbarrier_init(shared_address(&shared.full[stage]), 1);
       // One arrival per math warp of every CTA that a copy into this stage may come from.
-      mbarrier_init(shared_address(&shared.empty[stage]), kCtas * kMathWarps);
+      mbarrier_init(shared_address(&shared.empty[stage]), kCtas * math_warps(spec));
     }
 #pragma unroll
     for (int i = 0; i < kNotes; ++i) {
-      mbarrier_init(shared_address(&shared.note_read[i]), kMathThreads);
+      mbarrier_init(shared_address(&shared.note_read[i]), math_threads(spec));
     }
     if constexpr (kCasts) init_cast_barriers(shared.cast);
     if constexpr (GemmTraits<spec>::kInspected) {
@@ -352,6 +359,7 @@ FP8GEMM_DEVICE void init_barriers(Shared& shared) {
 template <GemmSpec spec>
 FP8GEMM_DEVICE void await_barriers(uint32_t warp) {
   constexpr bool kInspected = GemmTraits<spec>::kInspected;
+  constexpr int kMathWarps = math_warps(spec), kProducer = GemmTraits<spec>::kProducer;
   constexpr int kThreads = (kMathWarps + 1 + (kInspected ? kInspectors : 0)) * kWarpThreads;
   if constexpr (GemmTraits<spec>::kCluster) {
     cluster_arrive_relaxed();
@@ -408,25 +416,25 @@ FP8GEMM_DEVICE void gemm_kernel(const GemmParams& params) {
 
   const uint32_t rank = Traits::kCtas > 1 ? warp_uniform(cluster_ctarank()) : 0;
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
-  constexpr RegisterShares kOwn = register_shares(spec.rhs);
-  if (warp == kProducer) init_barriers<spec>(shared);
+  constexpr RegisterShares kOwn = register_shares(spec);
+  if (warp == Traits::kProducer) init_barriers<spec>(shared);
   await_barriers<spec>(warp);
-  if (Traits::kCasts && warp >= kFirstCaster) {
+  if (Traits::kCasts && warp >= Traits::kFirstCaster) {
     if constexpr (Traits::kCasts) {
       setmaxnreg_dec<kOwn.caster>();
-      Caster<spec, Shared>(shared, warp - kFirstCaster).run();
+      Caster<spec, Shared>(shared, warp - Traits::kFirstCaster).run();
     }
-  } else if (warp >= kMathWarps) {
+  } else if (warp >= Traits::kMathWarps) {
     setmaxnreg_dec<kOwn.producer>();
-    if (warp == kProducer) produce<spec>(params, shared, rank);
+    if (warp == Traits::kProducer) produce<spec>(params, shared, rank);
     if constexpr (Traits::kInspected) {
-      if (warp >= kFirstInspector) {
-        Inspector<spec>(params, shared, warp - kFirstInspector)
+      if (warp >= Traits::kFirstInspector) {
+        Inspector<spec>(params, shared, warp - Traits::kFirstInspector)
             .run({params, int(blockIdx.x / Traits::kCtas), int(gridDim.x / Traits::kCtas), rank});
       }
     }
     if constexpr (Traits::kCasts) {
-      if (warp == kCastProducer) produce_bf16<spec>(params, shared);
+      if (warp == Traits::kCastProducer) produce_bf16<spec>(params, shared);
     }
   } else {
     setmaxnreg_inc<kOwn.consumer>();

@@ -42,7 +42,8 @@ struct FewRowsTraits {
                 "a spec that parse_gemm_call() should have refused: see why_illegal() in plan.cuh");
   static_assert(sizeof(Shared) == shared_bytes(spec),
                 "SharedMemory and shared_bytes() disagree: list every member in plan.cuh");
-  static_assert(kThreads == (kMathWarps + kMathWarpgroups) * kWarpThreads,
+  static_assert(math_warpgroups(spec) == kMathWarpgroups &&
+                    kThreads == (kMathWarps + kMathWarpgroups) * kWarpThreads,
                 "the warps here and threads() disagree: one producer for each math warpgroup");
 };
 

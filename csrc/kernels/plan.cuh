@@ -37,16 +37,22 @@ constexpr int kRegisterFile = 65536;
 
 // ---- GEMM: threads and registers ----------------------------------------------------------------
 
-constexpr int kMathWarpgroups = 2;  // of both kernels
-constexpr int kMathThreads = kMathWarpgroups * kWarpgroupThreads;
-constexpr int kMathWarps = kMathThreads / kWarpThreads;
 constexpr int kCastWarps = 4;   // that make FP8 of rhs, a quarter of a tile each
 constexpr int kInspectors = 3;  // warps that look for common scales, beside the producer
 
+// Warpgroups that multiply. Two of them cannot share the three sub-tiles of 192 rows evenly.
+constexpr int math_warpgroups(const GemmSpec& spec) { return spec.block_m == 192 ? 3 : 2; }
+constexpr int math_threads(const GemmSpec& spec) {
+  return math_warpgroups(spec) * kWarpgroupThreads;
+}
+constexpr int math_warps(const GemmSpec& spec) { return math_threads(spec) / kWarpThreads; }
+
 constexpr int threads(const GemmSpec& spec) {
   // Each math warpgroup of the few-rows kernel has a warp that produces for it.
-  if (spec.kernel == Kernel::kFewRows) return kMathThreads + kMathWarpgroups * kWarpThreads;
-  return kMathThreads + kWarpgroupThreads + (is_cast(spec.rhs) ? kCastWarps * kWarpThreads : 0);
+  const int producers = math_warpgroups(spec) * kWarpThreads;
+  if (spec.kernel == Kernel::kFewRows) return math_threads(spec) + producers;
+  const int casters = is_cast(spec.rhs) ? kCastWarps * kWarpThreads : 0;
+  return math_threads(spec) + kWarpgroupThreads + casters;
 }
 
 // CTAs of a cluster: those that divide k, or two that share a tile. Two CTAs whose rhs is cast keep
@@ -60,31 +66,34 @@ constexpr int cluster_size(const GemmSpec& spec) {
 // every second step of k.
 constexpr int sub_tiles(const GemmSpec& spec) {
   const int all = spec.block_m / kSubTileRows;
-  return spec.kernel == Kernel::kFewRows ? all : all / kMathWarpgroups;
+  return spec.kernel == Kernel::kFewRows ? all : all / math_warpgroups(spec);
 }
 
 // fp32 registers of a math thread: the sums of its sub-tiles, and one partial sum.
 constexpr int registers(const GemmSpec& spec) { return (sub_tiles(spec) + 1) * (spec.block_n / 2); }
 
 // With more the compiler spills: found by compiling.
-constexpr int most_registers(Kernel kernel) { return kernel == Kernel::kFewRows ? 152 : 192; }
+constexpr int most_registers(const GemmSpec& spec) {
+  if (spec.kernel == Kernel::kFewRows) return 152;
+  return math_warpgroups(spec) == 3 ? 128 : 192;
+}
 
 // What setmaxnreg gives to each thread of a warpgroup, of the persistent kernel. All begin with an
 // equal share of the register file, in units of eight, and hand registers over.
 struct RegisterShares {
   int consumer, producer, caster;
-
-  constexpr int sum() const { return kMathWarpgroups * consumer + producer + caster; }
 };
-constexpr RegisterShares register_shares(Rhs rhs) {
-  return is_cast(rhs) ? RegisterShares{192, 32, 96} : RegisterShares{232, 40, 0};
+constexpr RegisterShares register_shares(const GemmSpec& spec) {
+  if (math_warpgroups(spec) == 3) return {160, 32, 0};
+  return is_cast(spec.rhs) ? RegisterShares{192, 32, 96} : RegisterShares{232, 40, 0};
 }
-constexpr int all_register_shares(int warpgroups) {
-  return kRegisterFile / (warpgroups * kWarpgroupThreads) / 8 * 8 * warpgroups;
+// Whether there are as many; setmaxnreg would wait forever for more.
+constexpr bool has_registers(const GemmSpec& spec) {
+  const RegisterShares own = register_shares(spec);
+  const int warpgroups = threads(spec) / kWarpgroupThreads;
+  const int all = kRegisterFile / threads(spec) / 8 * 8 * warpgroups;
+  return math_warpgroups(spec) * own.consumer + own.producer + own.caster <= all;
 }
-static_assert(register_shares(Rhs::kFp8).sum() <= all_register_shares(3) &&
-                  register_shares(Rhs::kBf16).sum() <= all_register_shares(4),
-              "register_shares: more than there are; setmaxnreg would wait forever");
 
 // Columns of one tensor-core instruction. Where rhs is cast, half a block: half of the registers of
 // a partial sum are the casting warps'.
@@ -205,7 +214,7 @@ constexpr int out_tile_bytes(const GemmSpec& spec) {
 
 constexpr int out_bytes(const GemmSpec& spec) {
   if (store(spec) == Store::kDirect) return 0;
-  return kMathWarpgroups * out_tiles(spec) * out_tile_bytes(spec);
+  return math_warpgroups(spec) * out_tiles(spec) * out_tile_bytes(spec);
 }
 
 // Where parts of a block's sum meet (exchange.cuh): sums are dealt out in groups of 64 rows × 8
@@ -220,10 +229,10 @@ struct ExchangePlan {
 };
 constexpr ExchangePlan exchange_plan(const GemmSpec& spec) {
   if (spec.kernel != Kernel::kFewRows) return {};
-  const int parts = kMathWarpgroups * spec.split_k;
+  const int warpgroups = math_warpgroups(spec), parts = warpgroups * spec.split_k;
   const int groups = sub_tiles(spec) * (spec.block_n / 8);
   const int most_owned = ceil_div(groups, parts);
-  const int sum_bytes = kMathWarpgroups * (parts - 1) * most_owned * kExchangeGroupBytes;
+  const int sum_bytes = warpgroups * (parts - 1) * most_owned * kExchangeGroupBytes;
   const int barrier = spec.split_k > 1 ? round_up(kBarrierBytes, kArrayAlignment) : 0;
   return {parts, groups, most_owned, sum_bytes, sum_bytes + barrier};
 }
@@ -276,8 +285,8 @@ constexpr int kAnySteps = 0x7fffffff;
 
 // Why a number is out of range, or null. Where it is null, nothing here overflows.
 constexpr const char* out_of_range(const GemmSpec& spec) {
-  if (spec.block_m != 64 && spec.block_m != 128 && spec.block_m != 256) {
-    return "block_m must be 64, 128 or 256";
+  if (spec.block_m != 64 && spec.block_m != 128 && spec.block_m != 192 && spec.block_m != 256) {
+    return "block_m must be 64, 128, 192 or 256";
   }
   if (spec.block_n < 8 || spec.block_n > 256 || spec.block_n % 8) {
     return "block_n must be a multiple of 8, from 8 to 256";
@@ -301,10 +310,11 @@ constexpr const char* why_illegal_problem(const GemmSpec& spec) {
 }
 
 constexpr const char* why_illegal_persistent(const GemmSpec& spec) {
-  if (spec.block_m < 128) return "block_m of the persistent kernel must be 128 or 256";
+  if (spec.block_m < 128) return "block_m of the persistent kernel must be 128, 192 or 256";
   if (spec.block_n % 16) return "block_n of the persistent kernel must be a multiple of 16";
   if (spec.split_k != 1) return "only the few_rows kernel takes split_k";
   if (is_cast(spec.rhs) && spec.block_n != kScaleBlock) return "a bf16 rhs needs block_n 128";
+  if (is_cast(spec.rhs) && math_warpgroups(spec) > 2) return "a bf16 rhs needs block_m 128 or 256";
   if (is_cast(spec.rhs) && spec.multicast != Multicast::kNone) {
     return "a bf16 rhs takes no multicast";
   }
@@ -344,8 +354,7 @@ constexpr const char* why_illegal(const GemmSpec& spec, int steps = kAnySteps) {
   if (reason) return reason;
   if (shared_bytes(spec) > kMostSharedBytes)
     return "such a config needs more than 227 KiB of shared memory";
-  if (registers(spec) > most_registers(spec.kernel))
-    return "such a config needs too many registers";
+  if (registers(spec) > most_registers(spec)) return "such a config needs too many registers";
   return nullptr;
 }
 

@@ -19,6 +19,7 @@ PERSISTENT: list[Shape] = [
     (256, 96, "none"),
     *[(128, n, which) for n in (192, 160, 144, 128, 64, 32) for which in EVERY],
     *[(128, n, which) for n in (112, 96, 80, 48) for which in ALONE],
+    *[(192, n, which) for n in (128, 112, 96, 80, 64) for which in ALONE],
 ]
 LARGEST: list[Shape] = [(256, 128, "lhs"), (128, 192, "rhs")]  # where the order of blocks matters
 LARGEST_ROWS = 2048  # above which it does

@@ -95,7 +95,8 @@ class GemmConfig:
 
     Attributes:
       kernel: "persistent" (csrc/kernels/gemm.cuh) or "few_rows" (gemm_few_rows.cuh).
-      block_m, block_n: rows and columns of one output block.
+      block_m, block_n: rows and columns of one output block. block_m is 64 or 128 in the few-rows
+        kernel, and 128, 192 or 256 in the persistent one.
       stages: slots of the shared-memory ring, each 128 of k deep.
       multicast: the operand ("lhs", "rhs") that a cluster of two CTAs shares, or "none".
       split_k: CTAs of a cluster that divide k between them (few_rows only).

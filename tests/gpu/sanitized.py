@@ -32,6 +32,7 @@ PERSISTENT = (
     GemmConfig("persistent", 256, 128, 3, "lhs"),
     GemmConfig("persistent", 128, 192, 3, "rhs"),
     GemmConfig("persistent", 128, 144, 3),
+    GemmConfig("persistent", 192, 128, 3, "rhs"),
 )
 FEW_ROWS = (
     GemmConfig("few_rows", 64, 56, 4),
@@ -40,7 +41,7 @@ FEW_ROWS = (
     GemmConfig("few_rows", 128, 40, 2),
 )
 # `contiguous` takes blocks of 128 rows.
-ANY_GROUPS = (*PERSISTENT[:2], GemmConfig("persistent", 128, 96, 3, "lhs"))
+ANY_GROUPS = (*PERSISTENT[:2], PERSISTENT[-1], GemmConfig("persistent", 128, 96, 3, "lhs"))
 GROUPED = ("batched", "ragged", "contiguous", "masked", "ragged_contracting")
 
 

@@ -35,6 +35,7 @@ CONFIGS = [
     GemmConfig("few_rows", 64, 72, 2, split_k=4),
     GemmConfig("few_rows", 128, 40, 6, split_k=2),
     GemmConfig("few_rows", 128, 64, 2),
+    GemmConfig("persistent", 192, 128, 3, "rhs"),
 ]
 
 
@@ -129,6 +130,22 @@ def test_last_blocks_of_any_size(config):
                 check(problem, config)
 
 
+# Three warpgroups, each with 64 of 192 rows.
+THREE_WARPGROUPS = [
+    GemmConfig("persistent", 192, n, 8, multicast)
+    for n, multicast in ((128, "none"), (112, "rhs"), (96, "lhs"), (80, "none"), (64, "rhs"))
+]
+
+
+@pytest.mark.parametrize("out", ["bf16", "f32"])
+@pytest.mark.parametrize("m", [1, 64, 65, 129, 192, 193, 200, 384, 385, 700])
+def test_every_tail_of_blocks_of_192_rows(m, out):
+    for scales in ("1x128_128x128", "1x128_1x128"):
+        problem = Problem("dense", m, 396, 400, 1, scales, out)
+        for config in deepest(problem, THREE_WARPGROUPS):
+            check(problem, config)
+
+
 @pytest.mark.parametrize("k", [16, 32, 112, 128, 144, 240, 256, 272, 384, 528, 1040])
 def test_every_tail_of_k(k):
     for config in (CONFIGS[0], CONFIGS[3], CONFIGS[7], CONFIGS[11]):
@@ -147,6 +164,7 @@ SHARING = [
 SHAPES_OF_BLOCKS = [
     (256, 128, "none"), (256, 128, "lhs"), (256, 128, "rhs"), (256, 96, "none"),
     (128, 192, "none"), (128, 160, "lhs"), (128, 144, "none"), (128, 112, "none"), (128, 64, "rhs"),
+    (192, 128, "rhs"), (192, 96, "none"),
 ]  # fmt: skip
 
 

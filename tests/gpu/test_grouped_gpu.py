@@ -20,6 +20,8 @@ CONFIGS = {
         None,
         GemmConfig("persistent", 256, 128, 3, "lhs"),
         GemmConfig("persistent", 128, 192, 4, "rhs"),
+        GemmConfig("persistent", 192, 128, 4),
+        GemmConfig("persistent", 192, 96, 4, "rhs"),
         GemmConfig("persistent", 128, 16, 4),
         GemmConfig("few_rows", 64, 56, 8),
         GemmConfig("few_rows", 128, 64, 4),
@@ -33,12 +35,15 @@ CONFIGS = {
         None,
         GemmConfig("persistent", 256, 128, 3, "lhs"),
         GemmConfig("persistent", 128, 96, 4, "rhs"),
+        GemmConfig("persistent", 192, 112, 4, "rhs"),
+        GemmConfig("persistent", 192, 64, 4),
         GemmConfig("few_rows", 64, 64, 8),
     ],
     "ragged_contracting": [
         None,
         GemmConfig("persistent", 256, 128, 3, "lhs"),
         GemmConfig("persistent", 128, 192, 3, "rhs"),
+        GemmConfig("persistent", 192, 128, 3),
     ],
 }
 CASES = [(variant, config) for variant, found in CONFIGS.items() for config in found]
