@@ -16,7 +16,6 @@ from protocol import BANDWIDTH, PEAK, progress, save
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.qarray import FP8
-from jax_fp8gemm._moe import experts as masked_rule
 from jax_fp8gemm._tools import timing
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 7168, 2048, 256, 8  # arXiv 2412.19437, section 4.2
@@ -51,7 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
-    parser.add_argument("--both", action="store_true", help="masked beside ragged; not stored")
     options = parser.parse_args(arguments)
     operands = (
         jax.random.normal(jax.random.key(1), (WIDTH, EXPERTS), jnp.float32) / WIDTH**0.5,
@@ -59,18 +57,16 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     progress("weights made")
     contenders, used = {}, {}
-    rules = (0, 1 << 20) if options.both else (masked_rule.MASKED_TOKENS,)
     for tokens in options.tokens:
         x = jax.random.normal(jax.random.key(tokens), (tokens, WIDTH), jnp.bfloat16)
-        for rule in rules:
-            masked_rule.MASKED_TOKENS = rule
-            run = jax.jit(lambda *args: layer(*args)).lower(x, *operands).compile()
-            contenders[tokens, rule] = functools.partial(run, x, *operands)
-        used[tokens] = len(np.unique(contenders[tokens, rule]()[1]))
+        contenders[tokens] = functools.partial(
+            jax.jit(layer).lower(x, *operands).compile(), x, *operands
+        )
+        used[tokens] = len(np.unique(contenders[tokens]()[1]))
     progress("compiled")
     times = timing.device_microseconds(contenders, REPS)
     rows = []
-    for (tokens, rule), us in times.items():
+    for tokens, us in times.items():
         median, low, high = timing.spread(us)
         count, one = used[tokens], 3 * WIDTH * HIDDEN
         nbytes = (count + 1) * one * (1 + 4 / 128**2) + 4 * WIDTH * EXPERTS + 4 * tokens * WIDTH
@@ -82,10 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
             "flops": flops, "limit_us": round(limit, 2), "times_limit": round(median / limit, 3),
         }  # fmt: skip
         rows.append(row)
-        how = "masked" if tokens <= rule else "ragged"
-        print(f"{tokens:6} tokens, {how}: {median:9.1f} µs = {median / limit:.2f} × limit")
-    if not options.both:
-        save(rows, options.out)
+        print(f"{tokens:6} tokens: {median:9.1f} µs = {median / limit:.2f} × limit")
+    save(rows, options.out)
 
 
 if __name__ == "__main__":

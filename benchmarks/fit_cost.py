@@ -141,13 +141,12 @@ def fit(data: Data) -> Constants:
 
 def report(data: Data, constants: Constants) -> None:
     found = regrets(data, constants)
-    for name, some in [("fitted half", data.fitted), ("other half", ~data.fitted)] + [
-        (family, np.array([f == family for f in data.family]))
-        for family in dict.fromkeys(data.family)
-    ]:
-        mean = np.exp(np.log(found[some]).mean())
-        print(f"{name:34} {some.sum():4} GEMMs: regret {mean - 1:.2%}, worst {found[some].max() - 1:.1%}, "
-              f"above 8 %: {(found[some] > 1.08).sum()}")  # fmt: skip
+    parts = {"fitted half": data.fitted, "other half": ~data.fitted}
+    parts |= {f: np.array([own == f for own in data.family]) for f in dict.fromkeys(data.family)}
+    for name, some in parts.items():
+        mean, worst = np.exp(np.log(found[some]).mean()) - 1, found[some].max() - 1
+        above = (found[some] > 1.08).sum()
+        print(f"{name:34} {some.sum():4} GEMMs: {mean:.2%}, worst {worst:.1%}, {above} above 8 %")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,12 +29,10 @@ from jax_fp8gemm._moe.exchange import (
 from jax_fp8gemm._moe.experts_bf16 import bf16_experts
 from jax_fp8gemm._moe.kernels import ExpertKernels, without_biases
 from jax_fp8gemm._moe.order import (
-    merge_choices,
     rows_or_zero,
     sum_rows,
 )
 from jax_fp8gemm._moe.placement import (
-    received_rows,
     size_of,
 )
 from jax_fp8gemm._moe.unfused import (
@@ -64,10 +62,6 @@ from jax_fp8gemm._ops.casts import (
 )
 from jax_fp8gemm._ops.gemm import multiply
 
-# Tokens up to which FP8 kernels are multiplied by way of slots [e, tokens], which makes an expert's
-# rows one sub-tile (64 rows) of the kernel, at a place of its own. A rule, not yet a measurement.
-MASKED_TOKENS = 64
-
 
 def run_experts(
     x: jax.Array,
@@ -90,12 +84,6 @@ def run_experts(
         own = kernels.sizes[0]
         slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
     gate_weights = gate_weights.astype(jnp.float32)
-    bounded = spec.capacity is not None or spec.most_rows is not None
-    if kernels.is_fp8 and spec.precision == "fp8" and not bounded:
-        tokens = received_rows(axes, x.shape[0], 1)
-        if isinstance(tokens, int) and tokens <= MASKED_TOKENS:  # symbolic: any number
-            spec = dataclasses.replace(spec, capacity=tokens)
-            expert_index, gate_weights = merge_choices(expert_index, gate_weights)
     block: Callable = _experts if spec.precision == "fp8" else bf16_experts
     run = automatic(lambda *operands: block(*operands, spec), x, None)
     if kernels.wo_bias is not None and axes.tensor:  # results are added up over these axes

@@ -77,17 +77,6 @@ def first_choices(expert_index: jax.Array, num_experts: int, most: int) -> jax.A
     return jnp.where(inside & (place <= most), expert_index, num_experts)
 
 
-def merge_choices(expert_index: jax.Array, gate_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns choices [t, top_k] in which a token names an expert once, with all its weight.
-
-    So an expert has as many rows as there are tokens at most. The other choices are no expert.
-    """
-    same = expert_index[:, :, None] == expert_index[:, None, :]
-    first = ~jnp.tril(same, -1).any(2)
-    weights = jnp.where(same, gate_weights[:, None, :], 0).sum(2)
-    return jnp.where(first, expert_index, -1), jnp.where(first, weights, 0)
-
-
 def cut(permutation: Permutation, capacity: int) -> Permutation:
     """Returns the permutation without the rows of an expert past its first `capacity`."""
     old = permutation.group_sizes
