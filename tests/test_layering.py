@@ -15,8 +15,8 @@ PACKAGE = ROOT / "jax_fp8gemm"
 # The wings in order, and in each wing its files in order: a file imports files of earlier wings and
 # earlier files of its own. docs/architecture.md shows this table.
 WINGS = {
-    "_core": "version errors folders extension types layout qarray bits checks groups variants"
-    " reference",
+    "_core": "version errors folders progress extension types layout qarray bits checks groups "
+    "variants reference",
     "_select": "problem candidates cost saved choice",
     "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe bf16 matmul ragged_dot "
@@ -24,9 +24,9 @@ WINGS = {
     "_moe": "ordered gate order routing balance exchange activations kernels weights placement "
     "router block unfused experts_bf16 experts ffn layer",
     "_flax": "linen_moe nnx_moe",
-    "_checkpoint": "header folder sources placing microscaled pairs arrays quantization progress "
+    "_checkpoint": "header folder sources placing microscaled pairs arrays quantization "
     "reader writer tables parameters export",
-    "_tools": "timing operands shapes hlo profile progress problems programs warm measure tune",
+    "_tools": "timing operands shapes hlo profile problems programs warm measure tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}
 DOORS = ["__init__", "linen", "nnx", "checkpoint", "deep_gemm", "tuning", "__main__"]
