@@ -162,7 +162,7 @@ def load_parameters(
 
     Raises:
       ValueError: a tensor that the table does not have, an expert missing, a part that splits a
-        scale tile; and as of `load`.
+        scale tile and is not exact with other tiles; and as of `load`.
       TypeError: as of `load`.
       FileNotFoundError: as of `load`.
       NotImplementedError: as of `load`.

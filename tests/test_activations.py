@@ -118,6 +118,19 @@ def test_fp8_weights_and_biases_as_one(key):
         np.testing.assert_array_equal(run(x, experts, weights, given), expected)
 
 
+def test_fp8_weights_without_a_gate_and_biases(key):
+    """Biases are filled with zeros as f is."""
+    kernels = parameters(key, "squared_relu", True, f=72)
+    experts, weights = choices(key, T, 2, E)
+    x, _ = tokens(key, T, H)
+    run = jax.jit(functools.partial(fp8.expert_ffn, activation="squared_relu"))
+    expected = run(x, experts, weights, kernels)
+    of = lambda w: fp8.quantize(jnp.swapaxes(w, -1, -2), (128, 128))  # noqa: E731
+    q = dataclasses.replace(kernels, wi_0=of(kernels.wi_0), wo=of(kernels.wo))
+    for given in (q, fp8.prepare_experts(q)):
+        np.testing.assert_array_equal(run(x, experts, weights, given), expected)
+
+
 @pytest.mark.parametrize("activation", [GPT_OSS])
 def test_over_a_mesh(key, activation):
     """Routed and shared experts with biases on eight devices, forward and backward, as on one."""

@@ -8,9 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import block_weight, read_by_hand, write_by_hand
+from dense_moe import FORWARD
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from numerics import dequantized64
+from numerics import calc_diff, dequantized64
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import checkpoint
@@ -212,9 +213,9 @@ def gpt_oss():
         found[f"{layer}.self_attn.{name}_proj.bias"] = floats(n)
     found[f"{layer}.self_attn.sinks"] = floats(4)
     found[f"{layer}.mlp.router.weight"], found[f"{layer}.mlp.router.bias"] = floats(E, H), floats(E)
-    up, up_values = mxfp4(f"{layer}.mlp.experts.gate_up_proj", E, 2 * 144, H)
+    up, up_values = mxfp4(f"{layer}.mlp.experts.gate_up_proj", E, 2 * 160, H)
     down, down_values = mxfp4(f"{layer}.mlp.experts.down_proj", E, H, 160)
-    found[f"{layer}.mlp.experts.gate_up_proj_bias"] = floats(E, 2 * 144)
+    found[f"{layer}.mlp.experts.gate_up_proj_bias"] = floats(E, 2 * 160)
     found[f"{layer}.mlp.experts.down_proj_bias"] = floats(E, H)
     return found | up | down, up_values, down_values
 
@@ -234,6 +235,100 @@ def test_gpt_oss_is_taken_apart_exactly(tmp_path):
     np.testing.assert_array_equal(layer["attention"]["q"], q.T)
     with pytest.raises(ValueError, match=r"gate_up_proj cannot be joined from FP8(?s:.*)  fix  "):
         checkpoint.save_parameters(tmp_path, tree, GPT_OSS)
+
+
+def test_experts_of_gpt_oss_in_layers(tmp_path):
+    """Straight from the table into both layers, against float32 of the file's own numbers."""
+    linen, nnx = (pytest.importorskip(f"jax_fp8gemm.{door}") for door in ("linen", "nnx"))
+    tensors, up, down = gpt_oss()
+    write_by_hand(tmp_path / "x", tensors)
+    layer = checkpoint.load_parameters(tmp_path / "x", GPT_OSS)["layers"]["0"]
+    experts, gate_kernel = layer["experts"], layer["gate_kernel"]
+    activation = fp8.ClampedSwiglu(limit=7.0, alpha=1.702, up_offset=1.0)
+    options = {"top_k": 2, "normalize": True, "activation": activation}
+    model = nnx.Fp8MoE.from_quantized(gate_kernel, fp8.ExpertKernels(**experts), **options)
+    x = jnp.asarray(floats(8, H)) * 0.05  # so that few are clamped
+    y, routing = model(x)
+
+    names = ("wi_0", "wi_1", "wo")
+    biases = {f"{name}_bias": experts[f"{name}_bias"] for name in names}
+    parts = [(f"{name}_{part}", name, part) for name in names for part in ("qvalue", "scale")]
+    held = {key: getattr(experts[name], part) for key, name, part in parts}
+    variables = {"params": {"gate_kernel": gate_kernel, **biases}, "quantized": held}
+    sizes = {"num_experts": E, "hidden_features": 160, "quantized": True, "use_bias": True}
+    np.testing.assert_array_equal(linen.Fp8MoE(**sizes, **options).apply(variables, x)[0], y)
+
+    index, weights = (np.asarray(a) for a in (routing.expert_index, routing.gate_weights))
+    stem = "model.layers.0.mlp.experts"
+    both, last = (
+        tensors[f"{stem}.{name}_bias"].astype(float) for name in ("gate_up_proj", "down_proj")
+    )
+    expected = np.zeros((8, H))
+    for t, row in enumerate(np.asarray(x, float)):
+        for expert, weight in zip(index[t], weights[t], strict=True):
+            h = up[expert] @ row + both[expert]
+            gate, value = np.minimum(h[::2], 7), np.clip(h[1::2], -7, 7)
+            a = gate / (1 + np.exp(-1.702 * gate)) * (value + 1)
+            expected[t] += weight * (down[expert] @ a + last[expert])
+    assert calc_diff(y, expected) < FORWARD
+
+
+E4M3 = ml_dtypes.float8_e4m3fn
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def gate_and_up(path, numbers, scale, end="_scale_inv"):
+    """Returns gate and up of a file whose rows take turns, in FP8."""
+    write_by_hand(path, {GATE_UP: numbers.astype(E4M3), f"{GATE_UP}{end}": np.float32(scale)})
+    experts = checkpoint.load_parameters(path, GPT_OSS)["layers"]["0"]["experts"]
+    return experts["wi_0"], experts["wi_1"]
+
+
+def test_gate_and_up_in_turns_with_a_scale_per_row(tmp_path):
+    numbers, scale = floats(E, 2 * 200, 72).astype(E4M3), RNG.random((E, 2 * 200, 1), np.float32)
+    for i, q in enumerate(gate_and_up(tmp_path / "x", numbers, scale, "_scale")):
+        assert np.asarray(q.qvalue).tobytes() == numbers[:, i::2].tobytes()
+        np.testing.assert_array_equal(q.scale, scale[:, i::2])
+
+
+def test_gate_and_up_in_turns_with_blocks_are_taken_apart_exactly(tmp_path):
+    """128 rows of gate lie in two blocks, whose scales are powers of two; the last ones are odd."""
+    rows, k = 2 * 200, 160
+    numbers = RNG.integers(-7, 8, (E, rows, k)) * 2.0 ** RNG.integers(0, 5, (E, rows, k))
+    scale = 2.0 ** RNG.integers(-9, -6, (E, 4, 2))
+    values = numbers * scale.repeat(128, 1)[:, :rows].repeat(128, 2)[:, :, :k]
+    for i, q in enumerate(gate_and_up(tmp_path / "x", numbers, scale)):
+        assert q.shape == (E, 200, k) and q.scale.shape == (E, 2, 2)
+        np.testing.assert_array_equal(dequantized64(q), values[:, i::2])
+    sharding = NamedSharding(jax.make_mesh((E, 2), ("e", "k")), P("e", None, "k"))
+    tree = checkpoint.load_parameters(tmp_path / "x", GPT_OSS, sharding=sharding)
+    q = jax.tree.map(jnp.asarray, jax.device_get(tree["layers"]["0"]["experts"]["wi_1"]))
+    np.testing.assert_array_equal(dequantized64(q), values[:, 1::2])
+
+
+def test_gate_and_up_in_turns_as_this_package_writes_them(tmp_path):
+    """Normal numbers, whose blocks have the same scale: bits of gate and up quantized apart."""
+    kernels = [jnp.asarray(RNG.standard_normal((E, H, 2 * F), np.float32)) for _ in range(2)]
+    experts = dict(zip(("wi_0", "wi_1"), kernels, strict=True))
+    checkpoint.save_parameters(tmp_path, {"layers": {"0": {"experts": experts}}}, GPT_OSS)
+    again = checkpoint.load_parameters(tmp_path, GPT_OSS)["layers"]["0"]["experts"]
+    for name, w in experts.items():
+        q = fp8.quantize(jnp.swapaxes(w, 1, 2), (128, 128))
+        np.testing.assert_array_equal(dequantized64(again[name]), dequantized64(q))
+
+
+def test_gate_and_up_in_turns_that_no_scale_fits(tmp_path):
+    path, numbers = tmp_path / "x", np.full((256, 64), 448.0)
+    numbers[129] = 2.0**-9
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj is not exact(?s:.*)the same scale(?s:.*)fix"
+    ):
+        gate_and_up(path, numbers, [[0.25], [0.125]])
+    words = r"cannot be split within its scales(?s:.*)rows 0:256:2, (?s:.*)powers of two(?s:.*)fix"
+    with pytest.raises(ValueError, match=words.replace(", ", ", with a scale of 0.375")):
+        gate_and_up(path, numbers, [[0.25], [0.375]])
+    with pytest.raises(ValueError, match=words.replace(", ", ", whose width")):
+        gate_and_up(path, numbers[:, :50], [[0.25], [0.25]])
 
 
 def test_gpt_oss_in_bf16(tmp_path):

@@ -1,8 +1,9 @@
-"""Fp8MoE over a mesh, in training steps as the Flax guides write them."""
+"""Fp8MoE over a mesh, in training steps as the Flax guides write them, and its experts' biases."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from collectives import gathered
 from flax import nnx
@@ -10,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numerics import calc_diff
 
+import jax_fp8gemm as fp8
 from jax_fp8gemm import linen as fp8_linen
 from jax_fp8gemm import nnx as fp8_nnx
 
@@ -83,7 +85,7 @@ def test_linen_as_in_its_guide(mesh, x):
 
 
 def test_linen_initializers_of_the_user_and_layers_in_a_scan(mesh, x):
-    init = nn.with_partitioning(fp8_linen.expert_init, (None, "data", None))
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "data", None))
     layer = fp8_linen.Fp8MoE(E, F, 2, wi_init=init, **OPTIONS)
     spec = nn.get_partition_spec(jax.eval_shape(layer.init, jax.random.key(0), x))["params"]
     assert (spec["wi_0"], spec["wo"]) == (P(None, "data", None), WO)
@@ -138,7 +140,9 @@ def test_nnx_as_in_its_guide(mesh, x):
 
 
 def test_nnx_metadata_without_a_mesh_and_of_the_user(mesh, x):
-    init = {"wo": nnx.with_partitioning(fp8_nnx.expert_init, (None, None, "data"), mesh)}
+    init = {
+        "wo": nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, None, "data"), mesh)
+    }
     made = fp8_nnx.Fp8MoE(H, F, E, top_k=2, init=init, **OPTIONS, rngs=nnx.Rngs(0))
     spec = nnx.get_partition_spec(nnx.state(made))
     assert spec["wi_0"].get_value() == WI and spec["wo"].get_value() == P(None, None, "data")
@@ -155,3 +159,136 @@ def test_nnx_metadata_without_a_mesh_and_of_the_user(mesh, x):
     assert model.wi_1[...].sharding.spec == WI
     y, _ = nnx.jit(lambda model, x: model(x))(model, x)  # the mesh is that of the parameters
     assert y.shape == x.shape
+
+
+# ---- biases -------------------------------------------------------------------------------------
+
+GPT_OSS = fp8.ClampedSwiglu(limit=7.0, alpha=1.702, up_offset=1.0)
+WIDTHS = {"wi_0_bias": (E, F), "wi_1_bias": (E, F), "wo_bias": (E, H)}
+WIDTHS |= {f"shared_{name}": shape[1:] for name, shape in WIDTHS.items()}
+
+
+def biased(key, params: dict) -> dict:
+    """Returns parameters of a layer without biases, and biases."""
+    keys = jax.random.split(key, len(WIDTHS))
+    return params | {
+        name: jax.random.normal(k, shape)
+        for k, (name, shape) in zip(keys, WIDTHS.items(), strict=True)
+    }
+
+
+def of_layer(params: dict, prefix: str = "") -> fp8.ExpertKernels:
+    names = [f"{w}{end}" for w in ("wi_0", "wi_1", "wo") for end in ("", "_bias")]
+    return fp8.ExpertKernels(**{name: params[prefix + name] for name in names})
+
+
+def by_moe(params, x):
+    experts = of_layer(params), of_layer(params, "shared_")
+    options = {"top_k": 2, "activation": GPT_OSS}
+    return fp8.moe(x, params["gate_kernel"], experts[0], shared=experts[1], **options)
+
+
+def run(layer, params, x):
+    """Returns y, and gradients to all parameters."""
+    grad = jax.value_and_grad(lambda params: objective(*layer(params, x)), has_aux=False)
+    return jax.jit(lambda params: (layer(params, x)[0], grad(params)[1]))(params)
+
+
+def same(got, expected):
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert np.asarray(b).any()
+        np.testing.assert_array_equal(a, b)
+
+
+def test_biases_are_parameters_and_do_what_those_of_moe_do(key, x):
+    sizes = {"top_k": 2, "shared_features": F, "activation": GPT_OSS}
+    layer = fp8_linen.Fp8MoE(E, F, use_bias=True, **sizes)
+    made = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    plain = jax.jit(layer.clone(use_bias=False).init)(jax.random.key(0), x)["params"]
+    assert {name: made[name].shape for name in made if name not in plain} == WIDTHS
+    assert not any(made[name].any() for name in WIDTHS)
+    same({name: made[name] for name in plain}, plain)
+    params = biased(key, plain)
+    expected = run(by_moe, params, x)
+    same(run(lambda params, x: layer.apply({"params": params}, x), params, x), expected)
+
+    model = fp8_nnx.Fp8MoE(H, F, E, use_bias=True, **sizes, rngs=nnx.Rngs(0))
+    first = fp8_nnx.Fp8MoE(H, F, E, **sizes, rngs=nnx.Rngs(0))
+    assert nnx.to_pure_dict(nnx.state(first)).keys() == plain.keys()
+    same(model.shared_wo[...], first.shared_wo[...])
+    assert not any(getattr(model, name)[...].any() for name in WIDTHS)
+    graph, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, params)
+    nnx.update(model, state)
+    call = lambda params, x: nnx.merge(graph, params)(x)  # noqa: E731
+    y, gradients = run(call, state, x)
+    same((y, nnx.to_pure_dict(gradients)), expected)
+
+
+def test_biases_beside_fp8_weights_are_parameters(key, x):
+    """An f that is no multiple of 128, which prepare_experts fills with zeros."""
+    f = 72
+    init = nn.initializers.normal(1.0)
+    layer = fp8_linen.Fp8MoE(
+        E, f, 2, shared_features=F, activation=GPT_OSS, use_bias=True, bias_init=init
+    )
+    params = jax.jit(layer.init)(key, x)["params"]
+    expected = jax.jit(layer.apply)({"params": params}, x)[0]
+    held = fp8_linen.quantize_kernels(params)
+    assert sorted(held["params"]) == ["gate_kernel", *sorted(WIDTHS)]
+    same(jax.jit(layer.clone(quantized=True).apply)(held, x)[0], expected)
+    abstract = jax.eval_shape(layer.clone(quantized=True).init, key, x)
+    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, held)
+
+    def kernels(prefix=""):
+        names = ("wi_0", "wi_1", "wo")
+        ends, all_held = ("qvalue", "scale"), held["quantized"]
+        parts = {n: [all_held[f"{prefix}{n}_{end}"] for end in ends] for n in names}
+        biases = {f"{n}_bias": params[f"{prefix}{n}_bias"] for n in names}
+        return fp8.ExpertKernels(**{n: fp8.QArray(*p) for n, p in parts.items()}, **biases)
+
+    for given in (kernels(), fp8.prepare_experts(kernels())):
+        model = fp8_nnx.Fp8MoE.from_quantized(
+            params["gate_kernel"], given, top_k=2, shared=kernels("shared_"), activation=GPT_OSS
+        )
+        assert sorted(nnx.state(model, nnx.Param)) == ["gate_kernel", *sorted(WIDTHS)]
+        same(nnx.jit(lambda model, x: model(x)[0])(model, x), expected)
+        model.wo_bias[...] = jnp.zeros((E, H))
+        assert (nnx.jit(lambda model, x: model(x)[0])(model, x) != expected).any()
+
+
+def test_biases_over_a_mesh(mesh, key, x):
+    """They are split as what they are added to: of `wo` every device of a tensor axis has them."""
+    layer = fp8_linen.Fp8MoE(
+        E, F, 2, shared_features=F, activation=GPT_OSS, use_bias=True, **OPTIONS
+    )
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), x)
+    specs = nn.get_partition_spec(boxed)["params"]
+    split = P("expert", "model"), P("expert", None), P("model"), P()
+    names = "wi_1_bias", "wo_bias", "shared_wi_0_bias", "shared_wo_bias"
+    assert tuple(specs[name] for name in names) == split
+    with nnx.use_eager_sharding(False):
+        model = nnx.eval_shape(
+            lambda: fp8_nnx.Fp8MoE(
+                H, F, E, top_k=2, shared_features=F, use_bias=True, **OPTIONS, rngs=nnx.Rngs(0)
+            )
+        )
+    found = nnx.get_partition_spec(nnx.state(model))
+    assert tuple(found[name].get_value() for name in names[:3]) == split[:3]
+
+    plain = layer.clone(expert_axis=None, tensor_axis=None)
+    params = biased(key, jax.jit(plain.clone(use_bias=False).init)(jax.random.key(0), x)["params"])
+    expected = run(lambda params, x: plain.apply({"params": params}, x), params, x)
+    at = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, at)
+        got = run(lambda params, x: layer.apply({"params": params}, x), placed, x)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert calc_diff(a, b) < 1e-3
+    spread = jax.shard_map(
+        lambda params, x: layer.apply({"params": params}, x)[0],
+        mesh=mesh,
+        in_specs=(specs, P("expert")),
+        out_specs=P("expert"),
+    )
+    assert calc_diff(jax.jit(spread)(params, x), expected[0]) < 1e-4

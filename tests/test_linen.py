@@ -171,6 +171,116 @@ def test_weights_held_in_fp8(x):
     np.testing.assert_array_equal(got, jax.jit(layer.apply)({"params": params}, x))
 
 
+class Attention(nn.Module):
+    """The projections of attention: to heads, and from heads."""
+
+    quantized: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"dtype": jnp.bfloat16, "quantized": self.quantized}
+        options["bias_init"] = nn.initializers.normal(1.0)
+        heads = Fp8DenseGeneral((5, 40), name="query", **options)(x)
+        return Fp8DenseGeneral(72, axis=(-2, -1), name="out", **options)(heads)
+
+
+def quantized_pair(layer, x):
+    """Returns results of a layer with float kernels, and of the one that holds them in FP8."""
+    params = layer.init(jax.random.key(0), x)["params"]
+    inference = layer.clone(quantized=True)
+    like = jax.eval_shape(inference.init, jax.random.key(0), x)
+    held = quantize_kernels(nn.meta.unbox(params), like=like)
+    assert jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, nn.meta.unbox(like))
+    y = jax.jit(layer.apply)({"params": params}, x)
+    assert np.asarray(y).any()
+    return y, jax.jit(inference.apply)(held, x), held
+
+
+def test_projections_to_heads_and_from_heads_held_in_fp8(x):
+    """Bits of the float layer; the FP8 weights are matrices, as in checkpoints."""
+    expected, y, held = quantized_pair(Attention(), x)
+    np.testing.assert_array_equal(y, expected)
+    assert held["quantized"]["query"]["qvalue"].shape == (200, 64)
+    assert held["quantized"]["out"]["qvalue"].shape == (72, 200)
+    assert held["quantized"]["out"]["scale"].shape == (1, 2)
+    assert set(held["params"]["query"]) == {"bias"}
+
+
+@pytest.mark.parametrize("axis, batch_dims", [((1, -1), ()), ((-1, 1), (0,)), (3, (0, 1))])
+def test_any_dims_of_a_layer_held_in_fp8(x, axis, batch_dims):
+    """Each of batch_dims has a weight of its own."""
+    x = x.reshape(2, 4, 16, 64)
+    init = nn.with_partitioning(nn.initializers.normal(1.0), ("n",))
+    layer = Fp8DenseGeneral((3, 50), axis=axis, batch_dims=batch_dims, bias_init=init)
+    expected, y, _ = quantized_pair(layer, x)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_layers_in_a_scan_held_in_fp8(x):
+    """A stack has the dim of layers first, in numbers and in scales."""
+
+    class Layer(nn.Module):
+        quantized: bool = False
+
+        @nn.compact
+        def __call__(self, x, _):
+            options = {"dtype": jnp.bfloat16, "quantized": self.quantized}
+            y = Fp8Dense(200, **options)(x)
+            y = Fp8DenseGeneral((2, 72), use_bias=False, **options)(y)
+            y = Fp8DenseGeneral(64, axis=(-2, -1), **options)(y)
+            y = y + Fp8MoE(4, 72, 2, use_bias=True, shared_features=40, **options)(y)[0]
+            return jnp.tanh(y), None
+
+    class Stack(nn.Module):
+        quantized: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            axes, metadata = {"params": 0, "quantized": 0}, {nn.PARTITION_NAME: None}
+            scanned = nn.scan(
+                Layer, axes, split_rngs={"params": True}, length=3, metadata_params=metadata
+            )
+            return scanned(self.quantized, name="layers")(x, None)[0]
+
+    expected, y, held = quantized_pair(Stack(), x[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(y, expected)
+    layers = held["quantized"]["layers"]
+    assert layers["Dense_0"]["scale"].shape == (3, 2, 1)
+    assert layers["DenseGeneral_0"]["qvalue"].shape == (3, 144, 200)
+    assert layers["Fp8MoE_0"]["wi_0_qvalue"].shape == (3, 4, 72, 64)
+    some = np.asarray(layers["Dense_0"]["qvalue"].astype(jnp.float32))
+    assert (some[0] != some[1]).any()
+
+
+def test_projections_held_in_fp8_on_explicit_axes():
+    """Tokens over x, heads over y."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    x = jax.random.normal(jax.random.key(0), (4, 128, 128))
+    layer = Fp8DenseGeneral((2, 128), quantized=True)
+    floats = Fp8DenseGeneral((2, 128)).init(jax.random.key(1), x)["params"]
+    held = quantize_kernels(floats, like=jax.eval_shape(layer.init, jax.random.key(0), x))
+    expected = jax.jit(layer.apply)(held, x)
+    with jax.set_mesh(mesh):
+        cut = jax.tree.map(lambda w: jax.sharding.reshard(w, P("y")), held)
+        y = jax.jit(layer.apply)(cut, jax.sharding.reshard(x, P("x")))
+    assert y.sharding.spec == P("x", None, "y", None)
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_errors_of_layers_held_in_fp8(x):
+    layer = Fp8DenseGeneral(48, quantized=True)
+    like = layer.init(jax.random.key(0), x)
+    kernel = {"kernel": jnp.ones((3, 64, 48))}
+    with pytest.raises(ValueError, match=r"kernel does not fit like\.\n  got .*(?s:.*)  fix  "):
+        quantize_kernels(kernel, like=like)
+    with pytest.raises(ValueError, match=r"two arguments say what to convert(?s:.*)  fix  "):
+        quantize_kernels(kernel, lambda path: True, like=like)
+    with pytest.raises(ValueError, match=r"Fp8DenseGeneral: dot_general is not called"):
+        layer.clone(dot_general_cls=lambda: fp8.fp8_dot_general).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"batch_dims are not the first dims(?s:.*)  fix  "):
+        layer.clone(batch_dims=(1,)).init(jax.random.key(0), x)
+
+
 def test_quantizing_nothing_is_said():
     with pytest.warns(UserWarning, match="(?s)nothing was quantized.*kernels that stay: up/kernel"):
         quantize_kernels({"up": {"kernel": jnp.ones((3, 3))}}, lambda path: False)

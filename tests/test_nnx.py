@@ -1,5 +1,7 @@
 """Layers of nnx against the layers of Flax that they stand in for."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ from jax.sharding import PartitionSpec
 from numerics import calc_diff
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm.nnx import Fp8Linear, Fp8MoE, convert
+from jax_fp8gemm.nnx import Fp8Linear, Fp8LinearGeneral, Fp8MoE, convert
 
 P = PartitionSpec
+BF16 = {"preferred_element_type": jnp.bfloat16}
 
 
 class Mlp(nnx.Module):
@@ -165,6 +168,110 @@ def test_weights_held_in_fp8(x):
     np.testing.assert_array_equal(got, nnx.jit(lambda layer, x: layer(x))(layer, x))
     without = nnx.merge(*nnx.split(Fp8Linear.from_quantized(q)))
     np.testing.assert_array_equal(without(x) + jnp.bfloat16(0.5), got)
+
+
+def to_fp8(layer, **options):
+    """Returns the layer that holds the weight of an Fp8LinearGeneral in FP8."""
+    k = np.prod(layer.in_features)
+    q = fp8.quantize(layer.kernel[...].reshape(k, -1).T, (128, 128))
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
+    return Fp8LinearGeneral.from_quantized(q, layer.bias[...], **sizes, **options)
+
+
+def test_general_layers_are_those_of_flax(x):
+    how = {"axis": (-2, -1), "bias_init": nnx.initializers.constant(0.5), "rngs": nnx.Rngs(0)}
+    x = x.reshape(4, 8, 4, 64)
+    got = Fp8LinearGeneral((4, 64), (3, 50), dtype=jnp.bfloat16, **how)
+    expected = nnx.LinearGeneral((4, 64), (3, 50), **(how | {"rngs": nnx.Rngs(0)}))
+    same(leaves(got), leaves(expected))
+    dy = jax.random.normal(jax.random.key(1), (4, 8, 3, 50))
+    got, expected = run(got, x, dy), run(expected, x, dy)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got[1:])} == {jnp.dtype(jnp.float32)}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert calc_diff(a, b) < 1.1e-3
+
+
+def test_attention_held_in_fp8(x):
+    """All four projections of nnx.MultiHeadAttention: bits of float ones, which are quantized."""
+    options = {"dtype": jnp.bfloat16, "bias_init": nnx.initializers.normal(0.1)}
+    model = nnx.MultiHeadAttention(5, 64, 200, decode=False, **options, rngs=nnx.Rngs(0))
+    held = nnx.clone(model)
+    for name, axis in (("query", -1), ("key", -1), ("value", -1), ("out", (-2, -1))):
+        own = getattr(model, name)
+        floats = Fp8LinearGeneral(
+            own.in_features, own.out_features, axis=axis, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        )
+        floats.kernel, floats.bias = own.kernel, own.bias
+        setattr(model, name, floats)
+        setattr(held, name, to_fp8(floats, axis=axis))
+    assert held.out.qvalue.shape == (64, 200) and held.query.scale.shape == (2, 1)
+    assert set(nnx.to_pure_dict(nnx.state(held, nnx.Param))["out"]) == {"bias"}
+    got, expected = (nnx.jit(lambda model, x: model(x))(m, x) for m in (held, model))
+    assert np.asarray(expected).any()
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_layers_in_a_scan_held_in_fp8(x):
+    """Made by nnx.vmap from stacked QArrays, and run by nnx.scan."""
+    x = x[0].astype(jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = jnp.stack([jax.random.normal(key, (200, 64)) for key in keys])
+    back = jnp.stack([jax.random.normal(key, (64, 200)) for key in keys]) / 14
+    up, down = (fp8.quantize(w, (128, 128)) for w in (kernels, back))
+    floats = [jnp.swapaxes(w, 1, 2) for w in (kernels, back)]
+
+    @nnx.vmap
+    def make(up, down):
+        general = Fp8LinearGeneral.from_quantized(up, in_features=64, out_features=(5, 40))
+        sizes = {"in_features": (5, 40), "out_features": 64, "axis": (-2, -1)}
+        return general, Fp8LinearGeneral.from_quantized(down, **sizes)
+
+    @nnx.vmap
+    def make_plain(up, down):
+        return Fp8Linear.from_quantized(up), Fp8Linear.from_quantized(down)
+
+    def step(x, layers):
+        return jnp.tanh(layers[1](layers[0](x)))
+
+    expected = x
+    for w_up, w_down in zip(*floats, strict=True):
+        expected = jnp.tanh(fp8.fp8_matmul(fp8.fp8_matmul(expected, w_up, **BF16), w_down, **BF16))
+    scan = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    for stack in (make(up, down), make_plain(up, down)):
+        assert stack[0].scale.shape == (3, 2, 1)
+        np.testing.assert_array_equal(nnx.jit(scan)(x, stack), expected)
+
+
+def test_experts_in_a_scan_held_in_fp8(x):
+    """Stacked ExpertKernels with biases, as three layers one after the other."""
+    x, (layers, e, h, f) = x[0].astype(jnp.bfloat16), (3, 4, 64, 72)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"wi_0": (e, f, h), "wi_1": (e, f, h), "wo": (e, h, f)}
+    kernels = fp8.ExpertKernels(
+        wo_bias=jax.random.normal(keys[3], (layers, e, h)),
+        **{
+            name: fp8.quantize(jax.random.normal(key, (layers, *shape)) / 8, (128, 128))
+            for key, (name, shape) in zip(keys[:3], shapes.items(), strict=True)
+        },
+    )
+    gates = jax.random.normal(keys[0], (layers, h, e))
+    make = nnx.vmap(lambda gate, kernels: Fp8MoE.from_quantized(gate, kernels, top_k=2))
+    scan = nnx.scan(lambda x, m: m(x)[0], in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    expected = x
+    for i in range(layers):
+        one = jax.tree.map(operator.itemgetter(i), kernels)
+        expected = fp8.moe(expected, gates[i], one, top_k=2)[0]
+    np.testing.assert_array_equal(nnx.jit(scan)(x, make(gates, kernels)), expected)
+
+
+def test_errors_of_general_layers_held_in_fp8():
+    q = fp8.quantize(jnp.ones((256, 64)), (128, 128))
+    sizes = {"in_features": 64, "out_features": (4, 64)}
+    with pytest.raises(ValueError, match=r"q does not fit the features(?s:.*)q \[64, 256\]"):
+        Fp8LinearGeneral.from_quantized(q, in_features=(4, 64), out_features=64)
+    with pytest.raises(ValueError, match=r"bias does not fit q(?s:.*)bias \[4, 64\]"):
+        Fp8LinearGeneral.from_quantized(q, jnp.ones((64, 4)), **sizes)
+    assert Fp8LinearGeneral.from_quantized(q, jnp.ones(256), **sizes).bias.shape == (4, 64)
 
 
 def test_errors_of_from_quantized():

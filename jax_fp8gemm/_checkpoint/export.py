@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 from jax_fp8gemm._checkpoint.folder import INDEX, SINGLE
 from jax_fp8gemm._checkpoint.parameters import Names, Place, out_axis
-from jax_fp8gemm._checkpoint.progress import progress
 from jax_fp8gemm._checkpoint.quantization import CONFIG
 from jax_fp8gemm._checkpoint.tables import Table
 from jax_fp8gemm._checkpoint.writer import check_folder, flatten, write_tensors, write_text
 from jax_fp8gemm._core.checks import FLOATS
 from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.layout import BLOCKS, SCALE_BLOCK, ceil_div
+from jax_fp8gemm._core.progress import Progress
 from jax_fp8gemm._core.qarray import QArray
 from jax_fp8gemm._core.types import ScaleRounding
 from jax_fp8gemm._ops.quantize import quantize
@@ -68,7 +68,7 @@ def write_parameters(
     weight_map: dict[str, str] = {}
     whole: list[str] = []
     size = 0
-    with progress(op, sum(export.nbytes for export in exports)) as advance:
+    with Progress(op, sum(export.nbytes for export in exports), in_bytes=True) as bar:
         for file, members in files.items():
             tensors = {e.name: _tensor(op, e, scale_rounding) for e in members}
             whole += [n for n, x in tensors.items() if not isinstance(x, QArray) and x.ndim > 1]
@@ -76,7 +76,7 @@ def write_parameters(
             write_tensors(folder / file, flat)
             weight_map |= dict.fromkeys(flat, file)
             size += sum(array.nbytes for array in flat.values())
-            advance(sum(export.nbytes for export in members))
+            bar.step(sum(export.nbytes for export in members))
     if len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_text(folder / INDEX, json.dumps(index, indent=2))

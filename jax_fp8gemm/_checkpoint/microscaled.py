@@ -29,6 +29,8 @@ LEAST_EXPONENT = -126  # of float32's normal numbers; GPUs may take smaller scal
 
 THREADS = min(8, os.cpu_count() or 1)  # NumPy's loops run side by side; each needs some 3 MB
 
+CLOSE = "powers of two that lie close enough: in MXFP4 at most 14 apart"
+
 FOUR_BITS = 2  # numbers in a byte
 
 
@@ -86,9 +88,12 @@ class Strip:
 class Microscaled:
     """A weight [..., out, in] in MXFP4 or MXFP8, whose blocks are converted as they are read."""
 
-    def __init__(self, op: str, name: str, codes: Source, exponents: Source):
-        """codes: [..., out, in / numbers of a byte]; exponents: E8M0 [..., out, in / 32]."""
-        self._op, self._name = op, name
+    def __init__(self, op: str, name: str, codes: Source, exponents: Source, *, expected=CLOSE):
+        """codes: [..., out, in / numbers of a byte]; exponents: E8M0 [..., out, in / 32].
+
+        expected: of exponents of a block, in the error that says that it is not exact.
+        """
+        self._op, self._name, self._expected = op, name, expected
         self._codes, self._exponents = codes, exponents
         self._per_byte = exponents.shape[-1] * GROUP // codes.shape[-1]
         self.shape = (*codes.shape[:-1], exponents.shape[-1] * GROUP)
@@ -162,10 +167,9 @@ class Microscaled:
 
     def _not_exact(self, block: list[int], exponents: np.ndarray) -> None:
         got = f"block {block} with exponents from {exponents.min()} to {exponents.max()}"
-        expected = "powers of two that lie close enough: in MXFP4 at most 14 apart"
         fix = "leave it out by keep, or scale it anew from floats by quantize(w, (128, 128))"
         what = f"{self._name} is not exact in E4M3 with scales of 128x128."
-        fail(self._op, what, got, expected, fix)
+        fail(self._op, what, got, self._expected, fix)
 
 
 def _blocks(lead: Index, rows: slice) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

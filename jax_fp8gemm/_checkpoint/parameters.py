@@ -8,11 +8,11 @@ from typing import Any
 import jax
 
 from jax_fp8gemm._checkpoint.placing import place
-from jax_fp8gemm._checkpoint.progress import progress
 from jax_fp8gemm._checkpoint.reader import Catalog, ShardingFor, check_keep, sharding_of
 from jax_fp8gemm._checkpoint.sources import AnySource, QSource, Rows, Stacked, Transposed
 from jax_fp8gemm._checkpoint.tables import Row, Table
 from jax_fp8gemm._core.errors import fail
+from jax_fp8gemm._core.progress import Progress
 from jax_fp8gemm._core.qarray import QArray
 
 
@@ -128,12 +128,13 @@ def read_parameters(
     found = _by_parameter(op, names, list(catalog.weights))
     found = {name: places for name, places in found.items() if keep is None or keep(name)}
     tree: dict[str, Any] = {}
-    with progress(op, sum(weight.nbytes for weight in catalog.weights.values())) as advance:
+    nbytes = sum(weight.nbytes for weight in catalog.weights.values())
+    with Progress(op, nbytes, in_bytes=True) as bar:
         for name, places in found.items():
             source = _source(op, catalog, name, places)
             _insert(tree, name, place(op, name, source, sharding_of(sharding, name)))
             share = 1 if places[0].row.part == "all" else 2
-            advance(sum(catalog.weights[at.stored].nbytes for at in places) // share)
+            bar.step(sum(catalog.weights[at.stored].nbytes for at in places) // share)
     return tree
 
 

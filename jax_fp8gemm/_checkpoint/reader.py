@@ -11,10 +11,10 @@ from jax_fp8gemm._checkpoint.arrays import source_of
 from jax_fp8gemm._checkpoint.folder import find_entries
 from jax_fp8gemm._checkpoint.pairs import Format, Weight, find_weights, select
 from jax_fp8gemm._checkpoint.placing import place
-from jax_fp8gemm._checkpoint.progress import progress
 from jax_fp8gemm._checkpoint.quantization import Quantization, read_quantization
 from jax_fp8gemm._checkpoint.sources import AnySource, Mapped
 from jax_fp8gemm._core.errors import fail
+from jax_fp8gemm._core.progress import Progress
 from jax_fp8gemm._core.qarray import QArray
 
 Keep = Callable[[str], bool]
@@ -138,10 +138,11 @@ def read_all(catalog: Catalog, sharding: ShardingFor) -> Tensors:
     """Reads everything, one tensor after the other."""
     tensors = Tensors(formats=catalog.formats)
     weights = catalog.weights
-    with progress(catalog.op, sum(weight.nbytes for weight in weights.values())) as advance:
+    nbytes = sum(weight.nbytes for weight in weights.values())
+    with Progress(catalog.op, nbytes, in_bytes=True) as bar:
         for name, weight in weights.items():
             tensors[name] = catalog.read(name, sharding_of(sharding, name))
-            advance(weight.nbytes)
+            bar.step(weight.nbytes)
     return tensors
 
 

@@ -88,6 +88,8 @@ def sharding_names(axes: ExpertAxes, parameter: str) -> tuple[AxisNames | None, 
         return (None, None)
     lead = () if parameter.startswith("shared_") else (_name(axes.experts),)
     tensor = _name(axes.tensor)
+    if parameter.endswith("_bias"):  # as wide as the results of its matrix
+        return (*lead, None if parameter.endswith("wo_bias") else tensor)
     return (*lead, tensor, None) if parameter.endswith("wo") else (*lead, None, tensor)
 
 

@@ -53,12 +53,11 @@ def prepare_experts(
     if not kernels.is_fp8:
         return _with_copies(kernels, scale_rounding)
     up, down = _fp8_matrices(kernels)
-    if not gated:
-        return dataclasses.replace(kernels, wi_0=from_bits(up), wo=from_bits(down))
-    if kernels.wi is None:
+    if gated and kernels.wi is None:
         up = _joined(up, axis=-2)
-    joined = ExpertKernels(wi=from_bits(up), wo=from_bits(down))
-    return dataclasses.replace(joined, **_padded_biases(kernels))
+    first = "wi" if gated else "wi_0"
+    matrices: dict[str, Any] = {first: from_bits(up), "wo": from_bits(down)}
+    return ExpertKernels(**matrices, **_padded_biases(kernels))
 
 
 def _with_copies(kernels: ExpertKernels, rounding: ScaleRounding) -> ExpertKernels:

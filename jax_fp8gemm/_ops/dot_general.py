@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from jax_fp8gemm._bind.meshes import shard_result
 from jax_fp8gemm._core.checks import as_float, check_bool
@@ -14,6 +14,7 @@ from jax_fp8gemm._core.errors import describe, fail
 from jax_fp8gemm._core.types import Precision
 from jax_fp8gemm._ops.matmul import fp8_matmul
 from jax_fp8gemm._ops.recipe import result_dtype
+from jax_fp8gemm._ops.weights import PreparedWeight, Weight
 
 Dims = Sequence[int]
 OP = "fp8_dot_general"
@@ -107,26 +108,92 @@ def dot_general_like_lhs(
     return fp8_dot_general(lhs, rhs, dimension_numbers, precision, dtype, out_sharding=out_sharding)
 
 
-def _multiply(x: jax.Array, w: jax.Array, batch: int, contract: int, matmul: Callable) -> jax.Array:
-    """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n].
+def dot_general_prepared(
+    lhs: jax.Array,
+    weight: PreparedWeight,
+    contract: Dims,
+    batch: Dims,
+    features: Dims,
+    precision: Precision = "fp8",
+) -> jax.Array:
+    """Multiplies as dot_general_like_lhs does, by a weight that is in FP8.
+
+    On Explicit axes the result is sharded as lhs is, and its first dim of `features` as n is, as
+    far as this divides it.
+
+    Args:
+      lhs: bf16, f16 or f32, of any rank.
+      weight: [*batch, k, n], k of the sizes of `contract` in their order, n of `features`.
+      contract, batch: dims of lhs.
+      features: sizes.
+
+    Returns:
+      The batch dims, lhs's other dims, `features`; of lhs's dtype.
+    """
+    contract, batch = _normal(contract, lhs.ndim), _normal(batch, lhs.ndim)
+    dims = batch + _others(lhs, contract, batch)
+    matmul = functools.partial(fp8_matmul, preferred_element_type=lhs.dtype, precision=precision)
+
+    def run(lhs, weight):
+        shape = (*_sizes(lhs, dims), *features)
+        if 0 in shape:
+            return jnp.zeros(shape, lhs.dtype)
+        x = lhs.transpose(*dims, *contract)
+        return _multiply(x, weight, len(batch), len(contract), matmul).reshape(shape)
+
+    if not _is_explicit():
+        return run(lhs, weight)
+    kept = _spec_of(lhs, dims)
+    spec = PartitionSpec(*kept, _free_axes(weight.nk[0], features[0], kept))
+    inside: Callable = jax.sharding.auto_axes(run, out_sharding=spec)
+    return inside(lhs, weight)
+
+
+def _spec_of(x: jax.Array, dims: tuple[int, ...]) -> tuple:
+    spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)
+    return tuple(spec[d] for d in dims)
+
+
+def _free_axes(nk: jax.Array, size: int, taken: tuple) -> tuple[str, ...] | None:
+    """Returns the axes of n [..., n, k], or None if they do not divide a size or are taken."""
+
+    def named(entry) -> tuple[str, ...]:
+        return (entry,) if isinstance(entry, str) else entry or ()
+
+    (axes,) = map(named, _spec_of(nk, (nk.ndim - 2,)))
+    used = {axis for entry in taken for axis in named(entry)}
+    shape = jax.sharding.get_abstract_mesh().shape
+    divides = size % math.prod(shape[axis] for axis in axes) == 0
+    return axes if axes and divides and not used & set(axes) else None
+
+
+def _is_explicit() -> bool:
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return AxisType.Explicit in kinds and AxisType.Manual not in kinds
+
+
+def _multiply(x: jax.Array, w: Weight, batch: int, contract: int, matmul: Callable) -> jax.Array:
+    """[*batch, *rows, *k] times [*batch, *k, *n] to [batch, *rows, n]; prepared, [*batch, k, n].
 
     Rows stay apart, since a mesh may cut each of their dims. One batch is none: then k and n keep
     their scale blocks whole.
     """
     sizes, rows = x.shape[:batch], x.shape[batch : x.ndim - contract]
-    k, n = math.prod(x.shape[-contract:]), math.prod(w.shape[batch + contract :])
-    if math.prod(sizes) == 1:
-        return matmul(x.reshape(*rows, k), w.reshape(k, n))
-    return jax.vmap(matmul)(x.reshape(-1, *rows, k), w.reshape(-1, k, n))
+    k, several = math.prod(x.shape[-contract:]), math.prod(sizes) != 1
+    lead = (math.prod(sizes),) if several else ()
+    if isinstance(w, PreparedWeight):
+        w = jax.tree.map(lambda part: part.reshape(*lead, *part.shape[-2:]), w)
+    else:
+        w = w.reshape(*lead, k, math.prod(w.shape[batch + contract :]))
+    multiply = jax.vmap(matmul) if several else matmul
+    return multiply(x.reshape(*lead, *rows, k), w)
 
 
 def _sharded(run, lhs, rhs, numbers, out_sharding) -> jax.Array:
     """Calls `run` and shards its result. On Explicit axes what merges dims, or is to be sharded
     otherwise than fp8_matmul does, is left to the partitioner: JAX types no such reshapes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types
     dense = numbers == (((lhs.ndim - 1,), (0,)), ((), ())) and rhs.ndim == 2
-    if explicit and not (dense and out_sharding is None):
+    if _is_explicit() and not (dense and out_sharding is None):
         if out_sharding is None:
             like = jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, numbers), lhs, rhs)
             out_sharding = like.sharding.spec

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jax_fp8gemm._core.layout import ROW_BLOCKS
+from jax_fp8gemm._core.progress import Progress
 from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.choice import select
@@ -24,7 +25,6 @@ from jax_fp8gemm._tools.operands import (
     random_operands,
     sample_error,
 )
-from jax_fp8gemm._tools.progress import Progress
 from jax_fp8gemm._tools.timing import KERNEL, Contender, device_microseconds
 
 MOST_BYTES = 16 << 30  # of operands that are in memory at once

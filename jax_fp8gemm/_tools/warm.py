@@ -12,8 +12,8 @@ from jax_fp8gemm._bind import native
 from jax_fp8gemm._bind.gemm_op import GEMM, attributes_for
 from jax_fp8gemm._bind.op import Call
 from jax_fp8gemm._core.errors import fail
+from jax_fp8gemm._core.progress import Progress
 from jax_fp8gemm._tools.programs import calls_of
-from jax_fp8gemm._tools.progress import Progress
 
 ORIGINS = {"nvrtc": "compiled", "disk": "found on disk"}
 
