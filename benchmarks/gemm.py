@@ -248,7 +248,7 @@ def main() -> None:
     options = parser.parse_args()
     for rows in parts(options):
         save(rows, options.out)
-        for kind in KINDS:
+        for kind, _, _ in KINDS:
             summary(rows, kind)
         for r in rows:
             if "DeepGEMM" not in r.get("peer", ""):

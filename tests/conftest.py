@@ -9,6 +9,8 @@ if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin may be there without a driver
     # Most of the time of the tests was XLA's: each program is compiled once, and run on few values.
     flags = "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
+    # Programs of tests hold their operands, and XLA would multiply these itself, slowly.
+    flags += " --xla_disable_hlo_passes=constant_folding"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # others do not know it, and stop
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"

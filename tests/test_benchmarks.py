@@ -187,6 +187,21 @@ def test_dense_shapes_are_timed(load, monkeypatch):
     assert {"us", "p10", "p90", "tflops", "gbs", "roofline", "config", "scales"} <= set(rows[0])
 
 
+def test_the_command_sums_up_each_kind_of_row(load, monkeypatch, tmp_path, capsys):
+    script, path = load("gemm"), tmp_path / "rows.json"
+    problem = Problem("dense", 72, 136, 384, 1, "1x128_1x128", "f32")
+    ops = ("gradient: a", "no scale shared, gradient: a")
+    made = [script.row(problem, op, [2.0], **script.beside("DeepGEMM", [3.0])) for op in ops]
+    monkeypatch.setattr(script, "products", lambda only: made)
+    options = ["--only", "products", "--rows", "gradient", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["gemm.py", *options])
+    script.main()
+    assert [row["op"] for row in json.loads(path.read_text())] == list(ops)
+    printed = capsys.readouterr().out
+    for op in ops:
+        assert f"== {op[:-1]}DeepGEMM µs / ours: geometric mean 1.500" in printed
+
+
 def test_two_checkouts_are_timed_in_turn(tmp_path):
     out = tmp_path / "rows.json"
     command = [sys.executable, str(BENCHMARKS / "before_after.py"), sys.executable, sys.executable]

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_up import random_operands
 from numerics import calc_diff, product64
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core.variants import SCALES
 from jax_fp8gemm._select.problem import Problem
-from jax_fp8gemm._tools.operands import random_operands
 from jax_fp8gemm._tools.shapes import ODD
 
 

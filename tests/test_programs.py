@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm._core import reference
 from jax_fp8gemm._select.choice import select
 from jax_fp8gemm._select.problem import GemmConfig, Problem, attributes
 
@@ -85,6 +86,31 @@ def test_without_jit_everything_still_runs(key):
         got = gradient(x, w)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_the_reference_is_traced_once_for_all_programs(monkeypatch):
+    """Once more for settings of JAX that change what its tracing finds, and after clear_caches."""
+    traced, gemm = [], reference.gemm
+    monkeypatch.setattr(reference, "gemm", lambda *a, **how: traced.append(1) or gemm(*a, **how))
+    x, w = jnp.ones((24, 136)), jnp.ones((136, 40))  # as in no other test
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ("x", ""))
+    placed = jax.device_put(x, split), jax.device_put(w, whole)
+
+    def programs() -> None:
+        for scale in range(1, 4):
+            jax.jit(lambda x, w, scale=scale: scale * fp8.fp8_matmul(x, w)).lower(x, w)
+
+    programs()
+    assert len(traced) == 1
+    jax.jit(lambda x, w: [fp8.fp8_matmul(scale * x, w) for scale in range(4)])(*placed)
+    assert len(traced) == 2  # for a shard of three rows
+    with jax.enable_x64(True):
+        programs()
+    assert len(traced) == 3
+    jax.clear_caches()
+    programs()
+    assert len(traced) == 4
 
 
 def test_config_is_the_same_for_equal_problems():

@@ -11,6 +11,7 @@ import pytest
 from collectives import count, gathered, mesh_of, near, place
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from made_up import random_operands
 from numerics import by_name
 
 import jax_fp8gemm as fp8
@@ -18,7 +19,6 @@ from jax_fp8gemm._bind.gathered import _said as said
 from jax_fp8gemm._bind.gemm_op import sharding_rule
 from jax_fp8gemm._core.variants import SCALES, VARIANTS
 from jax_fp8gemm._select.problem import Problem
-from jax_fp8gemm._tools.operands import random_operands
 
 
 @pytest.fixture(scope="module")

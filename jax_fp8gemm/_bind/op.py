@@ -268,9 +268,13 @@ def primitive(op: Op) -> Primitive:
 
         return [like_it(*result) for result in op.results(spec, operands)]
 
+    # Inlined, so that programs do not show it. jit traces it once, not at every lowering, and knows
+    # which of JAX's settings that depends on.
+    reference = jax.jit(op.reference, static_argnums=0, inline=True)
+
     def meaning(*operands, spec):
         _record(op, spec, operands)
-        return op.reference(spec, operands)
+        return reference(spec, operands)
 
     def lower_cuda(ctx, *operands, spec):
         native.check_plugin()

@@ -3,10 +3,17 @@
 import json
 import os
 import pathlib
+import signal
 
 import pytest
+from xla_options import FLAGS
 
 from jax_fp8gemm._bind import native
+
+if os.environ.get("JAX_FP8GEMM_TEST_GPU") == "1":
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+
+SLOWEST = ("sanitizer", "test_batch_invariant_gpu", "past_two_to_the_31", "test_devices_gpu")
 
 
 def hopper() -> str | None:
@@ -20,19 +27,46 @@ def hopper() -> str | None:
     return None if capability == "9.0" else f"compute capability {capability}, not 9.0"
 
 
+def spread(slow: list, rest: list, workers: int) -> list:
+    """Returns tests in an order of which each process first gets its share of the slow ones.
+
+    pytest-xdist begins with a quarter of all tests, as many neighbours to each process.
+    """
+    each, order = max((len(slow) + len(rest)) // workers // 4, 2), []
+    for worker in range(workers):
+        own = slow[worker::workers]
+        quick = max(each - len(own), 0)
+        order += [*own, *rest[:quick]]
+        rest = rest[quick:]
+    return order + rest
+
+
+def pytest_configure(config) -> None:
+    """Lets what ends a run that takes too long leave its record, as an interrupt does."""
+    if os.environ.get("JAX_FP8GEMM_RECORD") and not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items) -> None:
     reason = hopper()
     here = pathlib.Path(__file__).parent
-    items.sort(key=lambda item: "sanitizer" not in item.name)  # the slowest first
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    own = [item for item in items if here in item.path.parents]
+    for item in own:
+        item.add_marker(pytest.mark.gpu)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    slow = [item for item in own if any(name in item.nodeid for name in SLOWEST)]
+    quick = [item for item in own if item not in slow]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    others = [item for item in items if item not in own]
+    items[:] = spread(slow, quick, workers) + others
 
 
-def pytest_terminal_summary(terminalreporter, config) -> None:
-    """Writes the counts to JAX_FP8GEMM_RECORD, with the commit in JAX_FP8GEMM_COMMIT."""
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    """Writes the counts to JAX_FP8GEMM_RECORD, with the commit in JAX_FP8GEMM_COMMIT.
+
+    A run that was stopped says so.
+    """
     path = os.environ.get("JAX_FP8GEMM_RECORD")
     if path and not hasattr(config, "workerinput"):  # one of pytest-xdist's knows its tests only
         counts = {
@@ -40,4 +74,6 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
             for name in ("passed", "failed", "skipped")
         }
         record = {"commit": os.environ.get("JAX_FP8GEMM_COMMIT", ""), **counts}
+        if exitstatus == pytest.ExitCode.INTERRUPTED:
+            record["interrupted"] = True
         pathlib.Path(path).write_text(json.dumps(record) + "\n")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from collectives import count, place
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from made_up import random_operands
 from numerics import calc_diff
 from processes import losses_of_two
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._select.problem import Problem
-from jax_fp8gemm._tools.operands import random_operands
 
 P = PartitionSpec
 B, S, K, N = 8, 256, 1024, 2048

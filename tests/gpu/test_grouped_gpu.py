@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_up import random_operands
 from numerics import by_name, calc_diff, exact
 from test_gemm_gpu import BOUND, bits, poison
 from test_grouped import operands
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
-from jax_fp8gemm._tools.operands import compiled, random_operands, sample_error
+from jax_fp8gemm._tools import operands as on_device
+from jax_fp8gemm._tools.operands import compiled, sample_error
 from jax_fp8gemm._tools.shapes import GROUPED, GROUPS
 
 CONFIGS = {
@@ -165,7 +167,7 @@ def test_model_shapes(shape):
 def test_outputs_past_two_to_the_31():
     """131072 × 24576 outputs in three groups: the last rows are right."""
     problem = Problem("ragged", 131072, 24576, 128, 3)
-    operands = random_operands(problem)
+    operands = on_device.random_operands(problem)
     assert sample_error(problem, compiled(problem, None, operands)(), operands) < 1e-5
 
 
