@@ -13,6 +13,7 @@ import gzip
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
@@ -61,7 +62,8 @@ def read(paths: Sequence[pathlib.Path] = DATA) -> Data:
         configs = [GemmConfig(*config[:-1]) for config in row["configs"]]
         parts.append(features(problem, configs))
         times.append([config[-1] for config in row["configs"]])
-        family.append(f"{problem.variant} {problem.scales}")
+        tile = "a scale for each column" if problem.scales == "1x128_1x128" else "128x128 blocks"
+        family.append(f"`{problem.variant}`, {tile}")
     names = [field.name for field in dataclasses.fields(Features)]
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     counts = [len(some) for some in times]
@@ -139,14 +141,28 @@ def fit(data: Data) -> Constants:
     return constants_of(found)
 
 
-def report(data: Data, constants: Constants) -> None:
+class Regret(NamedTuple):
+    count: int  # of GEMMs
+    mean: float
+    worst: float
+    above: int  # of 8 %
+
+
+def summary(data: Data, constants: Constants) -> dict[str, Regret]:
+    """Returns the regret of each half, and of each family of GEMMs."""
     found = regrets(data, constants)
     parts = {"fitted half": data.fitted, "other half": ~data.fitted}
     parts |= {f: np.array([own == f for own in data.family]) for f in dict.fromkeys(data.family)}
-    for name, some in parts.items():
-        mean, worst = np.exp(np.log(found[some]).mean()) - 1, found[some].max() - 1
-        above = (found[some] > 1.08).sum()
-        print(f"{name:34} {some.sum():4} GEMMs: {mean:.2%}, worst {worst:.1%}, {above} above 8 %")
+    return {
+        name: Regret(int(some.sum()), np.exp(np.log(found[some]).mean()) - 1,
+                     found[some].max() - 1, int((found[some] > 1.08).sum()))
+        for name, some in parts.items()
+    }  # fmt: skip
+
+
+def report(data: Data, constants: Constants) -> None:
+    for name, r in summary(data, constants).items():
+        print(f"{name:34} {r.count:4}: {r.mean:.2%}, worst {r.worst:.1%}, {r.above} above 8 %")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,12 +15,13 @@ import re
 import statistics
 import sys
 
+import fit_cost
 import simulate
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 H200, H100 = "nvidia-h200.json", "nvidia-h100-80gb-hbm3.json"
-PAGES = ("README.md", "docs/measured.md", "docs/numerics.md", "docs/simulation.md")
+PAGES = ("README.md", "docs/measured.md", "docs/moe.md", "docs/numerics.md", "docs/simulation.md")
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 
 Row = dict
@@ -365,7 +366,33 @@ def column_watch() -> str:
     return table(head, lines, "rlrrr")
 
 
+def regret() -> str:
+    """docs/measured.md: how good the cost model's choices are."""
+    data = fit_cost.read()
+    head = "GEMMs | number | regret, mean | worst | above 8 %"
+    lines = [
+        (name, r.count, f"{r.mean:.1%}", f"{r.worst:.0%}", r.above)
+        for name, r in fit_cost.summary(data, fit_cost.H200).items()
+    ]
+    return table(head, lines, "lrrrr")
+
+
+def decode() -> str:
+    """docs/moe.md: a layer with FP8 weights beside its limits."""
+    rows = [row for row in stored(H200) if row["op"].startswith("MoE layer with FP8 weights")]
+    rows.sort(key=lambda row: int(re.search(r"(\d+) tokens", row["op"])[1]))  # type: ignore[index]
+    lines = [
+        (re.search(r"(\d+) tokens", row["op"])[1], row["experts"], f"{row['us']:.0f}",  # type: ignore[index]
+         f"{row['limit_us']:.0f}", f"{row['times_limit']:.2f}")
+        for row in rows
+    ]  # fmt: skip
+    head = "tokens | experts with tokens | µs | limit, µs | times the limit"
+    return table(head, lines, "rrrrr") + ("\n" + card(rows) + "\n" if rows else "")
+
+
 BLOCKS = {
+    "regret": regret,
+    "decode": decode,
     "speed": speed,
     "others": others,
     "layers": layers,

@@ -1,9 +1,11 @@
 """The choice of a config: legal, the same everywhere, measured where measurements exist."""
 
 import dataclasses
+import importlib
 import json
 import math
 import pathlib
+import sys
 
 import pytest
 
@@ -11,7 +13,7 @@ from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select import choice
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.choice import file_name, select
-from jax_fp8gemm._select.cost import predicted_microseconds, ranked
+from jax_fp8gemm._select.cost import H200, predicted_microseconds, ranked
 from jax_fp8gemm._select.problem import GemmConfig, Problem, blocks, why_illegal
 from jax_fp8gemm._tools.shapes import CARDS, DENSE, GROUPED, ODD, WEIGHT_GRADIENT
 
@@ -113,3 +115,25 @@ def test_the_choice_can_be_printed(monkeypatch, capsys):
     select(Problem("dense", 64, 2112, 7168))
     printed = capsys.readouterr().err
     assert "jax_fp8gemm: Problem(variant='dense'" in printed and "(tuned)" in printed
+
+
+def test_the_model_chooses_well_where_it_was_not_fitted():
+    """Timings of an H200: the fitted half of the GEMMs, and the other one."""
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+    try:
+        fit_cost = importlib.import_module("fit_cost")
+    finally:
+        sys.path.pop()
+    data = fit_cost.read()
+    assert len(data.family) > 400 and len(data.us) > 10_000
+    found = fit_cost.summary(data, H200)
+    for half in ("fitted half", "other half"):
+        assert found[half].mean < 0.02 and found[half].above < 0.07 * found[half].count, half
+    bad = dataclasses.replace(H200, arrival=H200.arrival * 100)  # a model that likes deep rings
+    assert fit_cost.summary(data, bad)["other half"].mean > 0.05
+
+
+def test_the_model_prefers_shared_copies_where_rows_straddle_lines():
+    """k no multiple of 128: twice the lines of L2, which a multicast saves."""
+    straddling = ranked(p := Problem("dense", 8192, 8192, 2160), candidates(p))[0]
+    assert straddling.multicast != "none"
