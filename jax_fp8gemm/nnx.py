@@ -11,6 +11,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from flax.typing import Dtype
 
+from jax_fp8gemm._bind.meshes import shard_result
 from jax_fp8gemm._core.checks import check_quantized
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import BLOCKS
@@ -82,6 +83,7 @@ class Fp8Linear(nnx.Linear):
         weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
         dtype, precision = inputs.dtype, named_precision(self.precision)
         y = fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
+        y = shard_result(y, out_sharding)
         return y if bias is None else y + bias
 
     @classmethod
@@ -174,6 +176,7 @@ class Fp8LinearGeneral(nnx.LinearGeneral):
         precision = named_precision(self.precision)
         axis = sorted(d % inputs.ndim for d in self.axis)  # as nnx.LinearGeneral orders them
         y = dot_general_prepared(inputs, weight, axis, (), self.out_features, precision)
+        y = shard_result(y, out_sharding)
         return y if bias is None else y + bias
 
     @classmethod

@@ -211,6 +211,23 @@ def test_attention_held_in_fp8(x):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_layers_held_in_fp8_take_an_out_sharding(x):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    q = fp8.quantize(jax.random.normal(jax.random.key(0), (256, 64)), (128, 128))
+    plain = Fp8Linear.from_quantized(q)
+    general = Fp8LinearGeneral.from_quantized(q, in_features=64, out_features=(4, 64))
+    layers = (plain, P(None, "x", "y")), (general, P("x", None, "y", None))
+    for layer, spec in layers:
+        graph, state = nnx.split(layer)
+        run = lambda state, x, at: nnx.merge(graph, state)(x, at)  # noqa: B023, E731
+        expected = jax.jit(run, static_argnums=2)(state, x, None)
+        with jax.set_mesh(mesh):
+            cut = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), state)
+            y = jax.jit(run, static_argnums=2)(cut, jax.sharding.reshard(x, P("x")), spec)
+        assert y.sharding.spec == spec
+        np.testing.assert_array_equal(y, expected)
+
+
 def test_layers_in_a_scan_held_in_fp8(x):
     """Made by nnx.vmap from stacked QArrays, and run by nnx.scan."""
     x = x[0].astype(jnp.bfloat16)
