@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm._bind import meshes, native
 from jax_fp8gemm._bind.partition import Batch, Rule, Total, partitioned, with_batch
+from jax_fp8gemm._bind.shared_blocks import Shares
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import MOST_COUNT
 
@@ -52,6 +53,8 @@ class Op:
       rule: (spec, operands) -> how the call is cut up over a mesh.
       local: (spec, operands, batch, total) -> results on one device. `batch` says which operands
         have which leading dims of vmaps, see `run_batch`; `total` sums a cut contraction.
+      local_part: (spec, operands, shares) -> results on one device, where devices share blocks of
+        scales; None where the rule has no such letters.
       vmap: (spec, axis size, which operands are batched, operands) -> results, batch first; or None
         where the batch stays a leading dim, which `local` then gets.
     """
@@ -66,6 +69,7 @@ class Op:
     rule: Callable[[Any, Arrays], Rule]
     local: Callable[[Any, Arrays, Batch, Total | None], Arrays]
     vmap: Callable[[Any, int, Sequence[bool], Arrays], Arrays | None]
+    local_part: Callable[[Any, Arrays, Shares], Arrays] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +161,16 @@ def _vmappable(
 
 
 def _local(
-    op: Op, spec: Hashable, batch: Batch, *operands: jax.Array, total: Total | None = None
+    op: Op,
+    spec: Hashable,
+    batch: Batch,
+    *operands: jax.Array,
+    total: Total | None = None,
+    shares: Shares | None = None,
 ) -> Arrays:
+    if shares:
+        assert op.local_part and not batch  # a batch of such casts became more matrices
+        return op.local_part(spec, operands, shares)
     return op.local(spec, operands, batch, total)
 
 

@@ -35,6 +35,7 @@ from jax_fp8gemm._bind.op import (
     spread,
 )
 from jax_fp8gemm._bind.partition import Batch, Dim, Rule, Total, blocked_letters, scale_dims
+from jax_fp8gemm._bind.shared_blocks import Shares, cast_part
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._core.groups import grouped_tokens
 from jax_fp8gemm._core.layout import (
@@ -95,6 +96,12 @@ class CastSpec:
     def shares(self) -> bool:
         """Whether columns of a transposed copy can have a common scale."""
         return self.shared_columns and self.transposed and self.scale_rounding == "pow2"
+
+    @functools.cached_property
+    def agrees(self) -> bool:
+        """Whether devices that have parts of a block can agree on its scale."""
+        plain = not (self.grouped or self.gather or self.shares)
+        return self.source == "float" and self.tile == BLOCKS and self.token_dims == 1 and plain
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -239,6 +246,14 @@ def _local(spec: CastSpec, operands: Arrays, batch: Batch, total: Total | None) 
     return run_batch(one, functools.partial(_many, spec), batch, operands)
 
 
+def _local_part(spec: CastSpec, operands: Arrays, shares: Shares) -> Arrays:
+    """A shard whose blocks of scales other devices have parts of. XLA casts it."""
+    x = jnp.concatenate(operands, axis=-1) if spec.pair else operands[0]
+    copy = cast_part(x, spec.scale_rounding, shares.get("m"), shares.get("k"))
+    turned = [jnp.swapaxes(y, -1, -2) for y in copy]
+    return [*copy] * spec.rows + turned * spec.transposed
+
+
 def _many(spec: CastSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays:
     """A batch of casts: more rows, or a loop where groups are placed or tokens padded by element.
 
@@ -340,6 +355,7 @@ def sharding_rule(spec: CastSpec, rank: int, whole_tokens: bool) -> Rule:
         whole=frozenset("rtgp" + "m" * (spec.grouped or spec.gather) + "hkf" * uncut),
         blocked=blocked_letters(*operands.values(), *results)
         | set("m" * spec.transposed + k * spec.shares),
+        shared=frozenset("m" + "k" * (not paired)) if spec.agrees else frozenset(),
         names=spec.names,
     )
 
@@ -361,5 +377,6 @@ QUANTIZE = Op(
     empty=_empty,
     rule=_rule,
     local=_local,
+    local_part=_local_part,
     vmap=_vmap,
 )
