@@ -33,6 +33,7 @@ from jax_fp8gemm._bind.op import (
     rebind,
     run_batch,
     spread,
+    typical,
 )
 from jax_fp8gemm._bind.partition import Batch, Dim, Rule, Total, blocked_letters, scale_dims
 from jax_fp8gemm._bind.shared_blocks import Shares, cast_part
@@ -54,6 +55,7 @@ from jax_fp8gemm._core.layout import (
 )
 from jax_fp8gemm._core.qarray import FP8
 from jax_fp8gemm._core.types import ScaleRounding, SourceName
+from jax_fp8gemm._select.cost import streaming_seconds
 
 FLOAT_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 MATRICES = ("x", "beside", "x_scale", "gradient")  # operands with the leading dims of x
@@ -223,6 +225,13 @@ def _attributes(spec: CastSpec, operands: Arrays) -> dict[str, np.int64 | str]:
     return attributes(spec, operands[0].dtype, m, k)
 
 
+def _seconds(spec: CastSpec, operands: Arrays) -> float:
+    """What is read and written, at the rate of the memory."""
+    arrays = [(x.shape, x.dtype) for x in operands] + _results(spec, operands)
+    sizes = [math.prod(map(typical, shape)) * jnp.dtype(dtype).itemsize for shape, dtype in arrays]
+    return streaming_seconds(sum(sizes))
+
+
 # ---- one device ---------------------------------------------------------------------------------
 
 
@@ -373,6 +382,7 @@ QUANTIZE = Op(
     results=_results,
     reference=_reference,
     attributes=_attributes,
+    seconds=_seconds,
     aliases=lambda spec: {},
     empty=_empty,
     rule=_rule,

@@ -67,3 +67,9 @@ def predicted_seconds(problem: Problem, config: GemmConfig) -> float:
     streaming = traffic / (model.bandwidth * min(1.0, ctas / SMS))
     latency = model.few_rows_latency if few_rows else model.latency
     return max(cycles / model.clock, streaming) + latency
+
+
+def streaming_seconds(size: int) -> float:
+    """Returns the time of a kernel that reads and writes `size` bytes in all, and little else."""
+    model = CostModel()
+    return size / model.bandwidth + model.latency
