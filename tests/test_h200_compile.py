@@ -46,6 +46,8 @@ made = jax.jit(step).lower(
 text = made.as_text()
 print("calls", text.count('custom_call_target="jax_fp8gemm_gemm_v1"'))
 print("gathers", text.count("all-gather"))
+kernels = [line for line in text.splitlines() if 'custom_call_target="jax_fp8gemm_' in line]
+print("latencies", *(line.count("latency_metadata=") for line in kernels))
 """
 
 
@@ -97,6 +99,8 @@ def test_a_training_step_compiles_for_an_h200(tmp_path):
     printed, log = compiled(CODE, JAX_FP8GEMM_CACHE_DIR=str(tmp_path))
     # fp8_matmul: y and dw (x has no gradient); fp8_ragged_dot: both gradients (a sum needs no y).
     assert (printed["calls"], printed["gathers"]) == (["4"], ["0"])
+    # XLA's scheduler knows how long each takes: these, and their casts.
+    assert printed["latencies"] == ["1"] * 9
     assert "from nvrtc" in log and len(list(tmp_path.glob("*.kernel"))) >= 3
 
 

@@ -18,7 +18,7 @@ WINGS = {
     "_core": "version errors folders progress extension types layout qarray bits checks groups "
     "variants reference",
     "_select": "problem candidates cost saved choice",
-    "_bind": "native gathered partition meshes op merge gemm_op quantize_op",
+    "_bind": "native gathered shared_blocks partition meshes op merge gemm_op quantize_op",
     "_ops": "casts quantize statistics swiglu gemm weights recipe bf16 matmul ragged_dot "
     "dot_general deep_gemm_utils deep_gemm_operands deep_gemm_dense deep_gemm_grouped",
     "_moe": "ordered gate order routing balance exchange activations kernels weights placement "

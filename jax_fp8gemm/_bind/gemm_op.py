@@ -30,6 +30,7 @@ from jax_fp8gemm._bind.op import (
     rebind,
     run_batch,
     spread,
+    typical,
 )
 from jax_fp8gemm._bind.partition import Batch, Dim, Rule, Total, blocked_letters, scale_dims
 from jax_fp8gemm._core import reference
@@ -44,7 +45,8 @@ from jax_fp8gemm._core.layout import (
 )
 from jax_fp8gemm._core.types import OutName, RhsName, ScalesName
 from jax_fp8gemm._core.variants import SCALES, VARIANTS, Variant
-from jax_fp8gemm._select.choice import select
+from jax_fp8gemm._select.choice import choose, select
+from jax_fp8gemm._select.cost import predicted_microseconds
 from jax_fp8gemm._select.problem import (
     DEFAULT_DEVICE,
     GemmConfig,
@@ -60,7 +62,6 @@ EXPORT_CHECKS = tuple(
 )
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
-SYMBOLIC_SIZE = 4096  # rows for which a config is chosen where an exported program takes any number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,12 @@ def _attributes(spec: GemmSpec, operands: Arrays) -> dict:
     return attributes_for(device_kind(), spec, operands)
 
 
+def _seconds(spec: GemmSpec, operands: Arrays) -> float:
+    problem = problem_of(spec, operands, device_kind())
+    config = spec.config or choose(problem)[0]
+    return 1e-6 * float(predicted_microseconds(problem, [config])[0])
+
+
 def attributes_for(device: str, spec: GemmSpec, operands: Sequence) -> dict:
     """Returns the attributes of the custom call for a card of this name."""
     problem = problem_of(spec, operands, device)
@@ -197,7 +204,7 @@ def attributes_for(device: str, spec: GemmSpec, operands: Sequence) -> dict:
 
 def problem_of(spec: GemmSpec, operands: Sequence, device: str) -> Problem:
     """Returns what the choice of a config may depend on."""
-    sizes = {letter: _typical(size) for letter, size in spec.sizes(operands).items()}
+    sizes = {letter: typical(size) for letter, size in spec.sizes(operands).items()}
     return Problem(
         variant=spec.variant.name,
         m=spec.expected_rows or sizes["m"],
@@ -212,11 +219,6 @@ def problem_of(spec: GemmSpec, operands: Sequence, device: str) -> Problem:
         rhs=spec.rhs,
         batch_invariant=spec.batch_invariant,
     )
-
-
-def _typical(size) -> int:
-    """A size to choose a config for; that of an exported program may not be known yet."""
-    return SYMBOLIC_SIZE if jax.export.is_symbolic_dim(size) else size
 
 
 def device_kind() -> str:
@@ -404,6 +406,7 @@ GEMM = Op(
     results=_results,
     reference=_reference,
     attributes=_attributes,
+    seconds=_seconds,
     aliases=_aliases,
     empty=_empty,
     rule=_rule,

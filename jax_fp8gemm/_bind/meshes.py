@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_fp8gemm._bind.partition import Axes, Rule, assign, spec_of
+from jax_fp8gemm._bind.partition import Axes, Rule, assign, shares, spec_of
 
 
 def is_manual() -> bool:
@@ -90,9 +90,11 @@ def enter(rule: Rule, make: Callable[[bool], Callable], operands, out_sharding=N
 def _out_sharding(rule: Rule, operands, mesh):
     specs = [jax.typeof(x).sharding.spec for x in operands]
     offered = [(rule.operands[i], specs[i], votes) for i, votes in rule.voters]
-    plan = assign(rule, offered, rule.sizes([x.shape for x in operands]), mesh)
+    sizes = rule.sizes([x.shape for x in operands])
+    plan = assign(rule, offered, sizes, mesh)
     kept = {letter: cut for letter, cut in plan.items() if letter not in rule.summed}
-    out = [spec_of(dims, kept) for dims in rule.results]
+    shared = shares(rule, plan, sizes, mesh)
+    out = [spec_of(dims, kept, shared) for dims in rule.results]
     return out if len(out) > 1 else out[0]
 
 

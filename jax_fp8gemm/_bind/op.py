@@ -20,15 +20,18 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_fp8gemm._bind import meshes, native
 from jax_fp8gemm._bind.partition import Batch, Rule, Total, partitioned, with_batch
+from jax_fp8gemm._bind.shared_blocks import Shares
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import MOST_COUNT
 
+SYMBOLIC_SIZE = 4096  # what an exported program that takes any size is planned for
 Arrays = Sequence[jax.Array]
 Shape = tuple[int, ...]
 Results = list[tuple[Shape, Any]]  # shape and dtype of each
@@ -46,12 +49,15 @@ class Op:
       reference: (spec, operands) -> results, in plain jnp.
       attributes: (spec, operands' types) -> attributes of the custom call: all of the kernel's
         specification.
+      seconds: (spec, operands' types) -> how long the kernel takes, about; for XLA's scheduler.
       aliases: spec -> {operand: result} that share memory.
       empty: (spec, operands) -> results where there is nothing to compute, else None. Here and
         below operands have any leading dims, and scales have their logical layout.
       rule: (spec, operands) -> how the call is cut up over a mesh.
       local: (spec, operands, batch, total) -> results on one device. `batch` says which operands
         have which leading dims of vmaps, see `run_batch`; `total` sums a cut contraction.
+      local_part: (spec, operands, shares) -> results on one device, where devices share blocks of
+        scales; None where the rule has no such letters.
       vmap: (spec, axis size, which operands are batched, operands) -> results, batch first; or None
         where the batch stays a leading dim, which `local` then gets.
     """
@@ -61,11 +67,13 @@ class Op:
     results: Callable[[Any, Arrays], Results]
     reference: Callable[[Any, Arrays], Arrays]
     attributes: Callable[[Any, Arrays], Mapping[str, Any]]
+    seconds: Callable[[Any, Arrays], float]
     aliases: Callable[[Any], dict[int, int]]
     empty: Callable[[Any, Arrays], Arrays | None]
     rule: Callable[[Any, Arrays], Rule]
     local: Callable[[Any, Arrays, Batch, Total | None], Arrays]
     vmap: Callable[[Any, int, Sequence[bool], Arrays], Arrays | None]
+    local_part: Callable[[Any, Arrays, Shares], Arrays] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +165,16 @@ def _vmappable(
 
 
 def _local(
-    op: Op, spec: Hashable, batch: Batch, *operands: jax.Array, total: Total | None = None
+    op: Op,
+    spec: Hashable,
+    batch: Batch,
+    *operands: jax.Array,
+    total: Total | None = None,
+    shares: Shares | None = None,
 ) -> Arrays:
+    if shares:
+        assert op.local_part and not batch  # a batch of such casts became more matrices
+        return op.local_part(spec, operands, shares)
     return op.local(spec, operands, batch, total)
 
 
@@ -182,6 +198,11 @@ def _empty_batch(call, batched, operands) -> list[jax.Array]:
         for x, own in zip(operands, batched, strict=True)
     ]
     return [jnp.zeros((0, *y.shape), y.dtype) for y in jax.eval_shape(call, *one)]
+
+
+def typical(size) -> int:
+    """Returns a size to plan for; that of an exported program may not be known yet."""
+    return SYMBOLIC_SIZE if jax.export.is_symbolic_dim(size) else size
 
 
 def spread(size: int, batched: Sequence[bool], operands: Arrays) -> list[jax.Array]:
@@ -280,10 +301,25 @@ def primitive(op: Op) -> Primitive:
         native.check_plugin()
         _record(op, spec, ctx.avals_in)
         _check_counts(op.name, (*ctx.avals_in, *ctx.avals_out))
+        attributes = tuple(op.attributes(spec, ctx.avals_in).items())
+        ns = round(1e9 * op.seconds(spec, ctx.avals_in))
+
+        def call(*operands):  # XLA's scheduler takes 10 µs for any custom call, unless it is told
+            with set_xla_metadata(latency_metadata=ns):
+                return kernel.bind(*operands, spec=spec, attributes=attributes)
+
+        return mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+
+    kernel = Primitive(f"{made.name}_call")  # the custom call alone, for what is said about it
+    kernel.multiple_results = True
+    kernel.def_abstract_eval(lambda *operands, spec, attributes: types(*operands, spec=spec))
+
+    def lower_call(ctx, *operands, spec, attributes):
         aliases = op.aliases(spec) or None
         rule = jax.ffi.ffi_lowering(op.target, operand_output_aliases=aliases)
-        return rule(ctx, *operands, **op.attributes(spec, ctx.avals_in))
+        return rule(ctx, *operands, **dict(attributes))
 
+    mlir.register_lowering(kernel, lower_call, platform="cuda")
     mlir.register_lowering(made, mlir.lower_fun(meaning, multiple_results=True))
     mlir.register_lowering(made, lower_cuda, platform="cuda")
     return made

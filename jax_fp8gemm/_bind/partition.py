@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_fp8gemm._bind.gathered import Gathered
+from jax_fp8gemm._bind.shared_blocks import Share, Shares
 from jax_fp8gemm._core.errors import describe
 from jax_fp8gemm._core.layout import SCALE_BLOCK, Tile
 from jax_fp8gemm._core.version import __version__
@@ -67,6 +69,7 @@ class Rule:
       summed: letters that are contracted; where one is cut, results are summed over its axes.
       whole: letters that are never cut.
       blocked: letters that are cut into whole blocks of 128 only.
+      shared: those of them that may be cut anywhere: devices agree on the scales of blocks.
       added: index of the operand that is added to the sum; it follows result 0.
     """
 
@@ -77,6 +80,7 @@ class Rule:
     summed: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
     blocked: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
     added: int | None = None
     names: tuple[str, ...] = ()
 
@@ -111,23 +115,31 @@ def with_batch(rule: Rule, batch: Batch) -> Rule:
     )
 
 
-def shardy_rule(rule: Rule, shapes) -> tuple[str, dict]:
+def shardy_rule(rule: Rule, shapes, axis_sizes: Iterable[int] = ()) -> tuple[str, dict]:
     """Returns the rule in Shardy's notation, and its keyword arguments.
 
     A blocked letter k becomes kb blocks of ki = 128: qvalue (kb ki), scale kb. What cannot be cut,
     one block included, gets a factor of its own in every array: no sharding travels through it.
+    Where devices may share blocks, only scales get one, if an axis of the mesh would split blocks.
+
+    Args:
+      axis_sizes: of the mesh.
     """
     sizes, numbers = rule.sizes(shapes), itertools.count()
-    compound = {
-        letter
-        for letter in rule.blocked - rule.whole
-        if sizes[letter] % SCALE_BLOCK == 0 and sizes[letter] > SCALE_BLOCK
-    }
+
+    def is_compound(letter: str) -> bool:
+        count, rest = divmod(sizes[letter], SCALE_BLOCK)
+        splits = letter in rule.shared and any(count % size for size in axis_sizes)
+        return not rest and count > 1 and not splits
+
+    compound = {letter for letter in rule.blocked - rule.whole if is_compound(letter)}
     factors: dict[str, int | None] = {}  # in order of appearance, with the size of inner ones
 
     def factor(dim: Dim) -> str:
         letter = dim.letter
         alone = letter in rule.whole or (letter in rule.blocked and letter not in compound)
+        if letter in rule.shared and dim.per == 1:
+            alone = False
         if alone or dim.per is None:
             return f"only{next(numbers)}"
         if letter not in compound:
@@ -182,14 +194,15 @@ def elect(rule: Rule, offered) -> dict[str, Axes]:
 
 
 def fitted(rule: Rule, elected: dict[str, Axes], sizes: dict[str, int], mesh) -> dict[str, Axes]:
-    """Returns as many of the axes as cut each letter into equal shards of whole blocks.
+    """Returns as many of the axes as cut each letter into equal shards, and into whole blocks
+    unless devices share them.
 
     Args:
       mesh: with `shape`, the size of each axis.
     """
     plan = {}
     for letter, axes in elected.items():
-        step = SCALE_BLOCK if letter in rule.blocked else 1
+        step = SCALE_BLOCK if letter in rule.blocked - rule.shared else 1
         while axes and sizes[letter] % (step * math.prod(mesh.shape[axis] for axis in axes)):
             axes = axes[:-1]
         plan[letter] = axes
@@ -201,10 +214,27 @@ def assign(rule: Rule, offered, sizes: dict[str, int], mesh) -> dict[str, Axes]:
     return fitted(rule, elect(rule, offered), sizes, mesh)
 
 
-def spec_of(dims: Dims, plan: dict[str, Axes]) -> PartitionSpec:
-    """Returns the sharding of an array with these dims."""
-    cut = [() if dim.per is None else plan.get(dim.letter, ()) for dim in dims]
-    return PartitionSpec(*(axes or None for axes in cut))
+def shares(rule: Rule, plan: dict[str, Axes], sizes: dict[str, int], mesh) -> Shares:
+    """Returns of which letters the plan splits blocks."""
+    found = {}
+    for letter in sorted(rule.shared):
+        axes = plan.get(letter, ())
+        if axes and sizes[letter] % (SCALE_BLOCK * math.prod(mesh.shape[a] for a in axes)):
+            found[letter] = Share(axes, sizes[letter])
+    return found
+
+
+def spec_of(dims: Dims, plan: dict[str, Axes], shared: Iterable[str] = ()) -> PartitionSpec:
+    """Returns the sharding of an array with these dims.
+
+    shared: letters whose blocks are split; every device has all of their scales.
+    """
+
+    def cut(dim: Dim) -> Axes:
+        whole = dim.per is None or (dim.per == SCALE_BLOCK and dim.letter in shared)
+        return () if whole else plan.get(dim.letter, ())
+
+    return PartitionSpec(*(cut(dim) or None for dim in dims))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,17 +281,19 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
     Args:
       static: what `local` depends on beside its operands; its repr says all of it.
       local: called as local(*operands) on whole arrays or shards; as local(*operands, total=f) on
-        shards of a contracted letter, where results are to be passed through f.
+        shards of a contracted letter, where results are to be passed through f; and as
+        local(*operands, shares=s) where devices share blocks of scales.
     """
     call = custom_partitioning(lambda *operands: local(*operands))
 
     def notation(mesh, operand_types, result_types):
-        return shardy_rule(rule, [tuple(t.shape) for t in operand_types])
+        return shardy_rule(rule, [tuple(t.shape) for t in operand_types], mesh.shape.values())
 
     def infer(mesh, operands, results):  # asked where Shardy is turned off
         mesh, plan, _ = _plan(rule, mesh, operands, ())
         kept = {letter: axes for letter, axes in plan.items() if letter not in rule.summed}
-        out = [NamedSharding(mesh, spec_of(dims, kept)) for dims in rule.results]
+        shared = shares(rule, plan, rule.sizes([x.shape for x in operands]), mesh)
+        out = [NamedSharding(mesh, spec_of(dims, kept, shared)) for dims in rule.results]
         return jax.tree.unflatten(jax.tree.structure(results), out)
 
     def partition(mesh, operands, results):
@@ -273,8 +305,10 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
             NamedSharding(mesh, spec_of(dims, after if i == rule.added else plan))
             for i, dims in enumerate(rule.operands)
         ]
-        out = [NamedSharding(mesh, spec_of(dims, after)) for dims in rule.results]
-        return mesh, _on_one_device(local, total), jax.tree.unflatten(tree, out), tuple(at)
+        shared = shares(rule, plan, sizes, mesh)
+        out = [NamedSharding(mesh, spec_of(dims, after, shared)) for dims in rule.results]
+        body = _on_one_device(local, total=total, shares=shared)
+        return mesh, body, jax.tree.unflatten(tree, out), tuple(at)
 
     call.def_partition(
         partition,
@@ -292,9 +326,12 @@ def partitioned(local: Callable, rule: Rule, static) -> Callable:
     return jax.jit(run)
 
 
-def _on_one_device(local: Callable, total: Total | None) -> Callable:
-    """Returns `local` for the shards of a device, whatever mesh is in use around the program."""
-    body = local if total is None else functools.partial(local, total=total)
+def _on_one_device(local: Callable, **together: Any) -> Callable:
+    """Returns `local` for the shards of a device, whatever mesh is in use around the program.
+
+    together: what it does with other devices, if anything.
+    """
+    body = functools.partial(local, **{name: way for name, way in together.items() if way})
 
     def run(*shards):
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):

@@ -33,8 +33,10 @@ from jax_fp8gemm._bind.op import (
     rebind,
     run_batch,
     spread,
+    typical,
 )
 from jax_fp8gemm._bind.partition import Batch, Dim, Rule, Total, blocked_letters, scale_dims
+from jax_fp8gemm._bind.shared_blocks import Shares, cast_part
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._core.groups import grouped_tokens
 from jax_fp8gemm._core.layout import (
@@ -53,6 +55,7 @@ from jax_fp8gemm._core.layout import (
 )
 from jax_fp8gemm._core.qarray import FP8
 from jax_fp8gemm._core.types import ScaleRounding, SourceName
+from jax_fp8gemm._select.cost import streaming_microseconds
 
 FLOAT_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 MATRICES = ("x", "beside", "x_scale", "gradient")  # operands with the leading dims of x
@@ -95,6 +98,12 @@ class CastSpec:
     def shares(self) -> bool:
         """Whether columns of a transposed copy can have a common scale."""
         return self.shared_columns and self.transposed and self.scale_rounding == "pow2"
+
+    @functools.cached_property
+    def agrees(self) -> bool:
+        """Whether devices that have parts of a block can agree on its scale."""
+        plain = not (self.grouped or self.gather or self.shares)
+        return self.source == "float" and self.tile == BLOCKS and self.token_dims == 1 and plain
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -216,6 +225,13 @@ def _attributes(spec: CastSpec, operands: Arrays) -> dict[str, np.int64 | str]:
     return attributes(spec, operands[0].dtype, m, k)
 
 
+def _seconds(spec: CastSpec, operands: Arrays) -> float:
+    """What is read and written, at the rate of the memory."""
+    arrays = [(x.shape, x.dtype) for x in operands] + _results(spec, operands)
+    sizes = [math.prod(map(typical, shape)) * jnp.dtype(dtype).itemsize for shape, dtype in arrays]
+    return 1e-6 * streaming_microseconds(sum(sizes))
+
+
 # ---- one device ---------------------------------------------------------------------------------
 
 
@@ -237,6 +253,14 @@ def _local(spec: CastSpec, operands: Arrays, batch: Batch, total: Total | None) 
     """One device's share; nothing is contracted."""
     one = lambda operands: _on_one_device(*operands, spec=spec)  # noqa: E731
     return run_batch(one, functools.partial(_many, spec), batch, operands)
+
+
+def _local_part(spec: CastSpec, operands: Arrays, shares: Shares) -> Arrays:
+    """A shard whose blocks of scales other devices have parts of. XLA casts it."""
+    x = jnp.concatenate(operands, axis=-1) if spec.pair else operands[0]
+    copy = cast_part(x, spec.scale_rounding, shares.get("m"), shares.get("k"))
+    turned = [jnp.swapaxes(y, -1, -2) for y in copy]
+    return [*copy] * spec.rows + turned * spec.transposed
 
 
 def _many(spec: CastSpec, size: int, batched: Sequence[bool], operands: Arrays) -> Arrays:
@@ -340,6 +364,7 @@ def sharding_rule(spec: CastSpec, rank: int, whole_tokens: bool) -> Rule:
         whole=frozenset("rtgp" + "m" * (spec.grouped or spec.gather) + "hkf" * uncut),
         blocked=blocked_letters(*operands.values(), *results)
         | set("m" * spec.transposed + k * spec.shares),
+        shared=frozenset("m" + "k" * (not paired)) if spec.agrees else frozenset(),
         names=spec.names,
     )
 
@@ -357,9 +382,11 @@ QUANTIZE = Op(
     results=_results,
     reference=_reference,
     attributes=_attributes,
+    seconds=_seconds,
     aliases=lambda spec: {},
     empty=_empty,
     rule=_rule,
     local=_local,
+    local_part=_local_part,
     vmap=_vmap,
 )

@@ -91,6 +91,23 @@ def share_scales(amax: jax.Array, scale: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
+def magnitude_bits(x: jax.Array) -> jax.Array:
+    """Returns the bits of |x| as int32, whose largest is that of the numbers.
+
+    A maximum of floats loses NaN on CPUs. Among bit patterns NaN is above every number.
+
+    Args:
+      x: f32.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.int32) & MAGNITUDE_MASK
+
+
+def to_fp8(scaled: jax.Array) -> jax.Array:
+    """Returns e4m3 numbers of f32 ones, ±448 for those above; NaN stays."""
+    # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
+    return jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(FP8)
+
+
 def quantize(
     x: jax.Array, tile: Tile, rounding: ScaleRounding, *, shared: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -102,14 +119,11 @@ def quantize(
       shared: rows of a block of 128 share a scale where share_scales() lets them.
     """
     tiles, shape = _tiled(x.astype(jnp.float32), tile)
-    # NOTE: a maximum of floats loses NaN on CPUs. Among bit patterns NaN is above every number.
-    bits = jax.lax.bitcast_convert_type(tiles, jnp.int32) & MAGNITUDE_MASK
-    amax = jax.lax.bitcast_convert_type(jnp.max(bits, axis=(-3, -1)), jnp.float32)
+    bits = jnp.max(magnitude_bits(tiles), axis=(-3, -1))
+    amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
     scale = scale_of(amax, rounding)
     scale = share_scales(amax, scale) if shared else scale
-    # NOTE: astype(float8_e4m3fn) does not saturate, so clip first; clip keeps NaN.
-    values = jnp.clip(tiles * (1 / scale)[..., :, None, :, None], -FP8_MAX, FP8_MAX)
-    return _untiled(values.astype(FP8), shape), scale
+    return _untiled(to_fp8(tiles * (1 / scale)[..., :, None, :, None]), shape), scale
 
 
 def dequantize(qvalue: jax.Array, scale: jax.Array, tile: Tile) -> jax.Array:

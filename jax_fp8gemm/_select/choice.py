@@ -42,13 +42,14 @@ def saved(device: str) -> Table:
 def select(problem: Problem) -> GemmConfig:
     """Returns the config for `problem`: that of the user's file, else the tuned row of the nearest
     m that needs as many blocks, else the model's best."""
-    chosen, source = _choose(problem)
+    chosen, source = choose(problem)
     if os.environ.get("JAX_FP8GEMM_PRINT_CONFIGS") == "1":
         print(f"jax_fp8gemm: {problem} -> {chosen} ({source})", file=sys.stderr)
     return chosen
 
 
-def _choose(problem: Problem) -> tuple[GemmConfig, str]:
+def choose(problem: Problem) -> tuple[GemmConfig, str]:
+    """As select, and where the config comes from: "saved", "tuned" or "model"."""
     p = problem
     if p in saved(p.device):
         return saved(p.device)[p], "saved"
