@@ -8,7 +8,7 @@ import pytest
 from jax_fp8gemm._select import choice
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.choice import file_name, select
-from jax_fp8gemm._select.cost import predicted_seconds
+from jax_fp8gemm._select.cost import ranked
 from jax_fp8gemm._select.problem import GemmConfig, Problem
 
 PROBLEM = Problem("dense", 1200, 512, 1024, 1, "1x128_1x128", "f32")
@@ -30,31 +30,38 @@ def tuned(monkeypatch):
 
 
 def modelled(problem: Problem) -> GemmConfig:
-    return min(candidates(problem), key=lambda config: predicted_seconds(problem, config))
+    return ranked(problem, candidates(problem))[0]
 
 
 def test_the_nearest_row_serves_by_the_ratio_of_m(tuned):
-    for rows in ({1024: SMALL, 1536: LARGE}, {1536: LARGE, 1024: SMALL}):
+    for rows in ({1030: SMALL, 1150: LARGE}, {1150: LARGE, 1030: SMALL}):
         tuned(rows)
-        assert select(dataclasses.replace(PROBLEM, m=1200)) == SMALL  # 1.17 and 1.28
-        assert select(dataclasses.replace(PROBLEM, m=1270)) == LARGE  # 1.24 and 1.21
+        assert select(dataclasses.replace(PROBLEM, m=1080)) == SMALL  # 1.049 and 1.065
+        assert select(dataclasses.replace(PROBLEM, m=1100)) == LARGE  # 1.068 and 1.045
 
 
 def test_a_row_serves_up_to_half_as_much_again_either_way(tuned):
-    tuned({1000: SMALL})
-    for m, served in {667: True, 666: False, 1499: True, 1501: False}.items():
+    tuned({85: SMALL})
+    for m, served in {57: True, 56: False, 127: True, 128: False}.items():
         problem = dataclasses.replace(PROBLEM, m=m)
         assert select(problem) == (SMALL if served else modelled(problem)), m
 
 
 def test_a_row_of_exactly_the_ratio_serves(tuned):
-    tuned({1536: SMALL})
-    assert select(dataclasses.replace(PROBLEM, m=1024)) == SMALL
+    tuned({96: SMALL})
+    assert select(dataclasses.replace(PROBLEM, m=64)) == SMALL
+
+
+def test_a_row_serves_as_many_blocks_as_it_was_measured_with(tuned):
+    tuned({1024: SMALL})  # eight blocks of 128 rows
+    for m, served in {1024: True, 897: True, 896: False, 1025: False}.items():
+        problem = dataclasses.replace(PROBLEM, m=m)
+        assert select(problem) == (SMALL if served else modelled(problem)), m
 
 
 def test_a_row_that_is_not_legal_is_passed_over(tuned):
     """It may be from other sizes of k, or of an older release."""
-    tuned({1200: ILLEGAL, 1000: LARGE})
+    tuned({1200: ILLEGAL, 1160: LARGE})
     assert select(PROBLEM) == LARGE
     tuned({1200: ILLEGAL})
     assert select(PROBLEM) == modelled(PROBLEM)

@@ -12,7 +12,7 @@ from dense_moe import make_kernels, make_shared
 from flax import nnx
 from jax.sharding import AxisType
 from numerics import calc_diff
-from test_experts import calls, choices, tokens
+from test_experts import choices, tokens
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import linen as fp8_linen
