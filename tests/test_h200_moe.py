@@ -84,7 +84,9 @@ import jax_fp8gemm as fp8
 from collectives import collectives
 target = open(sys.argv[1]).read()
 sizes = tuple(map(int, sys.argv[2].split("x")))
-split, factor = sys.argv[3], float(sys.argv[4]) or None
+split, factor, exchange = sys.argv[3], float(sys.argv[4]) or None, sys.argv[5]
+capacity = float(sys.argv[6]) or None
+e = max(16, sizes[1])
 topology = topologies.get_topology_desc(
     platform="cuda", target_config=target, topology=f"1x1x{math.prod(sizes)}"
 )
@@ -97,7 +99,7 @@ def loss(x, gate_kernel, kernels):
     y, routing = fp8.moe(
         x, gate_kernel, kernels, top_k=4, expert_axis="expert", token_axes=("data", "expert"),
         tensor_axis="model" if split == "tensor" else None, mesh=mesh,
-        device_capacity_factor=factor,
+        device_capacity_factor=factor, exchange=exchange, capacity_factor=capacity,
     )
     return (y.astype(jnp.float32) ** 2).mean() + routing.aux_loss, routing.dropped
 
@@ -105,10 +107,10 @@ up, down = P("expert", None, "model"), P("expert", "model", None)
 if split == "fsdp":
     up, down = P("expert", "data", None), P("expert", None, "data")
 kernels = fp8.ExpertKernels(
-    wi_0=shape(up, 16, 1024, 512), wi_1=shape(up, 16, 1024, 512), wo=shape(down, 16, 512, 1024)
+    wi_0=shape(up, e, 1024, 512), wi_1=shape(up, e, 1024, 512), wo=shape(down, e, 512, 1024)
 )
 arrays = (
-    shape(P(("data", "expert")), 8192, 1024), shape(P(), 1024, 16, dtype=jnp.float32), kernels
+    shape(P(("data", "expert")), 8192, 1024), shape(P(), 1024, e, dtype=jnp.float32), kernels
 )
 at = jax.tree.map(lambda x: x.sharding, arrays)
 step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), out_shardings=(at, None))
@@ -149,7 +151,9 @@ TRAVELS = {
 }
 
 
-def collectives_of(sizes: str, split: str, factor: float) -> tuple[list[str], int]:
+def collectives_of(
+    sizes: str, split: str, factor: float, exchange: str = "all_gather", capacity: float = 0
+) -> tuple[list[str], int]:
     """Returns the collectives of a step, and the bytes of its temporaries."""
     environment = {
         **os.environ,
@@ -158,7 +162,8 @@ def collectives_of(sizes: str, split: str, factor: float) -> tuple[list[str], in
         "XLA_FLAGS": "",
         "PYTHONPATH": str(pathlib.Path(__file__).parent),
     }
-    command = [sys.executable, "-c", PLAIN, str(TARGET), sizes, split, str(factor)]
+    command = [sys.executable, "-c", PLAIN, str(TARGET), sizes, split]
+    command += [str(factor), exchange, str(capacity)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     *travels, memory = done.stdout.splitlines()
@@ -169,6 +174,37 @@ def collectives_of(sizes: str, split: str, factor: float) -> tuple[list[str], in
 def test_a_layer_that_divides_itself_compiles_for_h200s(sizes, split):
     """Under plain jax.jit no weight is gathered, and each token travels as one row."""
     assert collectives_of(sizes, split, 1.5)[0] == sorted(TRAVELS[sizes, split])
+
+
+X, DY = 272, 264  # words of a token's row
+EXCHANGES = [
+    # Devices, exchange, capacity_factor, rows that a device sends or gets in all.
+    (8, "all_gather", 0, 8192),
+    (8, "all_to_all", 0, 8192),
+    (64, "all_gather", 0, 8192),
+    (64, "all_to_all", 2, 1024),  # 64 times 16: twice the even share of 128 tokens' choices
+]
+
+
+@pytest.mark.parametrize("devices, exchange, capacity, rows", EXCHANGES)
+def test_an_exchange_over_many_h200s_has_these_collectives(devices, exchange, capacity, rows):
+    """As many of them as on two, whatever the number of devices; and their bytes."""
+    travels, _ = collectives_of(f"1x{devices}x1", "experts", 1.5, exchange, capacity)
+    own, e = 8192 // devices, max(16, devices)
+    if exchange == "all_gather":
+        expected = [
+            f"all-gather u32[{own},{X}] u32[{rows},{X}]",
+            f"all-gather u32[{own},{DY}] u32[{rows},{DY}]",
+            f"reduce-scatter bf16[{own},1024]",
+            f"reduce-scatter bf16[{own},1024]",
+            f"reduce-scatter f32[{own},4]",
+        ]
+    else:
+        kinds = [f"u32[{rows},{X}]", f"u32[{rows},{DY}]", f"f32[{rows},4]"]
+        kinds += [f"bf16[{rows},1024]"] * 2
+        expected = [f"all-to-all {array}" for array in kinds]
+    expected += [f"all-reduce f32[1024,{e}]", f"all-reduce f32[{e}]", "all-reduce s32[]"]
+    assert travels == sorted(expected)
 
 
 def test_fsdp_of_experts_gathers_fp8_and_scatters_gradients():

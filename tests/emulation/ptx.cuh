@@ -56,11 +56,15 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
   return bits;
 }
 inline bool __all_sync(unsigned, bool bit) { return __ballot_sync(~0u, bit) == ~0u; }
+inline bool __any_sync(unsigned, bool bit) { return __ballot_sync(~0u, bit) != 0; }
 
 namespace fp8gemm {
 
 // ---- Memory -------------------------------------------------------------------------------------
 
+struct alignas(8) Float2 {
+  float x, y;
+};
 struct alignas(16) Float4 {
   float x, y, z, w;
 };

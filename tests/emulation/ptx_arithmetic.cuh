@@ -95,6 +95,15 @@ inline uint32_t redux_max(uint32_t value) {
   }
   return value;
 }
+inline uint32_t cvt_bf16x2(float low, float high) {
+  uint32_t both = 0;
+  for (float x : {high, low}) {
+    const uint32_t bits = float_to_bits(x);
+    const uint32_t rounded = std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    both = both << 16 | rounded;
+  }
+  return both;
+}
 inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   uint32_t both = 0;
   for (int shift = 0; shift < 32; shift += 16) {
