@@ -68,9 +68,13 @@ def with_copies(x, routing, kernels) -> jax.Array:
     return fp8.expert_ffn(x, routing.expert_index, routing.gate_weights, prepared)
 
 
-def layer(experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> list[dict]:
-    """Returns rows of one case; their `us` is forward + backward."""
+def layer(
+    experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN, *, alone: bool = False
+) -> list[dict]:
+    """Returns rows of one case; their `us` is forward + backward. alone: without peers."""
     given = operands(experts, rows, width, hidden)
+    if alone:
+        return timed(experts, rows, given, {"fp8 expert_ffn": ours}, width, hidden)
     layers = {"fp8 expert_ffn": ours, "jax.lax.ragged_dot": plain_experts()}
     if rows <= CAST_ROWS * experts:
         layers["fp8 expert_ffn, weights copied"] = with_copies
@@ -81,6 +85,12 @@ def layer(experts: int, rows: int, width: int = WIDTH, hidden: int = HIDDEN) -> 
             return (up if rhs.shape[1] == width else down)(lhs, rhs, sizes)
 
         layers["Pallas ragged_dot_mgpu, tuned"] = plain_experts(pallas)
+    return timed(experts, rows, given, layers, width, hidden)
+
+
+def timed(
+    experts: int, rows: int, given: tuple, layers: dict, width: int, hidden: int
+) -> list[dict]:
     problem = Problem("ragged", rows, hidden, 3 * width, experts)  # gate, up and down
     op = f"MoE layer, {experts} experts, {rows} rows, forward + backward"
     made = {name: (forward_and_backward(f), given) for name, f in layers.items()}
@@ -91,10 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="default: results/<card>.json")
     parser.add_argument("--experts", type=int, help="only this many experts")
+    parser.add_argument("--alone", action="store_true", help="ours, in a minute")
     options = parser.parse_args()
     for experts, rows in CASES:
         if options.experts in (None, experts):
-            save(layer(experts, rows), options.out)
+            save(layer(experts, rows, alone=options.alone), options.out)
             progress(f"{experts} experts, {rows} rows")
 
 
