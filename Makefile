@@ -17,6 +17,9 @@ DEMO := .make/demo
 TEST := .make/test
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
+# pip compiles no Python of what it installs: most of that is never imported. It reads "no compile: no".
+export PIP_NO_COMPILE := 0
+
 # A GPU's own JAX where there is a GPU; else the CPU's.
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda12 || echo cpu)
 
