@@ -379,15 +379,20 @@ def regret() -> str:
 
 def decode() -> str:
     """docs/moe.md: a layer with FP8 weights beside its limits."""
-    rows = [row for row in stored(H200) if row["op"].startswith("MoE layer with FP8 weights")]
-    rows.sort(key=lambda row: int(re.search(r"(\d+) tokens", row["op"])[1]))  # type: ignore[index]
+    rows = []
+    for kind in ("MoE layer with FP8 weights, ", "whole DeepSeek-V3 layer with FP8 weights, "):
+        some = [row for row in stored(H200) if row["op"].startswith(kind)]
+        some.sort(key=lambda row: row["limit_us"])
+        what = kind.split(" with ")[0].replace("DeepSeek-V3 ", "")
+        rows += [(f"{what}, {row['op'].removeprefix(kind)}", row) for row in some]
     lines = [
-        (re.search(r"(\d+) tokens", row["op"])[1], row["experts"], f"{row['us']:.0f}",  # type: ignore[index]
-         f"{row['limit_us']:.0f}", f"{row['times_limit']:.2f}")
-        for row in rows
+        (name, row["experts"], f"{row['us']:.0f}", f"{row['limit_us']:.0f}",
+         f"{row['times_limit']:.2f}")
+        for name, row in rows
     ]  # fmt: skip
-    head = "tokens | experts with tokens | µs | limit, µs | times the limit"
-    return table(head, lines, "rrrrr") + ("\n" + card(rows) + "\n" if rows else "")
+    head = "what | experts with tokens | µs | limit, µs | times the limit"
+    about = "\n" + card([row for _, row in rows]) + "\n" if rows else ""
+    return table(head, lines, "lrrrr") + about
 
 
 BLOCKS = {

@@ -178,12 +178,21 @@ def test_logits_are_those_of_float32_within_the_error_of_fp8(folder, config, fou
 
 
 def test_the_cache_gives_the_same_logits(example, config, folder, logits):
+    """A token alone multiplies by latents as they are, which others first cast to FP8."""
     model, cache = example["files"].load(folder), example["model"].Cache.empty(config, 2, 16)
-    run = nnx.jit(lambda model, tokens, cache: model(tokens, cache)[:2])
-    first, cache = run(model, TOKENS[:, :11], cache)
-    last, cache = run(model, TOKENS[:, 11:], cache)
+    run = nnx.jit(lambda model, tokens, cache: model(tokens, cache))
+    first, cache, _ = run(model, TOKENS[:, :10], cache)
+    two, _, _ = run(model, TOKENS[:, 10:], cache)
+    assert error(jnp.concatenate([first, two], 1), logits) < 0.02
+    third, cache, _ = run(model, TOKENS[:, 10:11], cache)
+    last, cache, routings = run(model, TOKENS[:, 11:], cache)
     assert int(cache.length) == 12
-    assert error(jnp.concatenate([first, last], 1), logits) < 0.02
+    tree = checkpoint.load_parameters(folder, checkpoint.DEEPSEEK_V3)
+    right, choices = in_float32(config, tree, TOKENS)
+    same = same_choice(np.asarray(routings[-1].expert_index), choices[:, -1])
+    assert same.any()
+    assert error(last[same, 0], right[same, -1]) < 0.2
+    assert error(jnp.concatenate([third, last], 1), logits[:, 10:]) < 0.2
 
 
 def test_experts_over_a_mesh(example, folder, found):

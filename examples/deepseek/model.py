@@ -56,6 +56,11 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> Fp8Linear:
     return Fp8Linear(inputs, outputs, use_bias=False, dtype=BF16, rngs=rngs)
 
 
+def scores_of(how: str, one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns einsum of bf16 operands in float32."""
+    return jnp.einsum(how, one, other, preferred_element_type=jnp.float32)
+
+
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary embedding of neighbours (2i, 2i+1) of x [b, s, heads, d] at positions [s]."""
     half = x.shape[-1] // 2
@@ -115,16 +120,34 @@ class Attention(nnx.Module):
             at = (0, positions[0], 0)
             latent = jax.lax.dynamic_update_slice(kept[0], latent, at)
             key = jax.lax.dynamic_update_slice(kept[1], key, at)
-        kv = self.kv_b_proj(latent).reshape(b, latent.shape[1], c.heads, -1)
-        k_nope, value = jnp.split(kv, [c.nope_dim], -1)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q_nope, k_nope, preferred_element_type=jnp.float32)
-        scores += jnp.einsum(
-            "bqhd,bkd->bhqk", rotate(q_rope, positions), key, preferred_element_type=jnp.float32
-        )
+        turned = scores_of("bqhd,bkd->bhqk", rotate(q_rope, positions), key)
         seen = jnp.arange(latent.shape[1]) <= positions[:, None]
-        scores = jnp.where(seen, scores * (c.nope_dim + c.rope_dim) ** -0.5, -jnp.inf)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, -1).astype(BF16), value)
+
+        def shares(scores):
+            scores = (scores + turned) * (c.nope_dim + c.rope_dim) ** -0.5
+            return jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(BF16)
+
+        if s == 1:  # one token beside many: keys and values of the others stay latent
+            to_key, to_value = jnp.split(self._kv_b(), [c.nope_dim], -1)
+            asked = jnp.einsum("bqhd,chd->bqhc", q_nope, to_key)
+            share = shares(scores_of("bqhc,bkc->bhqk", asked, latent))
+            found = jnp.einsum("bhqk,bkc->bqhc", share, latent)
+            mixed = jnp.einsum("bqhc,chd->bqhd", found, to_value)
+        else:
+            kv = self.kv_b_proj(latent).reshape(b, latent.shape[1], c.heads, -1)
+            k_nope, value = jnp.split(kv, [c.nope_dim], -1)
+            share = shares(scores_of("bqhd,bkhd->bhqk", q_nope, k_nope))
+            mixed = jnp.einsum("bhqk,bkhd->bqhd", share, value)
         return self.o_proj(mixed.reshape(b, s, -1)), (latent, key)
+
+    def _kv_b(self) -> jax.Array:
+        """Returns what kv_b_proj multiplies by, in bf16 [kv_rank, heads, nope_dim + value_dim]."""
+        held = self.kv_b_proj
+        if held.qvalue is None:
+            kernel = held.kernel[...].astype(BF16)
+        else:
+            kernel = fp8.dequantize(fp8.QArray(held.qvalue[...], held.scale[...]), BF16).T
+        return kernel.reshape(self.config.kv_rank, self.config.heads, -1)
 
 
 class Dense(nnx.Module):
