@@ -39,6 +39,8 @@ FAMILIES = {  # how a family is called for a reader; one that is not here goes b
     "masked": "`masked`",
     "ragged_contracting": "`ragged_contracting`",
     "drawn": "shapes drawn at random (not tuned)",
+    "no scale shared, gradient": "weight gradient, columns that share no scale",
+    "no scale shared, grouped": "`ragged_contracting`, columns that share no scale",
 }
 
 

@@ -37,7 +37,7 @@ def fitted(rows: list[dict] | None = None) -> Layer:
     import numpy as np
 
     rows = json.loads(STORED.read_text()) if rows is None else rows
-    chosen = [r for r in rows if r["op"].startswith("MoE layer") and r["m"] in (8192, 32768)]
+    chosen = [r for r in rows if r["op"].startswith("MoE layer,") and r["m"] in (8192, 32768)]
     chosen = [r for r in chosen if r["op"].endswith(": fp8 expert_ffn") and r["n"] == 2048]
     matrix = np.array([[r["m"], r["g"], 1.0] for r in chosen])
     times = np.array([r["us"] / 1e3 for r in chosen])

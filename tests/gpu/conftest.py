@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 
 import pytest
 from xla_options import FLAGS
@@ -41,12 +40,6 @@ def spread(slow: list, rest: list, workers: int) -> list:
     return order + rest
 
 
-def pytest_configure(config) -> None:
-    """Lets what ends a run that takes too long leave its record, as an interrupt does."""
-    if os.environ.get("JAX_FP8GEMM_RECORD") and not hasattr(config, "workerinput"):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
 def pytest_collection_modifyitems(items) -> None:
     reason = hopper()
     here = pathlib.Path(__file__).parent
@@ -62,18 +55,24 @@ def pytest_collection_modifyitems(items) -> None:
     items[:] = spread(slow, quick, workers) + others
 
 
-def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-    """Writes the counts to JAX_FP8GEMM_RECORD, with the commit in JAX_FP8GEMM_COMMIT.
+COUNTS = dict.fromkeys(("passed", "failed", "skipped"), 0)
 
-    A run that was stopped says so.
-    """
+
+def pytest_runtest_logreport(report) -> None:
+    """Counts what ended, and writes it down at once: a run may be stopped at any time."""
+    if report.when == "call" or report.outcome != "passed":
+        COUNTS[report.outcome] += 1
+        record(interrupted=True)
+
+
+def pytest_sessionfinish(exitstatus) -> None:
+    if exitstatus != pytest.ExitCode.INTERRUPTED:
+        record()
+
+
+def record(**more: bool) -> None:
+    """Writes the counts to JAX_FP8GEMM_RECORD, with the commit in JAX_FP8GEMM_COMMIT."""
     path = os.environ.get("JAX_FP8GEMM_RECORD")
-    if path and not hasattr(config, "workerinput"):  # one of pytest-xdist's knows its tests only
-        counts = {
-            name: len(terminalreporter.stats.get(name, []))
-            for name in ("passed", "failed", "skipped")
-        }
-        record = {"commit": os.environ.get("JAX_FP8GEMM_COMMIT", ""), **counts}
-        if exitstatus == pytest.ExitCode.INTERRUPTED:
-            record["interrupted"] = True
-        pathlib.Path(path).write_text(json.dumps(record) + "\n")
+    if path and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker knows its own tests only
+        made = {"commit": os.environ.get("JAX_FP8GEMM_COMMIT", ""), **COUNTS, **more}
+        pathlib.Path(path).write_text(json.dumps(made) + "\n")
