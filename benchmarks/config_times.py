@@ -165,8 +165,8 @@ def operands_of(pool: Pool, p: Problem) -> tuple[list[np.ndarray], tuple[int, ..
     return [pool.values(lhs), pool.values(rhs), *scales, *groups], out
 
 
-def program(problem: Problem, configs: Sequence[GemmConfig], types: list, out: tuple) -> Any:
-    """Compiles index, operands -> the result by that config."""
+def branches(problem: Problem, configs: Sequence[GemmConfig], out: tuple[int, ...]) -> Any:
+    """Returns index, operands -> the result by that config, jitted."""
     result = jax.ShapeDtypeStruct(out, DTYPES[problem.out])
 
     def branch(config):
@@ -176,7 +176,7 @@ def program(problem: Problem, configs: Sequence[GemmConfig], types: list, out: t
     def run(index, *operands):
         return jax.lax.switch(index, [branch(config) for config in configs], *operands)
 
-    return jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.int32), *types).compile()
+    return jax.jit(run)
 
 
 @dataclasses.dataclass
@@ -193,7 +193,8 @@ class Case:
 
     def compile(self) -> None:
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.operands]
-        self.run = program(self.problem, self.configs, types, self.out)
+        run = branches(self.problem, self.configs, self.out)
+        self.run = run.lower(jax.ShapeDtypeStruct((), jnp.int32), *types).compile()
 
 
 def compiled(problems: list[Problem], seed: int) -> list[Case]:

@@ -127,13 +127,17 @@ def constants_of(logarithms: np.ndarray) -> Constants:
     return Constants(**kernels, **{name: next(values) for name in numbers()})
 
 
-def fit(data: Data) -> Constants:
-    """Returns constants fitted from today's, in steps that ever more ask for the choice alone."""
+# Softness and accuracy of one round after the other, which ever more ask for the choice alone.
+ROUNDS = ((0.03, 0.3), (0.02, 0.1), (0.012, 0.05))
+
+
+def fit(data: Data, rounds: Sequence[tuple[float, float]] = ROUNDS, sweeps: int = 3) -> Constants:
+    """Returns constants fitted from today's. sweeps: over all of them, in a round."""
     found = flat(H200)
-    for softness, accuracy in ((0.03, 0.3), (0.02, 0.1), (0.012, 0.05)):
+    for softness, accuracy in rounds:
         result = scipy.optimize.minimize(
             lambda x, *how: loss(data, constants_of(x), *how), found, (softness, accuracy),
-            method="Powell", options={"maxiter": 3, "xtol": 1e-3, "ftol": 1e-5},
+            method="Powell", options={"maxiter": sweeps, "xtol": 1e-3, "ftol": 1e-5},
             bounds=[(x - 0.7, x + 0.7) for x in found],
         )  # fmt: skip
         found = result.x

@@ -1,6 +1,7 @@
 """The benchmark scripts run: on a CPU, small, with a device clock that stands still."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import importlib
 import json
@@ -28,7 +29,8 @@ from jax_fp8gemm._tools import shapes, timing
 SCRIPTS = (
     "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm",
     "gemm", "grouped", "gemm_rows", "deepgemm_peer", "plot", "before_after", "watch",
-    "router", "shared_columns", "readme", "load_checkpoint",
+    "router", "shared_columns", "readme", "load_checkpoint", "config_times", "fit_cost", "decode",
+    "files", "model",
 )  # fmt: skip
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 OURS = [("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]
@@ -407,3 +409,77 @@ def test_loading_is_timed_beside_a_plain_read_of_the_same_bytes(load, tmp_path):
         sum(x.nbytes for x in jax.tree.leaves(arrays)) for arrays in (ours, script.plain(tmp_path))
     ]
     assert both[0] == both[1] > 3e5
+
+
+# ---- configs and their choice -------------------------------------------------------------------
+
+
+def test_configs_to_time_are_of_every_variant_and_legal(load):
+    script = load("config_times")
+    problems = script.drawn(3, 0.05)
+    assert problems == script.drawn(3, 0.05) != script.drawn(4, 0.05)
+    variants = {"dense", "ragged", "masked", "contiguous", "ragged_contracting"}
+    assert {p.variant for p in problems} == variants and {p.out for p in problems} == {
+        "bf16",
+        "f32",
+    }
+    draw = np.random.default_rng(0)
+    for problem in problems:
+        configs = script.configs_of(problem, draw)
+        assert len(set(configs)) == len(configs) <= script.CONFIGS + 1
+        assert all(choice.why_illegal(problem, config) is None for config in configs)
+        assert problem.n * problem.k <= script.MOST_WEIGHTS
+
+
+def test_one_program_has_every_config_as_a_branch(load, monkeypatch):
+    script = load("config_times")
+    monkeypatch.setattr(script, "POOL", 1 << 16)
+    pool, draw = script.Pool(), np.random.default_rng(0)
+    problems = [case.problem for case in small_cases(load("grouped"))]
+    for problem in problems:
+        operands, out = script.operands_of(pool, problem)
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        configs = script.configs_of(problem, draw)[:4]
+        run = script.branches(problem, configs, out)
+        lowered = run.trace(jax.ShapeDtypeStruct((), jnp.int32), *types)
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@jax_fp8gemm_gemm_v1(") == len(configs)
+        if problem.variant == "ragged_contracting":
+            assert out == (3, 72, 136)
+
+
+def test_a_fit_finds_what_the_model_hides(load, monkeypatch):
+    """Timings made by constants with another clock are fitted again from those of today."""
+    script = load("fit_cost")
+    data = script.read().part(True)
+    few = slice(0, int(data.starts[30]))
+    features = {name: x[few] for name, x in vars(data.features).items()}
+    slow = dataclasses.replace(script.H200, arrival=4 * script.H200.arrival)
+    small = script.Data(
+        script.Features(**features), script.microseconds(script.Features(**features), slow),
+        data.starts[:30], data.family[:30], np.ones(30, bool),
+    )  # fmt: skip
+    assert script.regrets(small, slow).max() == 1.0 < script.regrets(small, script.H200).max()
+    fitted = script.fit(small, rounds=((0.02, 0.1),), sweeps=1)
+    before, after = (script.loss(small, x, 0.02, 0.1) for x in (script.H200, fitted))
+    assert after < before / 2
+
+
+def test_a_layer_with_fp8_weights_beside_its_limits(load, monkeypatch, tmp_path, capsys):
+    script = load("decode")
+    sizes = {"hidden_size": 256, "heads": 2, "q_rank": 128, "expert_features": 128, "experts": 16}
+    v3 = dataclasses.replace(script.model.V3, **sizes, top_k=4)
+    monkeypatch.setattr(script.model, "V3", v3)
+    for name, value in {"WIDTH": 256, "HIDDEN": 128, "EXPERTS": 16, "TOP_K": 4, "SEQUENCES": 4,
+                        "KEPT": 32, "PROMPT": 16}.items():  # fmt: skip
+        monkeypatch.setattr(script, name, value)
+    out = tmp_path / "rows.json"
+    script.main(["--tokens", "1", "8", "--out", str(out)])
+    rows = {row["op"]: row for row in json.loads(out.read_text())}
+    assert len(rows) == 4 and all(row["us"] == 3.0 for row in rows.values())
+    few = rows["MoE layer with FP8 weights, 8 tokens"]
+    one = 3 * 256 * 128
+    nbytes = (few["experts"] + 1) * one * (1 + 4 / 128**2) + 4 * 256 * 16 + 4 * 8 * 256
+    assert 4 <= few["experts"] <= 16 and few["bytes"] == round(nbytes)
+    assert few["flops"] == 2 * one * 8 * 5
+    assert "whole layer, prefill, 16 tokens" in capsys.readouterr().out
