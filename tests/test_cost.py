@@ -17,7 +17,8 @@ NOTHING = Constants(
     blocks=FREE, columns=FREE, few_rows=FREE, clock=1.0, bandwidth=1e30, alone=1.0, l2=1e30,
     arrival=0.0, loads_straddling=1.0, loads_misaligned=1.0, l2_straddling=1.0, l2_misaligned=1.0,
     memory_misaligned=1.0, spread=0.0, multicast=0.0, store_64=1e30, store_32=1e30, store_16=1e30,
-    store_direct=1e30, store_direct_f32=1e30, store_few_rows=1e30, drain=1e30, few_rows_128=1.0,
+    store_direct=1e30, store_direct_f32=1e30, store_few_rows=1e30, drain=1e30, rows_192=1.0, rows_256=1.0,
+    columns_256=1.0, few_rows_128=1.0,
     split=0.0, split_element=0.0, clusters_of_four=10 / 11, cast_step=0.0,
 )  # fmt: skip
 LARGE = Problem("dense", 4096, 4096, 7168)  # 56 steps of k
@@ -90,11 +91,22 @@ def test_each_kernel_has_its_own_constants():
     assert us(columns, SMALL, ("few_rows",), latency=3.0) == 3.0
 
 
-def test_blocks_of_128_few_rows():
-    tall = dataclasses.replace(SMALL, block_m=128)
-    assert us(LARGE, tall, tensor=1.0, few_rows_128=1.5) == same(1.5 * us(LARGE, tall, tensor=1.0))
-    for config in (SMALL, SQUARE):
-        assert us(LARGE, config, tensor=1.0, few_rows_128=1.5) == us(LARGE, config, tensor=1.0)
+def test_blocks_of_more_rows_have_factors_of_their_own():
+    columns = dataclasses.replace(LARGE, scales="1x128_1x128")
+    middle = dataclasses.replace(SQUARE, block_m=192)
+    wide = dataclasses.replace(SMALL, block_m=128)
+    cases = {
+        "rows_192": [(LARGE, middle)],
+        "rows_256": [(LARGE, TALL)],
+        "columns_256": [(columns, TALL)],
+        "few_rows_128": [(LARGE, wide), (columns, wide)],
+    }
+    for name in cases:
+        for other, some in {**cases, "": [(LARGE, SQUARE), (columns, SQUARE)]}.items():
+            for problem, config in some:
+                factor = 1.5 if name == other else 1.0
+                plain = us(problem, config, tensor=1.0)
+                assert us(problem, config, tensor=1.0, **{name: 1.5}) == same(factor * plain)
 
 
 def test_a_step_takes_as_long_as_its_bytes_from_l2():

@@ -64,7 +64,8 @@ class Constants:
       store_64, store_32, store_16: bytes per clock of a result, by the columns of its boxes.
       store_direct, store_direct_f32, store_few_rows: likewise from registers.
       drain: bytes per clock that leave an SM beside the next block's steps.
-      few_rows_128: times the tensor core's clocks, for blocks of 128 rows of that kernel.
+      rows_192, rows_256, columns_256: times the tensor core's clocks, for blocks of so many rows
+        (of the persistent kernel, with a scale for each column). few_rows_128 likewise.
       split, split_element: clocks for a block that a cluster shares, and for an element of it.
       clusters_of_four: of the SMs that find a place in one.
       cast_step: clocks that a step takes at least, where rhs is cast.
@@ -92,6 +93,9 @@ class Constants:
     store_direct_f32: float
     store_few_rows: float
     drain: float
+    rows_192: float
+    rows_256: float
+    columns_256: float
     few_rows_128: float
     split: float
     split_element: float
@@ -102,40 +106,43 @@ class Constants:
 # fmt: off
 H200 = Constants(
     blocks=Kernel(
-        tensor=0.7325, apart=0.03075, step=212.6, loads=180.5, sharp=0.6918,
-        block=721.1, latency=2.653, overlap=2.369,
+        tensor=0.186, apart=0.08762, step=245.5, loads=288.1, sharp=0.4957,
+        block=402.1, latency=2.646, overlap=2.109,
     ),
     columns=Kernel(
-        tensor=0.9088, apart=0.01058, step=178.3, loads=180.5, sharp=0.6918,
-        block=842.5, latency=2.653, overlap=2.369,
+        tensor=0.6537, apart=0.005501, step=114.8, loads=288.1, sharp=0.4957,
+        block=270.7, latency=2.646, overlap=2.109,
     ),
     few_rows=Kernel(
-        tensor=2.906, apart=0.0, step=135.6, loads=86.13, sharp=3.058,
-        block=1283.0, latency=2.383, overlap=2.242,
+        tensor=3.043, apart=0.0, step=160.2, loads=77.15, sharp=3.336,
+        block=1892.0, latency=2.174, overlap=2.124,
     ),
-    clock=2954.0,
-    bandwidth=5975000.0,
-    alone=0.4363,
-    l2=35050000.0,
-    arrival=309.1,
-    loads_straddling=1.571,
-    loads_misaligned=0.4679,
-    l2_straddling=2.317,
-    l2_misaligned=6.295,
-    memory_misaligned=1.257,
-    spread=0.02349,
-    multicast=92.89,
-    store_64=20.81,
-    store_32=16.37,
-    store_16=17.34,
-    store_direct=17.43,
-    store_direct_f32=8.732,
-    store_few_rows=10.68,
-    drain=8.818,
-    few_rows_128=1.31,
-    split=451.0,
-    split_element=1.111,
-    clusters_of_four=0.9476,
+    clock=3293.0,
+    bandwidth=5084000.0,
+    alone=0.6463,
+    l2=44330000.0,
+    arrival=354.3,
+    loads_straddling=1.426,
+    loads_misaligned=0.3974,
+    l2_straddling=2.729,
+    l2_misaligned=7.683,
+    memory_misaligned=0.9513,
+    spread=0.02312,
+    multicast=162.4,
+    store_64=12.42,
+    store_32=10.19,
+    store_16=12.26,
+    store_direct=27.12,
+    store_direct_f32=4.998,
+    store_few_rows=9.188,
+    drain=16.26,
+    rows_192=1.366,
+    rows_256=1.609,
+    columns_256=0.9332,
+    few_rows_128=1.321,
+    split=700.9,
+    split_element=1.308,
+    clusters_of_four=0.9101,
 )
 # fmt: on
 H100 = dataclasses.replace(H200, bandwidth=H200.bandwidth * 3.35 / 4.8)  # by data sheets
@@ -238,7 +245,12 @@ def _step(f: Features, c: Constants, own: dict[str, np.ndarray]) -> np.ndarray:
     apart = (SCALE_BLOCK % f.block_n != 0) & (f.block_n % SCALE_BLOCK != 0)
     tensor = f.block_m * f.block_n * K_STEP * 2 / TENSOR_RATE
     tensor = tensor * (own["tensor"] + np.where(apart, own["apart"], 0))
-    tensor = tensor * np.where((f.kernel == 2) & (f.block_m == 128), c.few_rows_128, 1)
+    tall = np.where(f.kernel == 1, c.columns_256, c.rows_256)
+    tensor = tensor * np.select(
+        [(f.kernel == 2) & (f.block_m == 128), f.kernel == 2, f.block_m == 256, f.block_m == 192],
+        [c.few_rows_128, 1, tall, c.rows_192],
+        1,
+    )
     tensor = np.where(f.casts, np.maximum(tensor, c.cast_step), tensor)
     rows = np.where(f.any_size, f.block_m, np.minimum(f.block_m, f.m))
     loaded = K_STEP * (rows + f.block_n * np.where(f.casts, 2, 1))
