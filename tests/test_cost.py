@@ -14,13 +14,37 @@ FREE = Kernel(
     tensor=0.0, apart=0.0, step=0.0, loads=1e30, sharp=40, block=0.0, latency=0.0, overlap=40
 )
 NOTHING = Constants(
-    blocks=FREE, columns=FREE, few_rows=FREE, clock=1.0, bandwidth=1e30, alone=1.0, l2=1e30,
-    arrival=0.0, loads_straddling=1.0, loads_misaligned=1.0, l2_straddling=1.0, l2_misaligned=1.0,
-    memory_misaligned=1.0, spread=0.0, multicast=0.0, store_64=1e30, store_32=1e30, store_16=1e30,
-    store_direct=1e30, store_direct_f32=1e30, store_few_rows=1e30, drain=1e30, rows_192=1.0, rows_256=1.0,
-    columns_256=1.0, few_rows_128=1.0,
-    split=0.0, split_element=0.0, clusters_of_four=10 / 11, cast_step=0.0,
-)  # fmt: skip
+    blocks=FREE,
+    columns=FREE,
+    few_rows=FREE,
+    clock=1.0,
+    bandwidth=1e30,
+    alone=1.0,
+    l2=1e30,
+    arrival=0.0,
+    loads_straddling=1.0,
+    loads_misaligned=1.0,
+    l2_straddling=1.0,
+    l2_misaligned=1.0,
+    memory_misaligned=1.0,
+    spread=0.0,
+    multicast=0.0,
+    store_64=1e30,
+    store_32=1e30,
+    store_16=1e30,
+    store_direct=1e30,
+    store_direct_f32=1e30,
+    store_few_rows=1e30,
+    drain=1e30,
+    rows_192=1.0,
+    rows_256=1.0,
+    columns_256=1.0,
+    few_rows_128=1.0,
+    split=0.0,
+    split_element=0.0,
+    clusters_of_four=10 / 11,
+    cast_step=0.0,
+)
 LARGE = Problem("dense", 4096, 4096, 7168)  # 56 steps of k
 SQUARE = GemmConfig("persistent", 128, 128, 4)  # 32 × 32 blocks of LARGE: 8 waves on 132 SMs
 TALL = GemmConfig("persistent", 256, 128, 4)  # 16 × 32 blocks: 4 waves
