@@ -38,7 +38,7 @@ LATENT = {  # DeepSeek's: one dense layer, then one with a shared expert
     "first_num_dense_layers": 1, "shared_experts": 1, "kv_lora_rank": 64, "v_head_dim": 64,
     "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
 }  # fmt: skip
-# Not here: DeepSeek-V3's groups of experts. Its losses went 4 to 14 % apart, and nobody knows why yet.
+# Not here: DeepSeek-V3's groups of experts. Its losses went 4 to 14 % apart; why is not known.
 MODELS = {"mixtral-8x7b": {}, "deepseek2-16b": LATENT}
 
 
