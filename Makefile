@@ -48,7 +48,8 @@ $(NVRTC_130): $(TEST)/bin/python
 # extras that pin hundreds of packages: here are those that its layers import.
 FRAMEWORKS := .make/frameworks
 PYTHON312 ?= python3.12
-MAXTEXT := drjax grain huggingface_hub jinja2 omegaconf pathwaysutils pillow transformers
+MAXTEXT := drjax grain huggingface_hub jinja2 omegaconf pathwaysutils pillow sentencepiece sympy \
+	tiktoken transformers
 frameworks: $(FRAMEWORKS)/.installed
 	$(FRAMEWORKS)/bin/python tests/frameworks/run.py
 

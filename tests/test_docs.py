@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+import warnings
 
 import pytest
 import test_layering
@@ -44,6 +45,7 @@ def python_blocks() -> list:
 def test_a_block_runs_by_itself(example, tmp_path, monkeypatch):
     needed = re.search(r"<!-- needs (\w+) -->\s*$", example.document.text[: example.start])
     if needed:
+        warnings.simplefilter("ignore", DeprecationWarning)  # others use what JAX has deprecated
         pytest.importorskip(needed[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples/adapters"))

@@ -24,6 +24,7 @@ SUITES = {
     "adapters": "tests/test_adapters.py",
     "lax.ragged_dot and flax layers": "tests/frameworks/jax_cases.py",
     "tokamax RaggedDotTestBase": "tests/frameworks/tokamax_cases.py",
+    "MaxText trains": "tests/frameworks/maxtext_cases.py",
 }
 
 
