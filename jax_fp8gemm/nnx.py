@@ -195,7 +195,8 @@ class Fp8LinearGeneral(nnx.LinearGeneral):
         Args:
           q: QArray [n, k] with scales of 128x128, as of `Fp8Linear.from_quantized`.
           bias: [*out_features], or [n] as checkpoints have it.
-          in_features, out_features: whose products are k and n.
+          in_features: a size or several, whose product is k.
+          out_features: likewise n.
           axis: the dims of inputs that in_features are.
           dtype: of the computation.
 
