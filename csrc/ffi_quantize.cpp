@@ -127,7 +127,7 @@ Status launch(const Driver& driver, const QuantizeSpec& spec, const LoadedKernel
   }
   params.grid_y = int32_t(y);
   CUlaunchConfig config = {
-      .grid_x = unsigned(columns),
+      .grid_x = unsigned(ctas_in_x(spec, columns, tiles, kernel.multiprocessors)),
       .grid_y = unsigned(y),
       .grid_z = unsigned(z),
       .block_x = unsigned(quantize_threads(spec)),

@@ -6,6 +6,7 @@ The trace is in the form in which jax.profiler stores one of a GPU.
 import pathlib
 import subprocess
 import sys
+import contextlib
 import types
 
 import jax
@@ -218,6 +219,26 @@ def test_a_program_runs_as_often_as_asked(monkeypatch, capsys, donated):
     jax.effects_barrier()
     assert len(calls) == 4  # once before the trace
     assert found.rows == () and "NVIDIA H200: 0.0 µs" in capsys.readouterr().out
+
+
+def test_copies_of_donated_arguments_are_not_traced(monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def tracing():
+        seen.append("trace")
+        yield []
+        seen.append("end")
+
+    def copy(x):
+        seen.append("copy")
+        return x + 0
+
+    monkeypatch.setattr(tool, "tracing", tracing)
+    monkeypatch.setattr(tool.jnp, "copy", copy)
+    program = jax.jit(jnp.sin, donate_argnums=0).lower(jnp.ones(3)).compile()
+    assert tool._run(program, (jnp.ones(3),), 2, donates=True) == []
+    assert seen == ["copy", *2 * ["copy", "trace", "end"]]
 
 
 def test_a_cpu_has_no_kernels_to_time():

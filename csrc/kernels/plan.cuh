@@ -387,7 +387,13 @@ constexpr bool is_persistent(const QuantizeSpec& spec) {
   return spec.source == Source::kSwigluBackward;
 }
 
-// A kernel's grid in x. Whole rows: one each. Else tiles of 128 columns.
+// Whether a CTA takes more than one tile of its rows. What it found out about the rows, such as the
+// group that they are in, then counts for all of these tiles. Floats gain nothing from it.
+constexpr bool takes_many_columns(const QuantizeSpec& spec) {
+  return spec.source == Source::kFp8 && (spec.grouped || spec.gather);
+}
+
+// A kernel's work in x. Whole rows: one each. Else tiles of 128 columns.
 constexpr int grid_x(const QuantizeSpec& spec, const QuantizeParams& params) {
   return spec.tile == ScaleTile::k1xK ? params.m : ceil_div(params.k, kScaleBlock);
 }
@@ -416,8 +422,18 @@ constexpr int residents(const QuantizeSpec& spec) {
   const bool packed =
       spec.source == Source::kFloat && spec.type != Float::kF32 && spec.tile == ScaleTile::k1x128;
   const bool swiglu_rows = spec.source == Source::kSwiglu && !spec.transposed && spec.pow2;
-  if (spec.source == Source::kFp8) return 4;
+  if (spec.source == Source::kFp8) return takes_many_columns(spec) ? 3 : 4;
   return packed || swiglu_rows ? 3 : 2;
+}
+
+// CTAs in x for `columns` tiles: fewer where takes_many_columns(), if enough are left for the
+// multiprocessors to take turns. `tiles`: of rows.
+constexpr int64_t ctas_in_x(const QuantizeSpec& spec, int64_t columns, int64_t tiles,
+                            int multiprocessors) {
+  if (!takes_many_columns(spec)) return columns;
+  constexpr int kMostColumns = 4, kTurns = 3;
+  const int64_t turns = columns * tiles / (int64_t{multiprocessors} * residents(spec) * kTurns);
+  return ceil_div(columns, turns < 1 ? 1 : turns > kMostColumns ? kMostColumns : turns);
 }
 
 // Dynamic shared memory of a CTA of kSwiglu: its tile of x.

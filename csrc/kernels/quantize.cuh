@@ -81,13 +81,19 @@ struct Quantizer {
         column(threadIdx.x % 16 * 8) {}
 
   FP8GEMM_DEVICE void run() {
-    values.load(params, tokens.batch, tokens.first + slot * kRows, tokens.first + tokens.count,
-                first_column + column);
-    quantize();
+    const SourceRows<spec> rows(params, row(0), tokens.first + tokens.count);
+    if constexpr (!takes_many_columns(spec)) {
+      quantize(rows);
+    } else {
+      // Shared memory is used again without another barrier: what a tile writes there was last read
+      // before the barrier that precedes the writing.
+      for (; first_column < params.k; first_column += gridDim.x * kScaleBlock) quantize(rows);
+    }
   }
 
  private:
-  FP8GEMM_DEVICE void quantize() {
+  FP8GEMM_DEVICE void quantize(const SourceRows<spec>& rows) {
+    values.load(params, tokens.batch, rows, first_column + column);
     if constexpr (kBlocks) {
       const ScaleOf scale = ScaleOf::of(largest_of_tile());
       if (threadIdx.x == 0) store_block_scale(scale.value);

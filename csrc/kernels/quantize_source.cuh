@@ -1,7 +1,7 @@
 // What quantize.cuh quantises: eight (or two) rows × eight columns of a thread, loaded all at once.
 //
-// Values<spec>: load() takes rows from `row` and columns from `column` on, of which rows from
-// `end` on are zeros; the rest is that of a PackedTile or FloatTile.
+// Values<spec>: load() takes the columns of `rows` from `column` on. Rows that do not exist are
+// zeros. The rest is that of a PackedTile or FloatTile.
 #pragma once
 
 #include "params.cuh"
@@ -11,12 +11,34 @@
 
 namespace fp8gemm {
 
-// The row of x that becomes `row`, over all batches; any where `row` does not exist.
+// Rows of a thread: sixteen threads have as many rows of the tile.
 template <QuantizeSpec spec>
-FP8GEMM_DEVICE int64_t source_row(const QuantizeParams& params, int batch, int row, bool exists) {
-  if constexpr (spec.gather) row = exists ? min(max(params.index[row], 0), params.x_rows - 1) : 0;
-  return int64_t{batch} * params.x_rows + row;
-}
+constexpr int kThreadRows = tile_rows(spec) / 16;
+
+// The rows of x that become a thread's rows, from `first` on, of which `count` exist. One that exists
+// stands in for those that do not, if any of the tile does: behind a branch for each row, one row's
+// index would be waited for before the next one's is asked for.
+template <QuantizeSpec spec>
+struct SourceRows {
+  int first, count;
+  int index[spec.gather ? kThreadRows<spec> : 1];
+
+  FP8GEMM_DEVICE SourceRows(const QuantizeParams& params, int first_row, int end)
+      : first(first_row), count(end - first_row) {
+    if constexpr (spec.gather) {
+#pragma unroll
+      for (int i = 0; i < kThreadRows<spec>; ++i) {
+        const int given = params.index[first + min(i, count - 1)];
+        index[i] = min(max(given, 0), params.x_rows - 1);
+      }
+    }
+  }
+
+  FP8GEMM_DEVICE bool has(int i) const { return i < count; }
+  FP8GEMM_DEVICE int operator[](int i) const {
+    return spec.gather ? index[i] : first + min(i, count - 1);
+  }
+};
 
 // How a number of x lies in memory.
 template <Float type>
@@ -44,10 +66,6 @@ template <Float type>
 FP8GEMM_DEVICE uint32_t larger_of_two(uint32_t a, uint32_t b) {
   return type == Float::kBf16 ? max_nan_bf16x2(a, b) : max_nan_f16x2(a, b);
 }
-
-// Rows of a thread: sixteen threads have as many rows of the tile.
-template <QuantizeSpec spec>
-constexpr int kThreadRows = tile_rows(spec) / 16;
 
 // Numbers of a thread, and the largest magnitudes in a row or a column of them. Two forms: 16-bit
 // floats stay packed, which halves their registers and the instructions that compare them.
@@ -190,37 +208,42 @@ FP8GEMM_DEVICE Columns<T> columns_of(const QuantizeParams& params, int column) {
 template <QuantizeSpec spec>
 struct Values;
 
-// rows: a tile's, as PackedTile or FloatTile hold them.
-template <QuantizeSpec spec, class Rows>
-FP8GEMM_DEVICE void load_floats(Rows& rows, const QuantizeParams& params, int batch, int row,
-                                int end, int column) {
+// to: a tile's rows, as PackedTile or FloatTile hold them.
+template <QuantizeSpec spec, class To>
+FP8GEMM_DEVICE void load_floats(To& to, const QuantizeParams& params, int batch,
+                                const SourceRows<spec>& rows, int column) {
   const auto x = columns_of<spec, Number<spec.type>>(params, column);
-  int64_t at = 0;
+  const auto* from = x.first + int64_t{batch} * params.x_rows * x.pitch;
+  if constexpr (!spec.gather) from += int64_t{rows.first} * x.pitch;
 #pragma unroll
   for (int i = 0; i < kThreadRows<spec>; ++i) {
-    const bool exists = row + i < end;  // else nothing is read, whatever the address
-    if (i == 0 || spec.gather) {
-      at = source_row<spec>(params, batch, row + i, exists) * x.pitch;
+    // Nothing is read of a row that does not exist, whatever the address.
+    const int count = rows.has(i) ? x.count : 0;
+    if constexpr (!spec.gather) {
+      load8<spec.aligned>(to[i], from + int64_t{i} * x.pitch, count);
+    } else if constexpr (spec.type == Float::kF32) {
+      load8<spec.aligned>(to[i], from + int64_t{rows[i]} * x.pitch, count);
     } else {
-      at += x.pitch;
+      load8<spec.aligned>(to[i], row_of(from, rows[i], x.pitch), count);
     }
-    load8<spec.aligned>(rows[i], x.first + at, exists ? x.count : 0);
   }
 }
 
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type != Float::kF32)
 struct Values<spec> : PackedTile<spec.type, kThreadRows<spec>> {
-  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
-    load_floats<spec>(this->two, params, batch, row, end, column);
+  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, const SourceRows<spec>& rows,
+                           int column) {
+    load_floats<spec>(this->two, params, batch, rows, column);
   }
 };
 
 template <QuantizeSpec spec>
   requires(spec.source == Source::kFloat && spec.type == Float::kF32)
 struct Values<spec> : FloatTile<kThreadRows<spec>> {
-  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
-    load_floats<spec>(this->one, params, batch, row, end, column);
+  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, const SourceRows<spec>& rows,
+                           int column) {
+    load_floats<spec>(this->one, params, batch, rows, column);
   }
 };
 
@@ -238,19 +261,19 @@ struct Values<spec> : PackedTile<Float::kF16, kThreadRows<spec>> {
   using Packed = PackedTile<Float::kF16, kThreadRows<spec>>;
   float scale[8];
 
-  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
+  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, const SourceRows<spec>& rows,
+                           int column) {
     const float* scales = scales_of(params, batch, params.k, column);
+    const uint8_t* x = static_cast<const uint8_t*>(params.x) + column;
+    x += int64_t{batch} * params.x_rows * params.k;
     uint32_t four[8][2];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      // A row that exists stands in for those that do not: behind a branch for each row, one row's
-      // index and scale would be waited for before the next one's are asked for.
-      const bool exists = row + i < end;
-      const int64_t at = source_row<spec>(params, batch, min(row + i, end - 1), true);
-      scale[i] = scales[at - int64_t{batch} * params.x_rows];
-      if (!exists) scale[i] = 0;
-      const uint8_t* from = static_cast<const uint8_t*>(params.x) + at * params.k + column;
-      load8<spec.aligned>(four[i], from, exists ? params.k - column : 0);
+      const int row = rows[i];
+      scale[i] = scales[uint32_t(row)];
+      if (!rows.has(i)) scale[i] = 0;
+      load8<spec.aligned>(four[i], row_of(x, row, params.k),
+                          rows.has(i) ? params.k - column : 0);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -282,22 +305,23 @@ template <QuantizeSpec spec>
 struct Values<spec> : FloatTile<kThreadRows<spec>> {
   static_assert(sizeof(SwigluOperands) == shared_bytes(spec));
 
-  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, int row, int end, int column) {
+  FP8GEMM_DEVICE void load(const QuantizeParams& params, int batch, const SourceRows<spec>& rows,
+                           int column) {
     auto& tile = *reinterpret_cast<SwigluOperands*>(dynamic_shared());
     const int first = threadIdx.x / 16 * 8, at = threadIdx.x % 16 * 8;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool exists = row + i < end;
-      const int64_t from = source_row<spec>(params, batch, row + i, exists) * 2 * params.k;
+      const int64_t row = int64_t{batch} * params.x_rows + rows.first + i;
+      const int64_t from = row * 2 * params.k;
       const uint16_t* x = static_cast<const uint16_t*>(params.x) + from + column;
-      const int count = exists ? params.k - column : 0;
+      const int count = rows.has(i) ? params.k - column : 0;
       copy8(tile.gate[first + i] + at, x, count);
       copy8(tile.up[first + i] + at, x + params.k, count);
     }
     cp_async_wait_all();  // every thread reads what it copied itself
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float weight = row + i < end ? params.row_weight[row + i] : 0.0f;
+      const float weight = rows.has(i) ? params.row_weight[rows.first + i] : 0.0f;
       const Words4 gate = *reinterpret_cast<const Words4*>(tile.gate[first + i] + at);
       const Words4 up = *reinterpret_cast<const Words4*>(tile.up[first + i] + at);
       const uint32_t gates[4] = {gate.x, gate.y, gate.z, gate.w};

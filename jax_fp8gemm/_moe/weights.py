@@ -209,7 +209,7 @@ def multiply_by(
             for one in matrix
         )
         return jnp.concatenate(list(parts), -1)
-    if matrix[0].dtype == jnp.uint8:  # a copy, which lies as the GEMM wants it
+    if matrix[0].dtype in (jnp.uint8, jnp.uint32):  # a copy, which lies as the GEMM wants it
         return multiply(
             lhs,
             from_bits((matrix[0], matrix[1])),

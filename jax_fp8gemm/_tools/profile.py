@@ -169,15 +169,21 @@ def _array(x: Any) -> Any:
 
 
 def _run(program: Any, args: tuple, reps: int, donates: bool) -> list[Kernel]:
-    def copies():
-        return jax.block_until_ready(jax.tree.map(jnp.copy, args)) if donates else args
+    """Returns the kernels of all runs. Donated arguments are copied outside of the trace."""
 
-    jax.block_until_ready(program(*copies()))
-    with tracing() as kernels:
-        for _ in range(reps):
-            given = copies()
-            jax.block_until_ready(program(*given))
-    return kernels
+    def run(given: tuple, times: int) -> list[Kernel]:
+        with tracing() as kernels:
+            for _ in range(times):
+                jax.block_until_ready(program(*given))
+        return kernels
+
+    def copies() -> tuple:
+        return jax.block_until_ready(jax.tree.map(jnp.copy, args))
+
+    jax.block_until_ready(program(*(copies() if donates else args)))
+    if not donates:
+        return run(args, reps)
+    return [kernel for _ in range(reps) for kernel in run(copies(), 1)]
 
 
 def summarize(kernels: list[Kernel], text: str, reps: int, device: str) -> Profile:

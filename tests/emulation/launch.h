@@ -6,7 +6,8 @@ inline emulation::Index grid_of(const fp8gemm::QuantizeParams& params) {
   const unsigned columns = grid_x(fp8gemm::kSpec, params), rows = params.grid_y;
   const unsigned tiles = params.batch * row_tiles(fp8gemm::kSpec, params);
   if (is_persistent(fp8gemm::kSpec)) return {min(columns * tiles, 3u), 1, 1};
-  return {columns, rows, (tiles + rows - 1) / rows};
+  const unsigned x = ctas_in_x(fp8gemm::kSpec, columns, 3 * 9 * tiles, 3);  // as of many rows
+  return {x, rows, (tiles + rows - 1) / rows};
 }
 
 // Returns what went wrong, or "".

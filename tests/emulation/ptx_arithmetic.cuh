@@ -16,6 +16,10 @@ inline float max_nan(float a, float b) {
   return a < b ? b : a;
 }
 inline float rcp_approx(float x) { return 1 / x; }
+template <class T>
+const T* row_of(const T* base, int row, int pitch) {
+  return base + int64_t{row} * pitch;
+}
 inline void forget(uint32_t& value, uint32_t zero) { value ^= zero; }
 inline float magnitude(float x) { return std::fabs(x); }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
