@@ -33,6 +33,7 @@ from jax_fp8gemm._moe.order import (
     sum_rows,
 )
 from jax_fp8gemm._moe.placement import (
+    received_rows,
     size_of,
 )
 from jax_fp8gemm._moe.unfused import (
@@ -83,6 +84,10 @@ def run_experts(
     if via is not None and via.kind == "all_to_all":
         own = kernels.sizes[0]
         slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
+    if axes.experts:  # else all rows are here
+        rows = received_rows(axes, *expert_index.shape) // size_of(axes.experts)
+        expected = max(rows, 1) if isinstance(rows, int) else 0
+        spec = dataclasses.replace(spec, expected_rows=expected)
     gate_weights = gate_weights.astype(jnp.float32)
     block: Callable = _experts if spec.precision == "fp8" else bf16_experts
     run = automatic(lambda *operands: block(*operands, spec), x, None)
@@ -148,9 +153,10 @@ def _backward(spec: ExpertSpec, residuals, gradients):
         dyq, dyt = _take(received, token), recast(received, **by_groups, shared_columns=shared)
     else:
         dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups, shared_columns=shared)
-    da = multiply_by(down, dyq, sizes, transposed=False)
+    expected = spec.expected_rows
+    da = multiply_by(down, dyq, sizes, transposed=False, expected_rows=expected)
     d = _activation_gradients(from_bits(saved_h), da, row_weight, biases, sizes, spec)
-    dx = multiply_by(up, d.h, sizes, transposed=False)
+    dx = multiply_by(up, d.h, sizes, transposed=False, expected_rows=expected)
     dx = _collected(dx, permutation, gate_weights, slots, like[0], spec)
     d_row_weight, d_biases = d.row_weight, Biases(d.bias, None)
     if biases.down is not None:
@@ -159,11 +165,12 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     if constant:
         d_weights = _weight_gradients(d_row_weight, permutation, gate_weights, slots, spec)
         return dx, None, d_weights, None, None, d_biases
-    d_down = _contracting(d.activation_transposed, dyt, sizes, like[-1].dtype)
+    contracting = functools.partial(_contracting, sizes=sizes, expected=expected)
+    d_down = contracting(d.activation_transposed, dyt, dtype=like[-1].dtype)
     # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
     saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
     xt = recast(from_bits(saved_x), **by_groups)
-    d_up = [_contracting(xt, q, sizes, like[1].dtype) for q in d.transposed]
+    d_up = [contracting(xt, q, dtype=like[1].dtype) for q in d.transposed]
     d_weights = _weight_gradients(d_row_weight, permutation, gate_weights, slots, spec)
     d_kernels = _kernel_gradients([*d_up, d_down], like[1:])
     return dx, None, d_weights, d_kernels, None, d_biases
@@ -205,17 +212,24 @@ def _activation_gradients(h, da, row_weight, biases, sizes, spec: ExpertSpec) ->
 # ---- the GEMMs ----------------------------------------------------------------------------------
 
 
-def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _contracting(
+    lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype, expected: int
+) -> jax.Array:
     """Gradients of kernels; float32 but for kernels that are themselves bfloat16."""
     out = dtype if dtype == jnp.bfloat16 else jnp.float32
-    return multiply(lhs, rhs, out, sizes, variant="ragged_contracting", scales="1x128_1x128")
+    how: dict[str, Any] = {"variant": "ragged_contracting", "scales": "1x128_1x128"}
+    return multiply(lhs, rhs, out, sizes, **how, expected_rows=expected)
 
 
 def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
     up, down, biases = matrices
     options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
-    how: dict[str, Any] = {"transposed": True, "batch_invariant": spec.batch_invariant}
+    how: dict[str, Any] = {
+        "transposed": True,
+        "expected_rows": spec.expected_rows,
+        "batch_invariant": spec.batch_invariant,
+    }
     h = multiply_by(up, _take(xq, token), sizes, **how)
     if is_fused(spec, biases):
         (a,) = cast_swiglu(h, row_weight, **options)
@@ -242,7 +256,8 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
 
     # How many rows an expert has on average: decides on the blocks.
-    expected = min(capacity, ceil_div(rows, e)) if isinstance(rows, int) else 0
+    most = spec.expected_rows or rows
+    expected = min(capacity, ceil_div(most, e)) if isinstance(most, int) else 0
 
     def masked(lhs, rhs):
         lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)

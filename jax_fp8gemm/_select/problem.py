@@ -128,11 +128,12 @@ def computed(problem: Problem) -> dict[str, int | str]:
 
 
 def attributes(
-    problem: Problem, config: GemmConfig, *, pair: bool = False
+    problem: Problem, config: GemmConfig, *, pair: bool = False, leave_rest: bool = False
 ) -> dict[str, np.int64 | str]:
     """Returns the attributes of the custom call: the kernel's whole specification.
 
-    A limit of multiprocessors is one only where there is a limit, and `pair` only where it is true.
+    A limit of multiprocessors is one only where there is a limit, and the options only where they
+    are true: see GemmSpec.
     """
     found: dict[str, int | str] = {
         **computed(problem),
@@ -146,6 +147,7 @@ def attributes(
     }
     found |= {"num_sms": problem.num_sms} if problem.num_sms else {}
     found |= {"pair": 1} if pair else {}
+    found |= {"leave_rest": 1} if leave_rest else {}
     return {name: x if isinstance(x, str) else np.int64(x) for name, x in found.items()}
 
 
