@@ -4,6 +4,7 @@ A kernel leaves in them what was in memory. The reference writes NaN there, so t
 the layers notices who reads them.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -16,8 +17,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._bind import gemm_op
-from jax_fp8gemm._bind.gemm_op import EXPORT_CHECKS
+from jax_fp8gemm._bind.gemm_op import EXPORT_CHECKS, GEMM, problem_of
+from jax_fp8gemm._bind.op import recording
 from jax_fp8gemm._ops.gemm import multiply, multiply_casting
 from jax_fp8gemm._select.problem import DEFAULT_DEVICE
 
@@ -145,16 +146,8 @@ def test_a_layer_runs_under_debug_nans_without_jit(key):
 # ---- how many rows are expected -----------------------------------------------------------------
 
 
-def test_configs_are_chosen_for_the_rows_that_a_device_expects(key, monkeypatch):
+def test_a_device_plans_for_the_rows_that_it_expects(key):
     """Of 8 devices each gets all tokens' rows, and an eighth of them is its own."""
-    found = []
-    choose = gemm_op.select
-
-    def noted(problem):
-        found.append(problem)
-        return choose(problem)
-
-    monkeypatch.setattr(gemm_op, "select", noted)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(
         functools.partial(layer, expert_axis="x", cast_in_gemm=False),
@@ -162,10 +155,23 @@ def test_configs_are_chosen_for_the_rows_that_a_device_expects(key, monkeypatch)
         in_specs=P("x"),
         out_specs=P("x"),
     )
-    arrays = made_up(key, t=1024, e=16)
-    text = lowered(run, *arrays)
-    rows = {p.m for p in found if p.variant == "ragged"}
-    depths = {p.k for p in found if p.variant == "ragged_contracting"}
-    assert rows == depths == {256} and all(p.g == 2 for p in found)
-    assert {p.device for p in found} == {DEFAULT_DEVICE}
+    with recording() as calls:
+        text = lowered(run, *made_up(key, t=1024, e=16))
     assert all(re.search(r"tensor<2048x\d+xf8E4M3FN>", line) for line in ragged(text))
+    gemms = [call for call in calls if call.op is GEMM]
+    problems = [problem_of(call.spec, call.operands, DEFAULT_DEVICE) for call in gemms]
+    assert {p.m for p in problems if p.variant == "ragged"} == {256}
+    assert {p.k for p in problems if p.variant == "ragged_contracting"} == {256}
+    assert all(p.g == 2 for p in problems)
+    # So do casts, as far as XLA's scheduler is told.
+    grouped = [call for call in calls if call.op is not GEMM and call.spec.grouped]
+    assert len(grouped) >= 4 and all(call.spec.share == 1 / 8 for call in grouped)
+    for call in grouped:
+        whole = dataclasses.replace(call.spec, share=1.0)
+        seconds = [call.op.seconds(spec, call.operands) for spec in (call.spec, whole)]
+        assert seconds[0] < seconds[1]
+    # Where all tokens are one device's own, all rows are expected.
+    with recording() as calls:
+        lowered(functools.partial(layer, cast_in_gemm=False), *made_up(key, t=1024, e=16))
+    assert all(call.spec.expected_rows == 0 for call in calls if call.op is GEMM)
+    assert all(call.spec.share == 1 for call in calls if call.op is not GEMM)

@@ -52,6 +52,7 @@ from jax_fp8gemm._select.problem import (
     GemmConfig,
     Problem,
     attributes,
+    most_sms,
     why_illegal,
 )
 
@@ -70,7 +71,7 @@ class GemmSpec:
 
     Attributes:
       variant: the row of the table, with a letter for each dim of the operands.
-      num_sms: upper bound of the multiprocessors to use; 0: all.
+      num_sms: upper bound of the multiprocessors to use; 0: that of the environment, or all.
       config: 0 or the user's; None: select's.
       expected_rows: of a masked group, or of all groups of `ragged` and `ragged_contracting`
         together; 0: as many as there is room for.
@@ -222,7 +223,7 @@ def problem_of(spec: GemmSpec, operands: Sequence, device: str) -> Problem:
         scales=spec.scales,
         out=spec.out,
         accumulate=spec.accumulate,
-        num_sms=spec.num_sms,
+        num_sms=most_sms(spec.num_sms),
         device=device,
         rhs=spec.rhs,
         batch_invariant=spec.batch_invariant,

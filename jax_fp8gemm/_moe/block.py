@@ -39,6 +39,11 @@ class ExpertSpec:
     expected_rows: int = 0
     batch_invariant: bool = False
 
+    def share(self, rows: int) -> float:
+        """Returns which part of so many rows is expected to belong to experts of this device."""
+        known = self.expected_rows and isinstance(rows, int)
+        return min(1.0, self.expected_rows / rows) if known else 1.0
+
 
 def check_tokens(
     op: str,

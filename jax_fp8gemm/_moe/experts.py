@@ -115,7 +115,9 @@ def _forward(x, expert_index, gate_weights, kernels, slots, biases, spec: Expert
     # An empty slot holds zeros, so that what travels is the number of the expert plus one.
     choices = expert_index + 1, gate_weights
     xq, (expert_index, gate_weights) = _received(_pad_h(x), slots, spec, *choices)
-    if spec.exchange is not None:  # what remembers x need not send it again for these
+    if spec.exchange is not None:
+        expert_index, kernels = _cast_meanwhile(expert_index, kernels)
+        # What remembers x need not send it again for these.
         expert_index = checkpoint_name(expert_index, "moe_x")
         gate_weights = checkpoint_name(gate_weights, "moe_x")
     xq, saved_x = named(xq, "moe_x")
@@ -147,7 +149,12 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     shared, constant = spec.shared_columns, len(like) == 1
     if constant:
         down, up = turned(down), turned(up)
-    by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
+    by_groups: dict[str, Any] = {
+        "scale_rounding": rounding,
+        "group_sizes": sizes,
+        "index": token,
+        "share": spec.share(token.shape[0]),
+    }
     if spec.exchange is not None and spec.exchange.wire == "fp8":
         received, _ = _received(_pad_h(dy), slots, spec)
         dyq, dyt = _take(received, token), recast(received, **by_groups, shared_columns=shared)
@@ -204,6 +211,7 @@ def _activation_gradients(h, da, row_weight, biases, sizes, spec: ExpertSpec) ->
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         group_sizes=sizes,
+        share=spec.share(da.shape[0]),
     )
     transposed = [d.gate_transposed, d.up_transposed]
     return Gradients(d.h, transposed, d.activation_transposed, d.row_weight, None)
@@ -224,7 +232,11 @@ def _contracting(
 def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
     up, down, biases = matrices
-    options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
+    options: dict[str, Any] = {
+        "scale_rounding": spec.scale_rounding,
+        "group_sizes": sizes,
+        "share": spec.share(token.shape[0]),
+    }
     how: dict[str, Any] = {
         "transposed": True,
         "expected_rows": spec.expected_rows,
@@ -275,6 +287,20 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     group = jnp.minimum(group_of_row(sizes, rows), e - 1)
     slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups
     return y[slot], _take(cast_rows(h, scale_rounding=rounding), slot)
+
+
+def _cast_meanwhile(received: jax.Array, kernels: ExpertKernels) -> tuple[jax.Array, ExpertKernels]:
+    """Lets the casts of kernels run while tokens travel: what needs `received` waits for both.
+
+    XLA would cast each matrix just before its GEMM, and have nothing to do meanwhile.
+    """
+    if kernels.copies is None or are_constant(kernels):
+        return received, kernels
+    # The scales stand for what is made with them.
+    scales = {name: scale for name, (_, scale) in kernels.copies.items()}
+    received, scales = jax.lax.optimization_barrier((received, scales))
+    copies = {name: (bits, scales[name]) for name, (bits, _) in kernels.copies.items()}
+    return received, dataclasses.replace(kernels, copies=copies)
 
 
 # ---- rows ---------------------------------------------------------------------------------------

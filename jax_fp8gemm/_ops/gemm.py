@@ -76,7 +76,8 @@ def gemm(
       out_dtype: bfloat16 or float32.
       init: f32, of the output's shape: what to add the result to. It needs out_dtype float32.
         Donate it to save a copy.
-      num_sms: upper bound of the multiprocessors to use, 1 or more; None for all.
+      num_sms: upper bound of the multiprocessors to use, 1 or more; None: JAX_FP8GEMM_NUM_SMS
+        of the environment, or all.
       expected_rows: rows that a masked group is expected to have, for the choice of a config; None
         for all that fit.
       config: overrides the choice of a config.

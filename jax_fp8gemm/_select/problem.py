@@ -8,9 +8,11 @@ is the plan, csrc/kernels/plan.cuh.
 import dataclasses
 import functools
 import math
+import os
 
 import numpy as np
 
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.extension import extension
 from jax_fp8gemm._core.layout import K_STEP, TILE_NAMES, Tile, ceil_div, round_up
 from jax_fp8gemm._core.types import (
@@ -25,8 +27,28 @@ from jax_fp8gemm._core.variants import SCALES, VARIANTS
 
 DEFAULT_DEVICE = "NVIDIA H200"
 SMS = 132  # of an H100 or H200 SXM; the launch reads the real number
+SMS_VARIABLE = "JAX_FP8GEMM_NUM_SMS"
 SPREAD = (0.7, 1.3)  # multiples of the mean that sizes of groups are taken to have
 STORE_BYTES = 16  # of which rows of a result must be multiples to leave by the copy engine
+
+
+def most_sms(own: int) -> int:
+    """Returns the multiprocessors that a GEMM may use, 0 for all.
+
+    Args:
+      own: the limit of this GEMM, which counts more than that of the environment; 0: none.
+
+    Raises:
+      ValueError: JAX_FP8GEMM_NUM_SMS is not a number of 1 or more.
+    """
+    text = os.environ.get(SMS_VARIABLE, "")
+    if own or not text:
+        return own
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
+        fix = "unset it, or set it to as many multiprocessors as GEMMs may use"
+        got = f"{SMS_VARIABLE}={text!r}"
+        fail("gemm", f"{SMS_VARIABLE} is not a number.", got, "an integer, 1 or more", fix)
+    return int(text)
 
 
 @dataclasses.dataclass(frozen=True)
