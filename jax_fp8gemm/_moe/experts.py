@@ -115,11 +115,10 @@ def _forward(x, expert_index, gate_weights, kernels, slots, biases, spec: Expert
     # An empty slot holds zeros, so that what travels is the number of the expert plus one.
     choices = expert_index + 1, gate_weights
     xq, (expert_index, gate_weights) = _received(_pad_h(x), slots, spec, *choices)
-    if spec.exchange is not None:
-        expert_index, kernels = _cast_meanwhile(expert_index, kernels)
-        # What remembers x need not send it again for these.
+    if spec.exchange is not None:  # what remembers x need not send it again for these
         expert_index = checkpoint_name(expert_index, "moe_x")
         gate_weights = checkpoint_name(gate_weights, "moe_x")
+        expert_index, kernels = _cast_meanwhile(expert_index, kernels)
     xq, saved_x = named(xq, "moe_x")
     count = jax.tree.leaves(kernels)[0].shape[0]
     permutation = permutation_here(expert_index - 1, count, spec)
