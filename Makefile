@@ -90,7 +90,7 @@ RECORD := JAX_FP8GEMM_COMMIT=$$(git rev-parse --short HEAD)
 gpu: $(TEST)/.installed
 	$(RECORD) JAX_FP8GEMM_TEST_GPU=1 JAX_FP8GEMM_RECORD=$(CARD)-tests.json \
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(TEST)/bin/python -m pytest -n 8 --durations=25 tests/gpu
-	for script in gemm grouped quantize router moe_layer train_step; do \
+	for script in gemm grouped quantize router moe_layer exchange train_step; do \
 	$(RECORD) $(TEST)/bin/python benchmarks/$$script.py || exit 1; done
 	$(RECORD) XLA_FLAGS=--xla_gpu_enable_command_buffer= \
 	$(TEST)/bin/python benchmarks/gemm.py --only host

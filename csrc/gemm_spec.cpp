@@ -34,7 +34,8 @@ std::string spec_text(const GemmSpec& s) {
          field("accumulate", s.accumulate) + field("block_m", s.block_m) +
          field("block_n", s.block_n) + field("stages", s.stages) +
          field("multicast", code(kMulticasts, int(s.multicast))) + field("split_k", s.split_k) +
-         field("group_m", s.group_m) + field("aligned", s.aligned) + "};\n";
+         field("group_m", s.group_m) + field("aligned", s.aligned) +
+         field("leave_rest", s.leave_rest) + "};\n";
 }
 
 // "before0after, before1after, ..."
@@ -60,10 +61,11 @@ std::string wgmma_text(int n) {
 // For people: of a dump, and in what JAX_FP8GEMM_VERBOSE prints.
 std::string short_name(const GemmSpec& s) {
   char name[128];
-  std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d%d_o%d%d_g%d_t%d",
+  std::snprintf(name, sizeof name, "%s_%dx%d_s%d_mc%d_k%d_v%d_l%d_r%d%d_o%d%d_g%d_t%d%s",
                 kKernels[int(s.kernel)].attribute, s.block_m, s.block_n, s.stages, int(s.multicast),
                 s.split_k, int(s.variant), int(s.lhs_scale), int(s.rhs_scale), int(s.rhs),
-                int(s.out), int(s.accumulate), s.group_m, int(store(s)));
+                int(s.out), int(s.accumulate), s.group_m, int(store(s)),
+                s.leave_rest ? "_rest" : "");
   return name;
 }
 
@@ -114,10 +116,14 @@ Result<GemmCall> parse_gemm_call(const Attributes& attributes) {
   spec.multicast = read.name_of<Multicast>("multicast", kMulticasts);
   spec.split_k = read.integer("split_k");
   spec.group_m = read.integer("group_m");
+  spec.leave_rest = read.optional_integer("leave_rest", 1) != 0;
   call.pair = read.optional_integer("pair", 1) != 0;
   call.num_sms = read.optional_integer("num_sms", INT32_MAX);
   if (!read.status().ok()) return read.status();
   if (const char* reason = why_illegal(spec)) return refusal(spec, reason);
+  if (spec.leave_rest && spec.variant != Variant::kRagged) {
+    return refusal(spec, "only the ragged variant can leave rows past its groups");
+  }
   if (call.pair && !is_cast(spec.rhs)) return refusal(spec, "only a bf16 rhs can be a pair");
   // One kernel for both, where results do not leave by the copy engine anyway.
   if (store(spec) == Store::kDirect) spec.aligned = false;

@@ -30,7 +30,7 @@ SCRIPTS = (
     "quantize", "moe_layer", "train_moe", "train_step", "protocol", "pallas_peer", "moe_lm",
     "gemm", "grouped", "gemm_rows", "deepgemm_peer", "plot", "before_after", "watch",
     "router", "shared_columns", "readme", "load_checkpoint", "config_times", "fit_cost", "decode",
-    "files", "model",
+    "files", "model", "exchange",
 )  # fmt: skip
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 OURS = [("fp8_quantize", 1.0), ("fp8_gemm", 2.0)]
@@ -239,6 +239,38 @@ def test_a_layer_beside_its_peers(load, tmp_path):
     script.save(rows, str(path))
     script.save(rows, str(path))  # in place of the stored ones
     assert len(json.loads(path.read_text())) == 3
+
+
+def test_what_an_exchange_costs_on_one_gpu(load, tmp_path, monkeypatch, capsys):
+    script = load("exchange")
+    sizes = script.Sizes(t=24, h=256, f=128, own=2, top_k=2, nodes=4)
+    shape = (3, 90, 40, 136, 256)
+    monkeypatch.setattr(script, "Sizes", lambda: sizes)
+    monkeypatch.setattr(script, "GEMMS", [shape])
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["exchange.py", "--out", str(path)])
+    script.main()
+    rows = json.loads(path.read_text())
+    assert len(rows) == 3 + 6 + 1
+    assert all(row["us"] in (2.0, 3.0) and row["p10"] <= row["p90"] for row in rows)
+    by_op = {row["op"].removeprefix("exchange: "): row for row in rows}
+    row_bytes = 256 + 4 * (2 + 2 + 2)  # FP8, a scale for 128 numbers, two choices and weights
+    assert by_op["pack"]["bytes"] == 2 * 24 * row_bytes
+    assert by_op["unpack"]["bytes"] == 2 * 48 * row_bytes  # of both devices' tokens
+    beside = [row for row in rows if "ratio" in row]
+    assert [row["ratio"] for row in beside] == [1.0] * 4
+    assert {row["target_ratio"] for row in beside} == {1.03, 1.02}
+    # A table of all rows comes last.
+    printed = capsys.readouterr().out.splitlines()[-10:]
+    assert [line.split("exchange: ")[1] for line in printed] == list(by_op)
+    slow = dict(beside[0], ratio=1.031)
+    assert ": NO " in script.table([slow]) and ": yes" in script.table(beside[:1])
+    # The programs do what their rows say.
+    _, programs = script.gemm_programs(shape)
+    alone, zeros, left, _ = (run(*given) for run, given in programs.values())
+    np.testing.assert_array_equal(zeros[:40], alone)
+    np.testing.assert_array_equal(left[:40], alone)
+    assert not zeros[40:].any() and jnp.isnan(left[40:]).all()
 
 
 def test_the_router_beside_what_it_was(load, monkeypatch):

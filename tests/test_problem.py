@@ -87,7 +87,8 @@ def test_what_is_usual_is_no_attribute():
     usual = attributes(DENSE, CONFIG)
     limited = attributes(dataclasses.replace(DENSE, num_sms=20), CONFIG, pair=True)
     assert limited == {**usual, "num_sms": 20, "pair": 1}
-    assert not {"num_sms", "pair"} & usual.keys()
+    assert attributes(DENSE, CONFIG, leave_rest=True) == {**usual, "leave_rest": 1}
+    assert not {"num_sms", "pair", "leave_rest"} & usual.keys()
     assert isinstance(limited["pair"], np.int64)
 
 

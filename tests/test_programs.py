@@ -1,17 +1,19 @@
 """Programs for a GPU made on a machine without one, export, and the persistent cache."""
 
 import os
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm._core import reference
 from jax_fp8gemm._select.choice import select
-from jax_fp8gemm._select.problem import GemmConfig, Problem, attributes
+from jax_fp8gemm._select.problem import GemmConfig, Problem, attributes, most_sms
 
 
 def test_cuda_lowering_has_the_custom_call_with_its_whole_specification():
@@ -44,6 +46,34 @@ def test_num_sms_and_config_reach_the_program():
     run = jax.jit(lambda lhs, rhs: fp8.gemm(lhs, rhs, num_sms=20, config=config))
     text = run.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
     assert "num_sms = 20" in text and "block_n = 64" in text
+
+
+def test_a_limit_of_multiprocessors_for_all_gemms_of_a_program(monkeypatch):
+    x, w = jnp.ones((256, 256), jnp.bfloat16), jnp.ones((256, 384), jnp.bfloat16)
+
+    def limits() -> list[str]:
+        step = jax.grad(lambda w, x: fp8.fp8_matmul(x, w).astype(jnp.float32).sum())
+        text = jax.jit(step).trace(w, x).lower(lowering_platforms=("cuda",)).as_text()
+        calls = [line for line in text.splitlines() if "@jax_fp8gemm_gemm_v1" in line]
+        return [(re.findall(r"num_sms = (\d+)", line) or [""])[0] for line in calls]
+
+    assert set(limits()) == {""}
+    monkeypatch.setenv("JAX_FP8GEMM_NUM_SMS", "116")
+    assert set(limits()) == {"116"}
+    lhs, rhs = fp8.quantize(jnp.ones((8, 128))), fp8.quantize(jnp.ones((8, 128)), (128, 128))
+    run = jax.jit(lambda lhs, rhs: fp8.gemm(lhs, rhs, num_sms=20))
+    text = run.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "num_sms = 20" in text and "116" not in text  # that of the call counts more
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "all", "1.5", "²", str(2**31)])
+def test_a_limit_that_is_no_number(monkeypatch, value):
+    monkeypatch.setenv("JAX_FP8GEMM_NUM_SMS", value)
+    with pytest.raises(ValueError) as info:
+        most_sms(0)
+    for part in ("JAX_FP8GEMM_NUM_SMS", "\n  got       ", "\n  expected  ", "\n  fix       "):
+        assert part in str(info.value)
+    assert most_sms(7) == 7
 
 
 def test_export_round_trip(key):

@@ -23,8 +23,8 @@ PERSISTENT = GemmConfig("persistent", 128, 112, 4)
 FEW_ROWS = GemmConfig("few_rows", 64, 24, 4)
 
 
-def wanted_of(problem: Problem, config: GemmConfig) -> dict:
-    found = attributes(problem, config)
+def wanted_of(problem: Problem, config: GemmConfig, **options: bool) -> dict:
+    found = attributes(problem, config, **options)
     return {k: v if isinstance(v, str) else int(v) for k, v in found.items()}
 
 
@@ -33,9 +33,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("zeros")
 
 
-def run(problem: Problem, config: GemmConfig, groups: np.ndarray, folder) -> np.ndarray:
+def run(
+    problem: Problem, config: GemmConfig, groups: np.ndarray, folder, **options: bool
+) -> np.ndarray:
     """Returns which elements of the result are zero; the others must be as they were."""
-    wanted = wanted_of(problem, config)
+    wanted = wanted_of(problem, config, **options)
     own = folder / "_".join(map(str, wanted.values()))
     if not own.exists():
         text = native.compile(wanted)["source"]
@@ -70,6 +72,15 @@ def test_rows_past_the_groups(config, out, n, folder):
     assert zero[131:].all() and not zero[:131].any()
 
 
+@pytest.mark.parametrize("groups", [3, 31, 32, 64])  # a warp looks at 32 of them at a time
+@pytest.mark.parametrize("config", [PERSISTENT, FEW_ROWS], ids=lambda c: c.kernel)
+def test_rows_past_the_groups_that_nobody_reads_are_left(config, groups, folder):
+    problem = Problem("ragged", 300, 200, 256, groups)
+    sizes = np.full(groups, 130 // groups, np.int32)
+    assert run(problem, config, sizes, folder)[sizes.sum() :].all()
+    assert not run(problem, config, sizes, folder, leave_rest=True).any()
+
+
 @pytest.mark.parametrize("n", [200, 130])
 def test_padding_and_groups_without_any_k(n, folder):
     contiguous = Problem("contiguous", 384, n, 256, 2)
@@ -87,9 +98,10 @@ def test_a_thread_writes_sixteen_bytes(tmp_path):
         pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
     import subprocess
 
-    def stores(variant: str) -> int:
+    def stores(variant: str, **options: bool) -> int:
         problem = Problem(variant, 4096, 4096, 2048, 8)
-        made = native.compile(wanted_of(problem, GemmConfig("persistent", 128, 128, 4)))
+        config = GemmConfig("persistent", 128, 128, 4)
+        made = native.compile(wanted_of(problem, config, **options))
         cubin = tmp_path / f"{variant}.cubin"
         cubin.write_bytes(made["cubin"])
         command = [tool, "-c", "-ndf", "-novliw", str(cubin)]
@@ -98,3 +110,4 @@ def test_a_thread_writes_sixteen_bytes(tmp_path):
 
     assert stores("ragged") and stores("contiguous")
     assert not stores("masked")  # which never has rows of zeros
+    assert not stores("ragged", leave_rest=True)

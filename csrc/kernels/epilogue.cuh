@@ -88,7 +88,7 @@ FP8GEMM_DEVICE void store_direct(const GemmParams& params, const float (&sums)[k
 template <GemmSpec spec>
 FP8GEMM_DEVICE void store_zeros(const GemmParams& params, const OutBlock& block, int thread,
                                 int threads) {
-  if constexpr (spec.accumulate) return;
+  if constexpr (spec.accumulate || spec.leave_rest) return;
   const int rows = min(spec.block_m, block.m_end - block.m);
   // NOTE: other variants never come here, and keep the code that they have.
   if constexpr (spec.variant == Variant::kRagged || spec.variant == Variant::kContiguous ||

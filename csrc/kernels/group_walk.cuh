@@ -13,10 +13,11 @@ namespace fp8gemm {
 //
 // Sizes are clamped: negative ones to zero, and to what is left of the operand, so that no value
 // leads out of bounds.
-template <Variant variant>
+//
+// kRest: whether rows past the groups are one more group.
+template <Variant variant, bool kRest = variant == Variant::kRagged>
 struct GroupWalk {
   static constexpr bool kAlongK = variant == Variant::kRaggedContracting;
-  static constexpr bool kRagged = variant == Variant::kRagged;
 
   // The group that was found.
   int group, start, extent, first_block;
@@ -32,7 +33,7 @@ struct GroupWalk {
   // Moves on to the group of block `index`; indices never go back.
   template <class Params>
   FP8GEMM_DEVICE void find(const Params& params, int index, int n_blocks, int rows_per_block) {
-    const int entries = params.groups + (kRagged ? 1 : 0);  // the last one: rows past the groups
+    const int entries = params.groups + (kRest ? 1 : 0);
     while (index >= __shfl_sync(~0u, end_block_, 31)) {
       if (window_ + 32 >= entries) {
         past_end = true;
@@ -58,7 +59,7 @@ struct GroupWalk {
     const int limit = kAlongK ? ceil_div(params.k, kBlockK) : params.m;
     int size = group < params.groups ? max(params.group_data[group], 0) : 0;
     if (kAlongK) size = ceil_div(min(size, params.k), kBlockK);
-    if (kRagged && group == params.groups) size = limit;
+    if (kRest && group == params.groups) size = limit;
     size = min(size, limit);
     if constexpr (variant == Variant::kMasked) {  // every group begins at row 0 of its own
       extent_ = size;

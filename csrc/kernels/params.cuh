@@ -79,9 +79,10 @@ struct GemmSpec {
   int block_n;      // rows of rhs per output block
   int stages;       // slots of the shared-memory ring, each one 128-deep step of k
   Multicast multicast;
-  int split_k;   // CTAs of a cluster that divide k (few-rows kernel only)
-  int group_m;   // blocks along m that are visited before the next column of blocks
-  bool aligned;  // rows of the output are multiples of 16 bytes
+  int split_k;      // CTAs of a cluster that divide k (few-rows kernel only)
+  int group_m;      // blocks along m that are visited before the next column of blocks
+  bool aligned;     // rows of the output are multiples of 16 bytes
+  bool leave_rest;  // kRagged: rows past the groups are not written, else they become zeros
 };
 
 // The driver's CUtensorMap: 128 opaque bytes.

@@ -22,12 +22,13 @@ struct Scheduler {
   static constexpr int kClusterM = spec.multicast == Multicast::kRhs ? 2 : 1;
   static constexpr int kClusterN = spec.multicast == Multicast::kLhs ? 2 : 1;
   static constexpr bool kWalks = is_grouped(spec.variant) && spec.variant != Variant::kContiguous;
+  static constexpr bool kRest = spec.variant == Variant::kRagged && !spec.leave_rest;
 
   const GemmParams& params;
   int m_blocks, n_blocks;  // of one group, where all have the same number
   int index, stride;
   uint32_t rank;
-  GroupWalk<spec.variant> walk;
+  GroupWalk<spec.variant, kRest> walk;
 
   // `worker` of `workers`: a CTA, or a cluster of them.
   FP8GEMM_DEVICE Scheduler(const GemmParams& p, int worker, int workers, uint32_t cta_rank)
@@ -79,7 +80,7 @@ struct Scheduler {
     if constexpr (spec.variant == Variant::kRagged) {
       block.m += walk.start;
       block.m_end += walk.start;
-      if (block.group == params.groups) block.steps = 0;  // rows past the groups
+      if (kRest && block.group == params.groups) block.steps = 0;  // rows past the groups
     }
     return block;
   }

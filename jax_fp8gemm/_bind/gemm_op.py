@@ -52,6 +52,7 @@ from jax_fp8gemm._select.problem import (
     GemmConfig,
     Problem,
     attributes,
+    most_sms,
     why_illegal,
 )
 
@@ -70,13 +71,16 @@ class GemmSpec:
 
     Attributes:
       variant: the row of the table, with a letter for each dim of the operands.
-      num_sms: upper bound of the multiprocessors to use; 0: all.
+      num_sms: upper bound of the multiprocessors to use; 0: that of the environment, or all.
       config: 0 or the user's; None: select's.
-      expected_rows: of a masked group; 0: as many as there is room for.
+      expected_rows: of a masked group, or of all groups of `ragged` and `ragged_contracting`
+        together; 0: as many as there is room for.
       rhs: "fp8", or what the kernel casts: "bf16" [g, n, k], "bf16_transposed" [g, k, n].
       pair: such a rhs lies in two arrays.
       accumulate: there is an init, which the result is added to.
       batch_invariant: one order of sums over k for every m, so no device has a part of k.
+      leave_rest: rows past the groups of `ragged` hold anything: the caller never reads them. They
+        are zeros otherwise.
     """
 
     variant: Variant
@@ -89,6 +93,7 @@ class GemmSpec:
     pair: bool = False
     accumulate: bool = False
     batch_invariant: bool = False
+    leave_rest: bool = False
 
     @functools.cached_property
     def casts(self) -> bool:
@@ -162,6 +167,8 @@ def _reference(spec: GemmSpec, operands: Arrays) -> Arrays:
     out = reference.gemm(
         *four, *rest, variant=name, tiles=spec.tiles, dtype=dtype, batch_invariant=same
     )
+    if spec.leave_rest:  # so that tests notice who reads these rows
+        out = reference.spoil_rest(out, named["groups"])
     return [out]
 
 
@@ -196,7 +203,7 @@ def attributes_for(device: str, spec: GemmSpec, operands: Sequence) -> dict:
             f"a legal config for {problem}",
             "leave config out",
         )
-    found = attributes(problem, config, pair=spec.pair)
+    found = attributes(problem, config, pair=spec.pair, leave_rest=spec.leave_rest)
     if jax.export.is_symbolic_dim(spec.sizes(operands)["n"]):
         found["aligned"] = np.int64(0)  # whatever n will be
     return found
@@ -205,16 +212,18 @@ def attributes_for(device: str, spec: GemmSpec, operands: Sequence) -> dict:
 def problem_of(spec: GemmSpec, operands: Sequence, device: str) -> Problem:
     """Returns what the choice of a config may depend on."""
     sizes = {letter: typical(size) for letter, size in spec.sizes(operands).items()}
+    if spec.expected_rows:
+        sizes[spec.variant.groups or "m"] = spec.expected_rows
     return Problem(
         variant=spec.variant.name,
-        m=spec.expected_rows or sizes["m"],
+        m=sizes["m"],
         n=sizes["n"],
         k=sizes["k"],
         g=sizes.get("g", 1),
         scales=spec.scales,
         out=spec.out,
         accumulate=spec.accumulate,
-        num_sms=spec.num_sms,
+        num_sms=most_sms(spec.num_sms),
         device=device,
         rhs=spec.rhs,
         batch_invariant=spec.batch_invariant,
@@ -272,8 +281,8 @@ def _many(spec: GemmSpec, size: int, batched: Sequence[bool], operands: Arrays) 
             named[f"{name}_scale"] = jnp.broadcast_to(scale, (*scale.shape[:-2], rows, 1))
     merged = merge(spec.variant.name, Stacked(size, spec.named(batched), named))
     expected = spec.expected_rows  # of a masked group, or of all of them
-    if merged.variant != spec.variant.name:
-        expected *= size * named["groups"].shape[-1]
+    if merged.variant != "masked":
+        expected *= size * (named["groups"].shape[-1] if spec.variant.name == "masked" else 1)
     spec = dataclasses.replace(spec, variant=VARIANTS[merged.variant], expected_rows=expected)
     return [merged.unmerge(_on_one_device(*merged.named.values(), spec=spec))]
 

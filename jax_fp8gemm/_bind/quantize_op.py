@@ -77,6 +77,7 @@ class CastSpec:
         do, and those of the activation do not. Scales of "none" stay as they are.
       token_dims: how many dims of x before k count tokens, which a transposed copy has last. The
         dims before them count matrices. Two or more need a last one that is a multiple of 128.
+      share: of the rows of a grouped cast that are expected to lie in groups, for XLA's scheduler.
     """
 
     source: SourceName = "float"
@@ -89,6 +90,7 @@ class CastSpec:
     pair: bool = False
     shared_columns: bool = False
     token_dims: int = 1
+    share: float = 1.0
 
     @functools.cached_property
     def is_backward(self) -> bool:
@@ -229,7 +231,7 @@ def _seconds(spec: CastSpec, operands: Arrays) -> float:
     """What is read and written, at the rate of the memory."""
     arrays = [(x.shape, x.dtype) for x in operands] + _results(spec, operands)
     sizes = [math.prod(map(typical, shape)) * jnp.dtype(dtype).itemsize for shape, dtype in arrays]
-    return 1e-6 * streaming_microseconds(sum(sizes))
+    return 1e-6 * streaming_microseconds(spec.share * sum(sizes))
 
 
 # ---- one device ---------------------------------------------------------------------------------

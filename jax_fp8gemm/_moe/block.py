@@ -22,6 +22,8 @@ class ExpertSpec:
       precision: bf16 multiplies by XLA.
       room: tokens that a device sends to another one at most, by all_to_all.
       most_rows: that the experts of a device take at most; None: all.
+      expected_rows: that they have if experts are chosen evenly, for the choice of configs; 0: as
+        many as there is memory for.
       batch_invariant: of y.
     """
 
@@ -34,7 +36,13 @@ class ExpertSpec:
     exchange: TokenExchange | None = None
     room: int = 0
     most_rows: int | None = None
+    expected_rows: int = 0
     batch_invariant: bool = False
+
+    def share(self, rows: int) -> float:
+        """Returns which part of so many rows is expected to belong to experts of this device."""
+        known = self.expected_rows and isinstance(rows, int)
+        return min(1.0, self.expected_rows / rows) if known else 1.0
 
 
 def check_tokens(

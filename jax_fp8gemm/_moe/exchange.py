@@ -79,8 +79,7 @@ def send(x: jax.Array, exchange: TokenExchange, slots: Slots | None) -> jax.Arra
     """Returns what this device receives: [rows, ...] of [t, ...]; empty slots hold zeros."""
     if exchange.kind == "all_to_all":
         assert slots is not None
-        x = x.at[slots.token].get(mode="fill", fill_value=0)
-        x = jax.lax.all_to_all(x, exchange.axes, 0, 0, tiled=True)
+        x = jax.lax.all_to_all(to_slots(x, slots), exchange.axes, 0, 0, tiled=True)
     everywhere = exchange.everywhere
     return jax.lax.all_gather(x, everywhere, tiled=True) if everywhere else x
 
@@ -94,11 +93,19 @@ def send_together(
     """
     if exchange is None:
         return list(arrays)
-    words = [_to_words(x) for x in arrays]
-    ends = list(itertools.accumulate(x.shape[1] for x in words))
-    received = send(jnp.concatenate(words, 1), exchange, slots)
-    parts = jnp.split(received, ends[:-1], axis=1)
-    return [_from_words(part, x) for part, x in zip(parts, arrays, strict=True)]
+    return unpack(send(pack(arrays), exchange, slots), arrays)
+
+
+def pack(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Returns the rows of arrays [t, ...] side by side, uint32 [t, words]."""
+    return jnp.concatenate([_to_words(x) for x in arrays], 1)
+
+
+def unpack(rows: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the arrays whose rows `pack` laid side by side, now as many as rows."""
+    widths = [math.prod(x.shape[1:]) * x.dtype.itemsize // 4 for x in like]
+    parts = jnp.split(rows, list(itertools.accumulate(widths))[:-1], axis=1)
+    return [_from_words(part, x) for part, x in zip(parts, like, strict=True)]
 
 
 def _to_words(x: jax.Array) -> jax.Array:
@@ -129,8 +136,18 @@ def collect(
         return y
     assert slots is not None
     back = jax.lax.all_to_all(y, exchange.axes, 0, 0, tiled=True)
-    parts = back.at[slots.slot].get(mode="fill", fill_value=0)
-    return sum_of_few(parts.astype(jnp.float32), in_order).astype(y.dtype)
+    return sum_slots(back, slots, in_order=in_order)
+
+
+def to_slots(x: jax.Array, slots: Slots) -> jax.Array:
+    """Returns each slot's row of [t, ...]; zeros in empty ones."""
+    return x.at[slots.token].get(mode="fill", fill_value=0)
+
+
+def sum_slots(rows: jax.Array, slots: Slots, *, in_order: bool = False) -> jax.Array:
+    """Returns for each token the sum of its slots' rows, in float32: [t, h], of rows' dtype."""
+    parts = rows.at[slots.slot].get(mode="fill", fill_value=0)
+    return sum_of_few(parts.astype(jnp.float32), in_order).astype(rows.dtype)
 
 
 def axis_size(op: str, axes: Axes, num_experts: int) -> int:

@@ -33,6 +33,7 @@ from jax_fp8gemm._moe.order import (
     sum_rows,
 )
 from jax_fp8gemm._moe.placement import (
+    received_rows,
     size_of,
 )
 from jax_fp8gemm._moe.unfused import (
@@ -83,6 +84,10 @@ def run_experts(
     if via is not None and via.kind == "all_to_all":
         own = kernels.sizes[0]
         slots = make_slots(expert_index, own, size_of(axes.experts), spec.room)
+    if axes.experts:  # else all rows are here
+        rows = received_rows(axes, *expert_index.shape) // size_of(axes.experts)
+        expected = max(rows, 1) if isinstance(rows, int) else 0
+        spec = dataclasses.replace(spec, expected_rows=expected)
     gate_weights = gate_weights.astype(jnp.float32)
     block: Callable = _experts if spec.precision == "fp8" else bf16_experts
     run = automatic(lambda *operands: block(*operands, spec), x, None)
@@ -113,6 +118,7 @@ def _forward(x, expert_index, gate_weights, kernels, slots, biases, spec: Expert
     if spec.exchange is not None:  # what remembers x need not send it again for these
         expert_index = checkpoint_name(expert_index, "moe_x")
         gate_weights = checkpoint_name(gate_weights, "moe_x")
+        expert_index, kernels = _cast_meanwhile(expert_index, kernels)
     xq, saved_x = named(xq, "moe_x")
     count = jax.tree.leaves(kernels)[0].shape[0]
     permutation = permutation_here(expert_index - 1, count, spec)
@@ -142,15 +148,21 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     shared, constant = spec.shared_columns, len(like) == 1
     if constant:
         down, up = turned(down), turned(up)
-    by_groups = {"scale_rounding": rounding, "group_sizes": sizes, "index": token}
+    by_groups: dict[str, Any] = {
+        "scale_rounding": rounding,
+        "group_sizes": sizes,
+        "index": token,
+        "share": spec.share(token.shape[0]),
+    }
     if spec.exchange is not None and spec.exchange.wire == "fp8":
         received, _ = _received(_pad_h(dy), slots, spec)
         dyq, dyt = _take(received, token), recast(received, **by_groups, shared_columns=shared)
     else:
         dyq, dyt = cast_both(_sent(_pad_h(dy), slots, spec), **by_groups, shared_columns=shared)
-    da = multiply_by(down, dyq, sizes, transposed=False)
+    expected = spec.expected_rows
+    da = multiply_by(down, dyq, sizes, transposed=False, expected_rows=expected)
     d = _activation_gradients(from_bits(saved_h), da, row_weight, biases, sizes, spec)
-    dx = multiply_by(up, d.h, sizes, transposed=False)
+    dx = multiply_by(up, d.h, sizes, transposed=False, expected_rows=expected)
     dx = _collected(dx, permutation, gate_weights, slots, like[0], spec)
     d_row_weight, d_biases = d.row_weight, Biases(d.bias, None)
     if biases.down is not None:
@@ -159,11 +171,12 @@ def _backward(spec: ExpertSpec, residuals, gradients):
     if constant:
         d_weights = _weight_gradients(d_row_weight, permutation, gate_weights, slots, spec)
         return dx, None, d_weights, None, None, d_biases
-    d_down = _contracting(d.activation_transposed, dyt, sizes, like[-1].dtype)
+    contracting = functools.partial(_contracting, sizes=sizes, expected=expected)
+    d_down = contracting(d.activation_transposed, dyt, dtype=like[-1].dtype)
     # x is transposed once it may take the place of dy's transpose: XLA would do it first of all.
     saved_x, d_down = jax.lax.optimization_barrier((saved_x, d_down))
     xt = recast(from_bits(saved_x), **by_groups)
-    d_up = [_contracting(xt, q, sizes, like[1].dtype) for q in d.transposed]
+    d_up = [contracting(xt, q, dtype=like[1].dtype) for q in d.transposed]
     d_weights = _weight_gradients(d_row_weight, permutation, gate_weights, slots, spec)
     d_kernels = _kernel_gradients([*d_up, d_down], like[1:])
     return dx, None, d_weights, d_kernels, None, d_biases
@@ -197,6 +210,7 @@ def _activation_gradients(h, da, row_weight, biases, sizes, spec: ExpertSpec) ->
         scale_rounding=spec.scale_rounding,
         shared_columns=spec.shared_columns,
         group_sizes=sizes,
+        share=spec.share(da.shape[0]),
     )
     transposed = [d.gate_transposed, d.up_transposed]
     return Gradients(d.h, transposed, d.activation_transposed, d.row_weight, None)
@@ -205,17 +219,28 @@ def _activation_gradients(h, da, row_weight, biases, sizes, spec: ExpertSpec) ->
 # ---- the GEMMs ----------------------------------------------------------------------------------
 
 
-def _contracting(lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _contracting(
+    lhs: QArray, rhs: QArray, sizes: jax.Array, dtype: jnp.dtype, expected: int
+) -> jax.Array:
     """Gradients of kernels; float32 but for kernels that are themselves bfloat16."""
     out = dtype if dtype == jnp.bfloat16 else jnp.float32
-    return multiply(lhs, rhs, out, sizes, variant="ragged_contracting", scales="1x128_1x128")
+    how: dict[str, Any] = {"variant": "ragged_contracting", "scales": "1x128_1x128"}
+    return multiply(lhs, rhs, out, sizes, **how, expected_rows=expected)
 
 
 def _ragged_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     """Returns the weighted results [rows, h] and SwiGLU's input in FP8 [rows, 2f], end to end."""
     up, down, biases = matrices
-    options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
-    how: dict[str, Any] = {"transposed": True, "batch_invariant": spec.batch_invariant}
+    options: dict[str, Any] = {
+        "scale_rounding": spec.scale_rounding,
+        "group_sizes": sizes,
+        "share": spec.share(token.shape[0]),
+    }
+    how: dict[str, Any] = {
+        "transposed": True,
+        "expected_rows": spec.expected_rows,
+        "batch_invariant": spec.batch_invariant,
+    }
     h = multiply_by(up, _take(xq, token), sizes, **how)
     if is_fused(spec, biases):
         (a,) = cast_swiglu(h, row_weight, **options)
@@ -242,7 +267,8 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     row = jnp.minimum(row, rows - 1)  # of each slot; any where it holds nothing
 
     # How many rows an expert has on average: decides on the blocks.
-    expected = min(capacity, ceil_div(rows, e)) if isinstance(rows, int) else 0
+    most = spec.expected_rows or rows
+    expected = min(capacity, ceil_div(most, e)) if isinstance(most, int) else 0
 
     def masked(lhs, rhs):
         lhs = jax.tree.map(lambda x: x.reshape(e, capacity, -1), lhs)
@@ -260,6 +286,20 @@ def _masked_gemms(xq, token, row_weight, sizes, matrices, spec: ExpertSpec):
     group = jnp.minimum(group_of_row(sizes, rows), e - 1)
     slot = group * capacity + jnp.arange(rows) - starts[group]  # of each row; any past the groups
     return y[slot], _take(cast_rows(h, scale_rounding=rounding), slot)
+
+
+def _cast_meanwhile(received: jax.Array, kernels: ExpertKernels) -> tuple[jax.Array, ExpertKernels]:
+    """Lets the casts of kernels run while tokens travel: what needs `received` waits for both.
+
+    XLA would cast each matrix just before its GEMM, and have nothing to do meanwhile.
+    """
+    if kernels.copies is None or are_constant(kernels):
+        return received, kernels
+    # The scales stand for what is made with them.
+    scales = {name: scale for name, (_, scale) in kernels.copies.items()}
+    received, scales = jax.lax.optimization_barrier((received, scales))
+    copies = {name: (bits, scales[name]) for name, (bits, _) in kernels.copies.items()}
+    return received, dataclasses.replace(kernels, copies=copies)
 
 
 # ---- rows ---------------------------------------------------------------------------------------

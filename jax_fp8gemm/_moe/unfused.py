@@ -85,7 +85,11 @@ def activated_backward(
     a, pull = jax.vjp(run, real, row_weight, bias)
     d_h, d_weight, d_bias = pull(da)
     d_h, a = d_h.astype(jnp.bfloat16), a.astype(jnp.bfloat16)
-    options: dict[str, Any] = {"scale_rounding": spec.scale_rounding, "group_sizes": sizes}
+    options: dict[str, Any] = {
+        "scale_rounding": spec.scale_rounding,
+        "group_sizes": sizes,
+        "share": spec.share(da.shape[0]),
+    }
     parts = jnp.split(d_h, 2, axis=-1) if is_gated(spec.activation) else [d_h]
     shared = spec.shared_columns
     transposed = [cast_transposed(part, **options, shared_columns=shared) for part in parts]

@@ -194,36 +194,19 @@ def multiply_by(
     expected_rows: int = 0,
     batch_invariant: bool = False,
 ) -> jax.Array:
-    """Returns the GEMM by what `operand` returned; transposed: for a forward GEMM."""
+    """Returns the GEMM by what `operand` returned; transposed: for a forward GEMM.
+
+    Rows past the groups hold anything: nothing may read them.
+    """
+    how: dict[str, Any] = {
+        "variant": variant,
+        "expected_rows": expected_rows,
+        "batch_invariant": batch_invariant,
+    }
     if isinstance(matrix[0], tuple):
-        parts = (
-            multiply_by(
-                one,
-                lhs,
-                sizes,
-                transposed=transposed,
-                variant=variant,
-                expected_rows=expected_rows,
-                batch_invariant=batch_invariant,
-            )
-            for one in matrix
-        )
+        parts = (multiply_by(one, lhs, sizes, transposed=transposed, **how) for one in matrix)
         return jnp.concatenate(list(parts), -1)
+    how["leave_rest"] = variant == "ragged"
     if matrix[0].dtype in (jnp.uint8, jnp.uint32):  # a copy, which lies as the GEMM wants it
-        return multiply(
-            lhs,
-            from_bits((matrix[0], matrix[1])),
-            jnp.bfloat16,
-            sizes,
-            variant=variant,
-            expected_rows=expected_rows,
-            batch_invariant=batch_invariant,
-        )
-    return multiply_casting(
-        lhs,
-        matrix,
-        sizes,
-        transposed=transposed,
-        variant=variant,
-        batch_invariant=batch_invariant,
-    )
+        return multiply(lhs, from_bits((matrix[0], matrix[1])), jnp.bfloat16, sizes, **how)
+    return multiply_casting(lhs, matrix, sizes, transposed=transposed, **how)

@@ -1,4 +1,7 @@
-"""The casts as the library's own code calls them: arguments have been checked by a public door."""
+"""The casts as the library's own code calls them: arguments have been checked by a public door.
+
+share: of the rows that are expected to lie in groups, see CastSpec.
+"""
 
 from typing import NamedTuple
 
@@ -49,6 +52,7 @@ def cast_rows(
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
     index: jax.Array | None = None,
+    share: float = 1.0,
 ) -> QArray:
     """See `quantize` and `quantize_rows`."""
     spec = CastSpec(
@@ -56,6 +60,7 @@ def cast_rows(
         scale_rounding=scale_rounding,
         grouped=group_sizes is not None,
         gather=index is not None,
+        share=share,
     )
     qvalue, scale = cast(spec, x, *_given(index, group_sizes))
     return QArray(qvalue, scale)
@@ -69,6 +74,7 @@ def cast_transposed(
     group_sizes: jax.Array | None = None,
     shared_columns: bool = False,
     token_dims: int = 1,
+    share: float = 1.0,
 ) -> QArray:
     """See `quantize_transposed`."""
     spec = CastSpec(
@@ -79,6 +85,7 @@ def cast_transposed(
         grouped=group_sizes is not None,
         shared_columns=shared_columns,
         token_dims=token_dims,
+        share=share,
     )
     qvalue, scale = cast(spec, x, *_given(group_sizes))
     return QArray(qvalue, scale)
@@ -93,6 +100,7 @@ def cast_both(
     index: jax.Array | None = None,
     shared_columns: bool = False,
     token_dims: int = 1,
+    share: float = 1.0,
 ) -> BothCopies:
     """See `quantize_both`."""
     matrices = x if isinstance(x, tuple) else (x,)
@@ -105,6 +113,7 @@ def cast_both(
         pair=len(matrices) == 2,
         shared_columns=shared_columns,
         token_dims=token_dims,
+        share=share,
     )
     found = cast(spec, *matrices, *_given(index, group_sizes))
     return BothCopies(QArray(*found[:2]), QArray(*found[2:]))
@@ -118,6 +127,7 @@ def recast(
     index: jax.Array | None = None,
     shared_columns: bool = False,
     token_dims: int = 1,
+    share: float = 1.0,
 ) -> QArray:
     """See `requantize`."""
     spec = CastSpec(
@@ -129,6 +139,7 @@ def recast(
         gather=index is not None,
         shared_columns=shared_columns,
         token_dims=token_dims,
+        share=share,
     )
     qvalue, scale = cast(spec, q.qvalue, q.scale, *_given(index, group_sizes))
     return QArray(qvalue, scale)
@@ -141,6 +152,7 @@ def cast_swiglu(
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
     transposed: bool = False,
+    share: float = 1.0,
 ) -> list[QArray]:
     """See `swiglu_quantize`; the second copy, where it is asked for, is the transposed one."""
     spec = CastSpec(
@@ -148,6 +160,7 @@ def cast_swiglu(
         scale_rounding=scale_rounding,
         transposed=transposed,
         grouped=group_sizes is not None,
+        share=share,
     )
     found = cast(spec, h, row_weight.astype(jnp.float32), *_given(group_sizes))
     return [QArray(*found[i : i + 2]) for i in range(0, len(found), 2)]
@@ -161,6 +174,7 @@ def cast_swiglu_backward(
     scale_rounding: ScaleRounding,
     group_sizes: jax.Array | None = None,
     shared_columns: bool = False,
+    share: float = 1.0,
 ) -> SwigluGradients:
     """See `swiglu_backward`."""
     spec = CastSpec(
@@ -169,6 +183,7 @@ def cast_swiglu_backward(
         transposed=True,
         grouped=group_sizes is not None,
         shared_columns=shared_columns,
+        share=share,
     )
     floats = gradient.astype(jnp.bfloat16), row_weight.astype(jnp.float32)
     *copies, parts = cast(spec, h.qvalue, h.scale, *floats, *_given(group_sizes))

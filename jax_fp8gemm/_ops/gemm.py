@@ -76,7 +76,8 @@ def gemm(
       out_dtype: bfloat16 or float32.
       init: f32, of the output's shape: what to add the result to. It needs out_dtype float32.
         Donate it to save a copy.
-      num_sms: upper bound of the multiprocessors to use, 1 or more; None for all.
+      num_sms: upper bound of the multiprocessors to use, 1 or more; None: JAX_FP8GEMM_NUM_SMS
+        of the environment, or all.
       expected_rows: rows that a masked group is expected to have, for the choice of a config; None
         for all that fit.
       config: overrides the choice of a config.
@@ -143,6 +144,7 @@ def multiply(
     out_sharding: NamedSharding | None = None,
     expected_rows: int = 0,
     batch_invariant: bool = False,
+    leave_rest: bool = False,
 ) -> jax.Array:
     """Returns gemm's result as any float dtype; other than bf16 by way of f32.
 
@@ -152,18 +154,30 @@ def multiply(
       rhs: likewise.
       group_sizes: int32 [g] of a grouped variant.
       out_sharding: of the result, where mesh axes are Explicit.
-      expected_rows: of a masked group; 0: as many as there is room for.
+      expected_rows: of a masked group, or of all groups of another variant together; 0: as many as
+        there is room for.
+      leave_rest: rows past the groups of `ragged` hold anything, and the caller never reads them.
     """
     lhs, rhs = pad_k(lhs), pad_k(rhs)
     out = OUT_NAMES.get(jnp.dtype(dtype).name, "f32")
     row = VARIANTS[variant].with_ranks(lhs.ndim, rhs.ndim)
     same, expected = batch_invariant, expected_rows
     spec = GemmSpec(
-        variant=row, scales=scales, out=out, expected_rows=expected, batch_invariant=same
+        variant=row,
+        scales=scales,
+        out=out,
+        expected_rows=expected,
+        batch_invariant=same,
+        leave_rest=leave_rest and may_leave_rest(),
     )
     rest = () if group_sizes is None else (group_sizes,)
     operands = lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, *rest
     return gemm_op.gemm(spec, *operands, out_sharding=out_sharding).astype(dtype)
+
+
+def may_leave_rest() -> bool:
+    """Whether rows that nobody reads may hold anything: not where JAX looks at every number."""
+    return not (jax.debug_nans.value or jax.debug_infs.value)
 
 
 def multiply_casting(
@@ -173,7 +187,9 @@ def multiply_casting(
     *,
     transposed: bool,
     variant: VariantName = "ragged",
+    expected_rows: int = 0,
     batch_invariant: bool = False,
+    leave_rest: bool = False,
 ) -> jax.Array:
     """Multiplies by weights that the kernel casts on their way to the tensor core.
 
@@ -186,6 +202,8 @@ def multiply_casting(
       weights: bf16 [g, n, k], or, transposed, [g, k, n]: one array, or two that lie side by side,
         as if concatenated along their last dim, which is then a multiple of 128. n is one of 8.
       group_sizes: int32 [g]. variant: "ragged" or "masked".
+      expected_rows: see `multiply`.
+      leave_rest: see `multiply`.
 
     Returns:
       bf16, as gemm.
@@ -196,7 +214,9 @@ def multiply_casting(
         out="bf16",
         rhs="bf16_transposed" if transposed else "bf16",
         pair=len(weights) == 2,
+        expected_rows=expected_rows,
         batch_invariant=batch_invariant,
+        leave_rest=leave_rest and may_leave_rest(),
     )
     return gemm_op.gemm(spec, lhs.qvalue, *weights, lhs.scale, group_sizes)
 

@@ -8,9 +8,11 @@ is the plan, csrc/kernels/plan.cuh.
 import dataclasses
 import functools
 import math
+import os
 
 import numpy as np
 
+from jax_fp8gemm._core.errors import fail
 from jax_fp8gemm._core.extension import extension
 from jax_fp8gemm._core.layout import K_STEP, TILE_NAMES, Tile, ceil_div, round_up
 from jax_fp8gemm._core.types import (
@@ -25,8 +27,28 @@ from jax_fp8gemm._core.variants import SCALES, VARIANTS
 
 DEFAULT_DEVICE = "NVIDIA H200"
 SMS = 132  # of an H100 or H200 SXM; the launch reads the real number
+SMS_VARIABLE = "JAX_FP8GEMM_NUM_SMS"
 SPREAD = (0.7, 1.3)  # multiples of the mean that sizes of groups are taken to have
 STORE_BYTES = 16  # of which rows of a result must be multiples to leave by the copy engine
+
+
+def most_sms(own: int) -> int:
+    """Returns the multiprocessors that a GEMM may use, 0 for all.
+
+    Args:
+      own: the limit of this GEMM, which counts more than that of the environment; 0: none.
+
+    Raises:
+      ValueError: JAX_FP8GEMM_NUM_SMS is not a number of 1 or more.
+    """
+    text = os.environ.get(SMS_VARIABLE, "")
+    if own or not text:
+        return own
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**31):
+        fix = "unset it, or set it to as many multiprocessors as GEMMs may use"
+        got = f"{SMS_VARIABLE}={text!r}"
+        fail("gemm", f"{SMS_VARIABLE} is not a number.", got, "an integer, 1 or more", fix)
+    return int(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +150,12 @@ def computed(problem: Problem) -> dict[str, int | str]:
 
 
 def attributes(
-    problem: Problem, config: GemmConfig, *, pair: bool = False
+    problem: Problem, config: GemmConfig, *, pair: bool = False, leave_rest: bool = False
 ) -> dict[str, np.int64 | str]:
     """Returns the attributes of the custom call: the kernel's whole specification.
 
-    A limit of multiprocessors is one only where there is a limit, and `pair` only where it is true.
+    A limit of multiprocessors is one only where there is a limit, and the options only where they
+    are true: see GemmSpec.
     """
     found: dict[str, int | str] = {
         **computed(problem),
@@ -146,6 +169,7 @@ def attributes(
     }
     found |= {"num_sms": problem.num_sms} if problem.num_sms else {}
     found |= {"pair": 1} if pair else {}
+    found |= {"leave_rest": 1} if leave_rest else {}
     return {name: x if isinstance(x, str) else np.int64(x) for name, x in found.items()}
 
 

@@ -1,6 +1,7 @@
 """The grouped kernels against a loop over groups in float64, on poisoned memory, twice."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from test_gemm_gpu import BOUND, bits, poison
 from test_grouped import operands
 
 import jax_fp8gemm as fp8
+from jax_fp8gemm._bind import gemm_op
+from jax_fp8gemm._bind.gemm_op import GemmSpec
+from jax_fp8gemm._core.groups import clamped_sizes
+from jax_fp8gemm._core.variants import VARIANTS
 from jax_fp8gemm._select.problem import GemmConfig, Problem, why_illegal
 from jax_fp8gemm._tools import operands as on_device
 from jax_fp8gemm._tools.operands import compiled, sample_error
@@ -88,6 +93,25 @@ def test_every_kind_of_groups(variant, config, groups):
     *made, tiles = operands(variant, groups)
     f32 = variant == "ragged_contracting"
     compare(variant, made, tiles, jnp.float32 if f32 else jnp.bfloat16, config)
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=lambda g: g.name)
+@pytest.mark.parametrize("config", CONFIGS["ragged"], ids=str)
+def test_rows_past_the_groups_that_are_left(config, groups):
+    """The real rows are the same to the bit."""
+    lhs, rhs, sizes, _ = operands("ragged", groups)
+    spec = GemmSpec(variant=VARIANTS["ragged"], scales="1x128_128x128", out="bf16", config=config)
+
+    def run(spec):
+        arrays = lhs.qvalue, rhs.qvalue, lhs.scale, rhs.scale, sizes
+        return bits(jax.jit(functools.partial(gemm_op.gemm, spec))(*arrays))
+
+    expected = run(spec)
+    poison()
+    out = run(dataclasses.replace(spec, leave_rest=True))
+    real = int(clamped_sizes(sizes, len(out)).sum())
+    assert np.array_equal(out[:real], expected[:real])
+    assert not expected[real:].any()
 
 
 @pytest.mark.parametrize("scales", ["1x128_1x128", "row_row", "tensor_tensor"])
