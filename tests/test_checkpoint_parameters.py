@@ -260,10 +260,11 @@ def test_experts_of_gpt_oss_in_layers(tmp_path):
     tensors, up, down = gpt_oss()
     write_by_hand(tmp_path / "x", tensors)
     layer = checkpoint.load_parameters(tmp_path / "x", GPT_OSS)["layers"]["0"]
-    experts, gate_kernel = layer["experts"], layer["gate_kernel"]
+    experts, gate_kernel, gate_bias = (layer[n] for n in ("experts", "gate_kernel", "gate_bias"))
     activation = fp8.ClampedSwiglu(limit=7.0, alpha=1.702, up_offset=1.0)
     options = {"top_k": 2, "normalize": True, "activation": activation}
-    model = nnx.Fp8MoE.from_quantized(gate_kernel, fp8.ExpertKernels(**experts), **options)
+    kernels = fp8.ExpertKernels(**experts)
+    model = nnx.Fp8MoE.from_quantized(gate_kernel, kernels, gate_bias=gate_bias, **options)
     x = jnp.asarray(floats(8, H)) * 0.05  # so that few are clamped
     y, routing = model(x)
 
@@ -271,11 +272,19 @@ def test_experts_of_gpt_oss_in_layers(tmp_path):
     biases = {f"{name}_bias": experts[f"{name}_bias"] for name in names}
     parts = [(f"{name}_{part}", name, part) for name in names for part in ("qvalue", "scale")]
     held = {key: getattr(experts[name], part) for key, name, part in parts}
-    variables = {"params": {"gate_kernel": gate_kernel, **biases}, "quantized": held}
+    gate = {"gate_kernel": gate_kernel, "gate_bias": gate_bias}
+    variables = {"params": gate | biases, "quantized": held}
     sizes = {"num_experts": E, "hidden_features": 160, "quantized": True, "use_bias": True}
+    sizes["use_gate_bias"] = True
     np.testing.assert_array_equal(linen.Fp8MoE(**sizes, **options).apply(variables, x)[0], y)
 
-    index, weights = (np.asarray(a) for a in (routing.expert_index, routing.gate_weights))
+    router = "model.layers.0.mlp.router"
+    logits = np.asarray(x, float) @ tensors[f"{router}.weight"].astype(float).T
+    logits += tensors[f"{router}.bias"].astype(float)
+    index = np.argsort(-logits)[:, :2]  # the best two, and a softmax of these
+    weights = np.exp(np.take_along_axis(logits, index, 1))
+    weights /= weights.sum(1, keepdims=True)
+    np.testing.assert_array_equal(routing.expert_index, index)
     stem = "model.layers.0.mlp.experts"
     both, last = (
         tensors[f"{stem}.{name}_bias"].astype(float) for name in ("gate_up_proj", "down_proj")
