@@ -136,7 +136,12 @@ class Fp8Linear(_HoldsFp8, nnx.Linear):
 
     @classmethod
     def from_quantized(
-        cls, q: QArray, bias: jax.Array | None = None, *, dtype: Dtype = jnp.bfloat16
+        cls,
+        q: QArray,
+        bias: jax.Array | None = None,
+        *,
+        dtype: Dtype = jnp.bfloat16,
+        precision: Precision = "fp8",
     ) -> Self:
         """Returns a layer for inference that holds its weight in FP8.
 
@@ -145,6 +150,7 @@ class Fp8Linear(_HoldsFp8, nnx.Linear):
             weight and weight_scale_inv of a block-FP8 checkpoint as they are.
           bias: [out].
           dtype: of the computation.
+          precision: "fp8", or "bf16" to multiply by the dequantized weight.
 
         Raises:
           ValueError: a rank other than 2, other scales, a bias that does not fit.
@@ -154,9 +160,14 @@ class Fp8Linear(_HoldsFp8, nnx.Linear):
         if bias is not None and bias.shape != (out,):
             got = f"{describe('q', q.qvalue)}, {describe('bias', bias)}"
             fail(op, "bias does not fit q.", got, f"bias [{out}]", "is q transposed?")
-        unused = nnx.Rngs(0)
         layer = cls(
-            k, out, use_bias=False, dtype=dtype, kernel_init=lambda *_: q.qvalue, rngs=unused
+            k,
+            out,
+            use_bias=False,
+            dtype=dtype,
+            precision=precision,
+            kernel_init=lambda *_: q.qvalue,
+            rngs=nnx.Rngs(0),
         )
         layer._hold(q, bias)
         return layer
@@ -194,6 +205,7 @@ class Fp8LinearGeneral(_HoldsFp8, nnx.LinearGeneral):
         out_features: int | Sequence[int],
         axis: int | Sequence[int] = -1,
         dtype: Dtype = jnp.bfloat16,
+        precision: Precision = "fp8",
     ) -> Self:
         """Returns a layer for inference that holds its weight in FP8.
 
@@ -204,6 +216,7 @@ class Fp8LinearGeneral(_HoldsFp8, nnx.LinearGeneral):
           out_features: likewise n.
           axis: the dims of inputs that in_features are.
           dtype: of the computation.
+          precision: as of `Fp8Linear.from_quantized`.
 
         Raises:
           ValueError: sizes or scales do not fit.
@@ -224,6 +237,7 @@ class Fp8LinearGeneral(_HoldsFp8, nnx.LinearGeneral):
             axis=axis,
             use_bias=False,
             dtype=dtype,
+            precision=precision,
             kernel_init=lambda *_: q.qvalue,
             rngs=nnx.Rngs(0),
         )

@@ -131,7 +131,7 @@ def test_fp8_weights_without_a_gate_and_biases(key):
         np.testing.assert_array_equal(run(x, experts, weights, given), expected)
 
 
-@pytest.mark.parametrize("activation", [GPT_OSS])
+@pytest.mark.parametrize("activation", [GPT_OSS, "geglu", "squared_relu"], ids=str)
 def test_over_a_mesh(key, activation):
     """Router, routed and shared experts with biases on eight devices, all gradients, as on one."""
     x, dy = tokens(key, 16, H)

@@ -154,6 +154,23 @@ def test_mxfp8_weights(tmp_path):
         checkpoint.load(tmp_path / "x")
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (3, 32), (1, 64), (0, 64), (4, 0), (2, 0, 32)])
+def test_the_smallest_weights(tmp_path, shape):
+    """Of one group a row the scales have the shape of those of blocks or rows."""
+    codes, exponents, values = drawn(shape)
+    write(tmp_path / "x", *layouts(codes, exponents)["gpt-oss"])
+    np.testing.assert_array_equal(dequantized64(checkpoint.load(tmp_path / "x")["w"]), values)
+    q = E2M1[codes].astype(ml_dtypes.float8_e4m3fn)
+    for scales in (exponents, exponents.view(ml_dtypes.float8_e8m0fnu)):
+        write_by_hand(tmp_path / "x", {"a.weight": q, "a.weight_scale": scales})
+        got = checkpoint.load(tmp_path / "x")["a.weight"]
+        assert got.shape == shape
+        wide = got.scale.repeat(128, -2)[..., : shape[-2], :].repeat(128, -1)[..., : shape[-1]]
+        if got.has_tile((1, None)) and not got.has_tile((128, 128)):
+            wide = np.broadcast_to(got.scale, shape)
+        np.testing.assert_array_equal(np.asarray(got.qvalue, float) * wide, values)
+
+
 def test_parts_on_devices_are_parts_of_the_whole(tmp_path):
     codes, exponents, values = drawn((4, 384, 320))
     write(tmp_path / "x", *layouts(codes, exponents)["gpt-oss"])

@@ -171,8 +171,9 @@ class Microscaled:
         """
         self._op, self._name, self._expected, self._fix = op, name, expected, fix
         self._codes, self._exponents = codes, exponents
-        self._per_byte = exponents.shape[-1] * GROUP // codes.shape[-1]
-        self.shape = (*codes.shape[:-1], exponents.shape[-1] * GROUP)
+        k = exponents.shape[-1] * GROUP
+        self._per_byte = 1 if codes.shape[-1] == k else FOUR_BITS
+        self.shape = (*codes.shape[:-1], k)
         self._found: dict[tuple, np.ndarray] = {}
 
     def source(self) -> QSource:
