@@ -76,7 +76,7 @@ def whole_layer(experts: fp8.ExpertKernels, shared: fp8.ExpertKernels) -> nnx.Mo
     gate = jax.random.normal(jax.random.key(1), (c.hidden_size, c.experts)) / c.hidden_size**0.5
     part = {
         "attention": attention, "attention_norm": ones, "mlp_norm": ones, "gate_kernel": gate,
-        "gate_bias": jnp.zeros(c.experts), "experts": vars(experts), "shared": vars(shared),
+        "correction_bias": jnp.zeros(c.experts), "experts": vars(experts), "shared": vars(shared),
     }  # fmt: skip
     files._fill(layer, part, c)
     return layer

@@ -202,7 +202,8 @@ def save_parameters(
 
     Raises:
       ValueError: a parameter that the table does not have, one of two parts missing, QArrays with
-        other scales, a checkpoint in the folder.
+        other scales, QArrays of one tensor that cannot be joined exactly, a checkpoint in the
+        folder.
       TypeError: FP8 and floats in one tensor.
       FileNotFoundError: no such folder.
 

@@ -16,6 +16,7 @@ from jax_fp8gemm._core.checks import check_quantized
 from jax_fp8gemm._core.errors import describe, fail, message
 from jax_fp8gemm._core.layout import BLOCKS
 from jax_fp8gemm._core.qarray import QArray
+from jax_fp8gemm._core.types import Precision
 from jax_fp8gemm._flax.nnx_moe import Fp8MoE, Quantized
 from jax_fp8gemm._ops.dot_general import (
     dot_general_like_lhs,
@@ -23,7 +24,7 @@ from jax_fp8gemm._ops.dot_general import (
     named_precision,
 )
 from jax_fp8gemm._ops.matmul import fp8_matmul
-from jax_fp8gemm._ops.weights import prepare_weight
+from jax_fp8gemm._ops.weights import PreparedWeight, prepare_weight
 
 __all__ = ["Fp8Linear", "Fp8LinearGeneral", "Fp8MoE", "Quantized", "convert"]
 
@@ -40,7 +41,62 @@ def cast_inputs(args, /, *, dtype: Dtype | None = None):
     return inputs, kernel, bias
 
 
-class Fp8Linear(nnx.Linear):
+class _HoldsFp8(nnx.Module):
+    """What FP8 layers add to those they stand in for: casts, and a weight that is held in FP8.
+
+    A subclass names the layer of Flax after this class.
+    """
+
+    kernel: Any
+    bias: Any
+    dtype: Dtype | None
+    precision: Any
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        promote_dtype: Callable = cast_inputs,
+        dot_general: Callable = dot_general_like_lhs,
+        **kwargs,
+    ):
+        super().__init__(  # type: ignore[call-arg]
+            in_features,  # type: ignore[call-arg]
+            out_features,
+            promote_dtype=promote_dtype,
+            dot_general=dot_general,
+            **kwargs,
+        )
+        self.qvalue: Quantized | None = nnx.data(None)
+        self.scale: Quantized | None = nnx.data(None)
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Multiplies inputs by the kernel, as the layer of Flax does, and adds the bias."""
+        if self.qvalue is None or self.scale is None:
+            return super().__call__(inputs, out_sharding)  # type: ignore[misc]
+        bias = None if self.bias is None else self.bias[...]
+        inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
+        weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
+        y = self._product(inputs, weight, named_precision(self.precision))
+        y = shard_result(y, out_sharding)
+        return y if bias is None else y + bias
+
+    def _product(
+        self, inputs: jax.Array, weight: PreparedWeight, precision: Precision
+    ) -> jax.Array:
+        """Returns inputs · weight, of the dtype of inputs."""
+        raise NotImplementedError
+
+    def _hold(self, q: QArray, bias: jax.Array | None) -> None:
+        """Puts an FP8 weight in the place of the kernel."""
+        self.kernel = nnx.data(None)
+        self.qvalue, self.scale = Quantized(q.qvalue), Quantized(q.scale)
+        if bias is not None:
+            self.bias, self.use_bias = nnx.Param(bias), True
+
+
+class Fp8Linear(_HoldsFp8, nnx.Linear):
     """nnx.Linear in FP8: same arguments, same parameters, same initial values.
 
     With `dtype=jnp.bfloat16` and float32 parameters gradients are float32, unrounded.
@@ -55,36 +111,11 @@ class Fp8Linear(nnx.Linear):
       layer = Fp8Linear(256, 512, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        promote_dtype: Callable = cast_inputs,
-        dot_general: Callable = dot_general_like_lhs,
-        **kwargs,
-    ):
-        super().__init__(
-            in_features,
-            out_features,
-            promote_dtype=promote_dtype,
-            dot_general=dot_general,
-            **kwargs,
-        )
-        self.qvalue: Quantized | None = nnx.data(None)
-        self.scale: Quantized | None = nnx.data(None)
-
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        """Multiplies [..., in] to [..., out]."""
-        if self.qvalue is None or self.scale is None:
-            return super().__call__(inputs, out_sharding)
-        bias = None if self.bias is None else self.bias[...]
-        inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
-        weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
-        dtype, precision = inputs.dtype, named_precision(self.precision)
-        y = fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
-        y = shard_result(y, out_sharding)
-        return y if bias is None else y + bias
+    def _product(
+        self, inputs: jax.Array, weight: PreparedWeight, precision: Precision
+    ) -> jax.Array:
+        dtype = inputs.dtype
+        return fp8_matmul(inputs, weight, preferred_element_type=dtype, precision=precision)
 
     @classmethod
     def from_linear(cls, linear: nnx.Linear) -> Self:
@@ -105,7 +136,12 @@ class Fp8Linear(nnx.Linear):
 
     @classmethod
     def from_quantized(
-        cls, q: QArray, bias: jax.Array | None = None, *, dtype: Dtype = jnp.bfloat16
+        cls,
+        q: QArray,
+        bias: jax.Array | None = None,
+        *,
+        dtype: Dtype = jnp.bfloat16,
+        precision: Precision = "fp8",
     ) -> Self:
         """Returns a layer for inference that holds its weight in FP8.
 
@@ -114,6 +150,7 @@ class Fp8Linear(nnx.Linear):
             weight and weight_scale_inv of a block-FP8 checkpoint as they are.
           bias: [out].
           dtype: of the computation.
+          precision: "fp8", or "bf16" to multiply by the dequantized weight.
 
         Raises:
           ValueError: a rank other than 2, other scales, a bias that does not fit.
@@ -123,15 +160,20 @@ class Fp8Linear(nnx.Linear):
         if bias is not None and bias.shape != (out,):
             got = f"{describe('q', q.qvalue)}, {describe('bias', bias)}"
             fail(op, "bias does not fit q.", got, f"bias [{out}]", "is q transposed?")
-        unused = nnx.Rngs(0)
         layer = cls(
-            k, out, use_bias=False, dtype=dtype, kernel_init=lambda *_: q.qvalue, rngs=unused
+            k,
+            out,
+            use_bias=False,
+            dtype=dtype,
+            precision=precision,
+            kernel_init=lambda *_: q.qvalue,
+            rngs=nnx.Rngs(0),
         )
-        _hold(layer, q, bias)
+        layer._hold(q, bias)
         return layer
 
 
-class Fp8LinearGeneral(nnx.LinearGeneral):
+class Fp8LinearGeneral(_HoldsFp8, nnx.LinearGeneral):
     """nnx.LinearGeneral in FP8: same arguments, same parameters, same initial values.
 
     The dims of `in_features` are one k, `out_features` one n; scales are of blocks of those. As
@@ -147,37 +189,11 @@ class Fp8LinearGeneral(nnx.LinearGeneral):
       layer = Fp8LinearGeneral(256, (4, 64), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     """
 
-    def __init__(
-        self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        *,
-        promote_dtype: Callable = cast_inputs,
-        dot_general: Callable = dot_general_like_lhs,
-        **kwargs,
-    ):
-        super().__init__(
-            in_features,
-            out_features,
-            promote_dtype=promote_dtype,
-            dot_general=dot_general,
-            **kwargs,
-        )
-        self.qvalue: Quantized | None = nnx.data(None)
-        self.scale: Quantized | None = nnx.data(None)
-
-    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        """Multiplies the dims `axis` of inputs, and puts out_features behind all others."""
-        if self.qvalue is None or self.scale is None:
-            return super().__call__(inputs, out_sharding)
-        bias = None if self.bias is None else self.bias[...]
-        inputs, bias = dtypes.promote_dtype((inputs, bias), dtype=self.dtype)
-        weight = prepare_weight(QArray(self.qvalue[...], self.scale[...]))
-        precision = named_precision(self.precision)
+    def _product(
+        self, inputs: jax.Array, weight: PreparedWeight, precision: Precision
+    ) -> jax.Array:
         axis = sorted(d % inputs.ndim for d in self.axis)  # as nnx.LinearGeneral orders them
-        y = dot_general_prepared(inputs, weight, axis, (), self.out_features, precision)
-        y = shard_result(y, out_sharding)
-        return y if bias is None else y + bias
+        return dot_general_prepared(inputs, weight, axis, (), self.out_features, precision)
 
     @classmethod
     def from_quantized(
@@ -189,6 +205,7 @@ class Fp8LinearGeneral(nnx.LinearGeneral):
         out_features: int | Sequence[int],
         axis: int | Sequence[int] = -1,
         dtype: Dtype = jnp.bfloat16,
+        precision: Precision = "fp8",
     ) -> Self:
         """Returns a layer for inference that holds its weight in FP8.
 
@@ -199,6 +216,7 @@ class Fp8LinearGeneral(nnx.LinearGeneral):
           out_features: likewise n.
           axis: the dims of inputs that in_features are.
           dtype: of the computation.
+          precision: as of `Fp8Linear.from_quantized`.
 
         Raises:
           ValueError: sizes or scales do not fit.
@@ -219,13 +237,14 @@ class Fp8LinearGeneral(nnx.LinearGeneral):
             axis=axis,
             use_bias=False,
             dtype=dtype,
+            precision=precision,
             kernel_init=lambda *_: q.qvalue,
             rngs=nnx.Rngs(0),
         )
         if bias is not None and bias.shape not in ((n,), layer.out_features):
             got, expected = describe("bias", bias), f"bias {[*layer.out_features]}"
             fail(op, "bias does not fit q.", got, expected, "is q transposed?")
-        _hold(layer, q, None if bias is None else bias.reshape(layer.out_features))
+        layer._hold(q, None if bias is None else bias.reshape(layer.out_features))
         return layer
 
 
@@ -241,14 +260,6 @@ def _checked(op: str, q: QArray) -> QArray:
 
 def _product(features: int | Sequence[int]) -> int:
     return features if isinstance(features, int) else math.prod(features)
-
-
-def _hold(layer: Any, q: QArray, bias: jax.Array | None) -> None:
-    """Puts an FP8 weight in the place of a layer's kernel."""
-    layer.kernel = nnx.data(None)
-    layer.qvalue, layer.scale = Quantized(q.qvalue), Quantized(q.scale)
-    if bias is not None:
-        layer.bias, layer.use_bias = nnx.Param(bias), True
 
 
 def convert(

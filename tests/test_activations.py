@@ -131,17 +131,20 @@ def test_fp8_weights_without_a_gate_and_biases(key):
         np.testing.assert_array_equal(run(x, experts, weights, given), expected)
 
 
-@pytest.mark.parametrize("activation", [GPT_OSS])
+@pytest.mark.parametrize("activation", [GPT_OSS, "geglu", "squared_relu"], ids=str)
 def test_over_a_mesh(key, activation):
-    """Routed and shared experts with biases on eight devices, forward and backward, as on one."""
+    """Router, routed and shared experts with biases on eight devices, all gradients, as on one."""
     x, dy = tokens(key, 16, H)
-    gate = jax.random.normal(key, (H, 4)) / H**0.5
+    gate = jax.random.normal(key, (H, 4)) / H**0.5, jax.random.normal(key, (4,))
     kernels = parameters(key, activation, True, e=4)
     shared = jax.tree.map(lambda w: w[0], kernels)
     call = functools.partial(fp8.moe, top_k=2, activation=activation)
 
     def run(x, gate, kernels, shared, **options):
-        y = lambda *args: call(*args[:3], shared=args[3], **options)[0]  # noqa: E731
+        def y(x, gate, kernels, shared):
+            gate, bias = gate
+            return call(x, gate, kernels, gate_bias=bias, shared=shared, **options)[0]
+
         y, pull = jax.vjp(y, x, gate, kernels, shared)
         return y, *pull(dy)
 

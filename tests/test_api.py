@@ -35,7 +35,9 @@ def described(name: str, value: object) -> list[str]:
         lines += [f"{name}.{f.name}: {default_of(f)}" for f in own]
     elif hasattr(value, "_fields"):
         lines += [f"{name}.{field}" for field in value._fields]
-    for part, member in vars(value).items():
+    private = [base for base in value.__mro__[:0:-1] if is_private(base)]
+    parts = {part: member for one in (*private, value) for part, member in vars(one).items()}
+    for part, member in parts.items():
         if part.startswith("_") and part not in ("__call__", "__init__"):
             continue
         member = getattr(member, "__func__", member)
@@ -46,6 +48,11 @@ def described(name: str, value: object) -> list[str]:
         elif isinstance(member, property):
             lines.append(f"{name}.{part} (property)")
     return lines
+
+
+def is_private(base: type) -> bool:
+    """Whether it is a class of this package that users know by its subclasses alone."""
+    return base.__module__.startswith("jax_fp8gemm") and base.__name__.startswith("_")
 
 
 def signature(function: Callable) -> str:

@@ -2,12 +2,14 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from collectives import place
 from dense_moe import dense_ffn, make_kernels, make_shared
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numerics import calc_diff
@@ -16,6 +18,7 @@ from test_fp8_experts import held
 
 import jax_fp8gemm as fp8
 from jax_fp8gemm import linen as fp8_linen
+from jax_fp8gemm import nnx as fp8_nnx
 
 # bf16 rounds each operand by 2^-9 at most, FP8 costs 6e-4 for each GEMM.
 BOUND = 3e-5
@@ -113,6 +116,87 @@ def test_over_a_mesh(key, exchange, axis_type):
     options = {"expert_axis": "expert", "tensor_axis": "model", "exchange": exchange}
     arrays = place(mesh, parameters, P("expert"), P(), P("expert"), P())
     close(jax.jit(functools.partial(run, mesh=mesh, **options))(*arrays), expected)
+
+
+def dequantized(kernel, k):
+    """A kernel whose first dims are k, after a cast to FP8 and back."""
+    q = fp8.quantize(kernel.reshape(k, -1).T, (128, 128))
+    return q, fp8.dequantize(q).T.reshape(kernel.shape)
+
+
+def test_dense_layers_of_linen(key):
+    """With float kernels and with FP8 ones, to heads and from heads, against those of Flax."""
+    x = jax.random.normal(key, (5, 4, H // 4))
+    for ours, theirs in [
+        (fp8_linen.Fp8Dense(F, precision="bf16"), nn.Dense(F)),
+        (fp8_linen.Fp8DenseGeneral((3, 32), precision="bf16"), nn.DenseGeneral((3, 32))),
+        (
+            fp8_linen.Fp8DenseGeneral(F, axis=(-2, -1), precision="bf16"),
+            nn.DenseGeneral(F, axis=(-2, -1)),
+        ),
+    ]:
+        k = H if getattr(theirs, "axis", -1) == (-2, -1) else H // 4
+        params = ours.init(key, x)["params"]
+        run = lambda layer, p, x: layer.apply({"params": p}, x)  # noqa: E731
+        grads = [
+            value_and_gradients(functools.partial(run, layer), params, x)
+            for layer in (ours, theirs)
+        ]
+        close(*grads)
+        assert "jax_fp8gemm_gemm" not in names(functools.partial(run, ours), params, x)
+        held = ours.clone(quantized=True)
+        variables = fp8_linen.quantize_kernels(params, like=jax.eval_shape(held.init, key, x))
+        assert "jax_fp8gemm_gemm" not in names(held.apply, variables, x)
+        params = params | {"kernel": dequantized(params["kernel"], k)[1]}
+        close(held.apply(variables, x), run(theirs, params, x))
+
+
+def test_dense_layers_of_nnx(key):
+    x = jax.random.normal(key, (5, H))
+    sizes = {"in_features": H, "out_features": (3, 32)}
+    for ours, theirs, options in [
+        (fp8_nnx.Fp8Linear, nnx.Linear, {}),
+        (fp8_nnx.Fp8LinearGeneral, nnx.LinearGeneral, sizes),
+    ]:
+        of = options or {"in_features": H, "out_features": F}
+        layer = ours(**of, precision="bf16", rngs=nnx.Rngs(0))
+        plain = theirs(**of, rngs=nnx.Rngs(0))
+        run = lambda layer, x: layer(x)  # noqa: E731
+        close(*(value_and_gradients(functools.partial(run, one), x) for one in (layer, plain)))
+        assert "jax_fp8gemm_gemm" not in names(layer, x)
+        q, kernel = dequantized(layer.kernel[...], H)
+        held = ours.from_quantized(q, layer.bias[...], dtype=None, precision="bf16", **options)
+        assert "jax_fp8gemm_gemm" not in names(held, x)
+        plain.kernel = nnx.Param(kernel)
+        close(held(x), plain(x))
+
+
+def test_layers_of_experts(key):
+    """Bits of moe in bf16, with float kernels and with FP8 ones."""
+    x, _ = tokens(key, 8, H)
+    sizes = {"top_k": 2, "precision": "bf16", "shared_features": F}
+    layer = fp8_linen.Fp8MoE(E, F, **sizes)
+    params = layer.init(key, x)["params"]
+    made = fp8_nnx.Fp8MoE(H, F, E, **sizes, rngs=nnx.Rngs(0))
+    for name, value in params.items():
+        setattr(made, name, nnx.Param(value))
+    of = lambda end: {n: params[end + n] for n in ("wi_0", "wi_1", "wo")}  # noqa: E731
+    routed, shared = (fp8.ExpertKernels(**of(end)) for end in ("", "shared_"))
+    gate, how = params["gate_kernel"], {"top_k": 2, "precision": "bf16"}
+    expected = fp8.moe(x, gate, routed, shared=shared, **how)[0]
+    run = lambda p, x: layer.apply({"params": p}, x)[0]  # noqa: E731
+    for y in (run(params, x), made(x)[0]):
+        np.testing.assert_array_equal(y, expected)
+    assert "jax_fp8gemm_gemm" not in names(run, params, x)
+
+    expected = fp8.moe(x, gate, held(routed), shared=held(shared), **how)[0]
+    quantized = fp8_linen.quantize_kernels(params)
+    apply = lambda v, x: layer.clone(quantized=True).apply(v, x)[0]  # noqa: E731
+    given = held(routed), {"shared": held(shared), "dtype": None, **how}
+    made = fp8_nnx.Fp8MoE.from_quantized(gate, given[0], **given[1])
+    for y in (apply(quantized, x), made(x)[0]):
+        np.testing.assert_array_equal(y, expected)
+    assert "jax_fp8gemm_gemm" not in names(apply, quantized, x)
 
 
 def test_an_unknown_precision_is_an_error(key):

@@ -67,6 +67,13 @@ def test_every_number_is_the_same(tmp_path, layout, shape):
     assert isinstance(q, fp8.QArray) and q.tile == (128, 128) and q.shape == shape
     np.testing.assert_array_equal(dequantized64(q), values)
     assert (np.frexp(np.asarray(q.scale))[0] == 0.5).all()
+    *lead, n, k = shape
+    padded = np.pad(
+        np.abs(np.asarray(q.qvalue, np.float32)),
+        [(0, 0)] * len(lead) + [(0, -n % 128), (0, -k % 128)],
+    )
+    largest = padded.reshape(*lead, -(-n // 128), 128, -(-k // 128), 128).max((-3, -1))
+    assert (largest > 224).all()  # so no smaller scale fits
     checkpoint.save(tmp_path / "out", loaded)  # as an FP8 weight like any other
     again = checkpoint.load(tmp_path / "out")[name]
     assert np.asarray(again.qvalue).tobytes() == np.asarray(q.qvalue).tobytes()
@@ -85,6 +92,10 @@ def test_the_ends_of_the_range(tmp_path):
         values = E2M1[codes] * 2.0 ** (np.repeat(exponents.astype(int), 32, -1) - 127)
         np.testing.assert_array_equal(dequantized64(q), values)
         assert np.asarray(q.scale).min() >= np.finfo(np.float32).tiny
+    write(tmp_path / "x", *layouts(codes & 8, exponents)["gpt-oss"])
+    q = checkpoint.load(tmp_path / "x")["w"]
+    np.testing.assert_array_equal(q.scale, 1)
+    assert set(np.asarray(q.qvalue).view(np.uint8).flat) == {0, 128}
 
 
 def test_what_would_be_rounded_is_named(tmp_path):
@@ -141,6 +152,23 @@ def test_mxfp8_weights(tmp_path):
     write_by_hand(tmp_path / "x", tensors)
     with pytest.raises(ValueError, match=r"a.weight is not exact(?s:.*)block \[0, 0\]"):
         checkpoint.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 32), (1, 64), (0, 64), (4, 0), (2, 0, 32)])
+def test_the_smallest_weights(tmp_path, shape):
+    """Of one group a row the scales have the shape of those of blocks or rows."""
+    codes, exponents, values = drawn(shape)
+    write(tmp_path / "x", *layouts(codes, exponents)["gpt-oss"])
+    np.testing.assert_array_equal(dequantized64(checkpoint.load(tmp_path / "x")["w"]), values)
+    q = E2M1[codes].astype(ml_dtypes.float8_e4m3fn)
+    for scales in (exponents, exponents.view(ml_dtypes.float8_e8m0fnu)):
+        write_by_hand(tmp_path / "x", {"a.weight": q, "a.weight_scale": scales})
+        got = checkpoint.load(tmp_path / "x")["a.weight"]
+        assert got.shape == shape
+        wide = got.scale.repeat(128, -2)[..., : shape[-2], :].repeat(128, -1)[..., : shape[-1]]
+        if got.has_tile((1, None)) and not got.has_tile((128, 128)):
+            wide = np.broadcast_to(got.scale, shape)
+        np.testing.assert_array_equal(np.asarray(got.qvalue, float) * wide, values)
 
 
 def test_parts_on_devices_are_parts_of_the_whole(tmp_path):

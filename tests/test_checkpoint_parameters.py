@@ -233,8 +233,25 @@ def test_gpt_oss_is_taken_apart_exactly(tmp_path):
     np.testing.assert_array_equal(experts["wi_1_bias"], bias[:, 1::2])
     q = tensors["model.layers.0.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(layer["attention"]["q"], q.T)
-    with pytest.raises(ValueError, match=r"gate_up_proj cannot be joined from FP8(?s:.*)  fix  "):
-        checkpoint.save_parameters(tmp_path, tree, GPT_OSS)
+
+    checkpoint.save_parameters(tmp_path, tree, GPT_OSS)
+    both = checkpoint.load(tmp_path)[GATE_UP]
+    np.testing.assert_array_equal(dequantized64(both), up)
+    assert both.has_tile((128, 128)) and both.scale.shape == (E, 3, 1)
+    again = checkpoint.load_parameters(tmp_path, GPT_OSS)
+    same_bytes(again, tree)
+    (tmp_path / "out").mkdir()
+    checkpoint.save_parameters(tmp_path / "out", again, GPT_OSS)
+    files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def same_bytes(tree, other):
+    leaves, structure = jax.tree.flatten(tree)
+    others, same = jax.tree.flatten(other)
+    assert structure == same
+    for leaf, expected in zip(leaves, others, strict=True):
+        assert np.asarray(leaf).tobytes() == np.asarray(expected).tobytes()
 
 
 def test_experts_of_gpt_oss_in_layers(tmp_path):
@@ -243,10 +260,11 @@ def test_experts_of_gpt_oss_in_layers(tmp_path):
     tensors, up, down = gpt_oss()
     write_by_hand(tmp_path / "x", tensors)
     layer = checkpoint.load_parameters(tmp_path / "x", GPT_OSS)["layers"]["0"]
-    experts, gate_kernel = layer["experts"], layer["gate_kernel"]
+    experts, gate_kernel, gate_bias = (layer[n] for n in ("experts", "gate_kernel", "gate_bias"))
     activation = fp8.ClampedSwiglu(limit=7.0, alpha=1.702, up_offset=1.0)
     options = {"top_k": 2, "normalize": True, "activation": activation}
-    model = nnx.Fp8MoE.from_quantized(gate_kernel, fp8.ExpertKernels(**experts), **options)
+    kernels = fp8.ExpertKernels(**experts)
+    model = nnx.Fp8MoE.from_quantized(gate_kernel, kernels, gate_bias=gate_bias, **options)
     x = jnp.asarray(floats(8, H)) * 0.05  # so that few are clamped
     y, routing = model(x)
 
@@ -254,11 +272,19 @@ def test_experts_of_gpt_oss_in_layers(tmp_path):
     biases = {f"{name}_bias": experts[f"{name}_bias"] for name in names}
     parts = [(f"{name}_{part}", name, part) for name in names for part in ("qvalue", "scale")]
     held = {key: getattr(experts[name], part) for key, name, part in parts}
-    variables = {"params": {"gate_kernel": gate_kernel, **biases}, "quantized": held}
+    gate = {"gate_kernel": gate_kernel, "gate_bias": gate_bias}
+    variables = {"params": gate | biases, "quantized": held}
     sizes = {"num_experts": E, "hidden_features": 160, "quantized": True, "use_bias": True}
+    sizes["use_gate_bias"] = True
     np.testing.assert_array_equal(linen.Fp8MoE(**sizes, **options).apply(variables, x)[0], y)
 
-    index, weights = (np.asarray(a) for a in (routing.expert_index, routing.gate_weights))
+    router = "model.layers.0.mlp.router"
+    logits = np.asarray(x, float) @ tensors[f"{router}.weight"].astype(float).T
+    logits += tensors[f"{router}.bias"].astype(float)
+    index = np.argsort(-logits)[:, :2]  # the best two, and a softmax of these
+    weights = np.exp(np.take_along_axis(logits, index, 1))
+    weights /= weights.sum(1, keepdims=True)
+    np.testing.assert_array_equal(routing.expert_index, index)
     stem = "model.layers.0.mlp.experts"
     both, last = (
         tensors[f"{stem}.{name}_bias"].astype(float) for name in ("gate_up_proj", "down_proj")
@@ -329,6 +355,53 @@ def test_gate_and_up_in_turns_that_no_scale_fits(tmp_path):
         gate_and_up(path, numbers, [[0.25], [0.375]])
     with pytest.raises(ValueError, match=words.replace(", ", ", whose width")):
         gate_and_up(path, numbers[:, :50], [[0.25], [0.25]])
+
+
+HALVES = tuple(
+    Row(parameter=f"wi_{i}", stored="wi", layout="kernel", part=part, fp8=True)
+    for i, part in enumerate(("first half", "second half"))
+)
+TURNS = tuple(
+    Row(parameter=f"wi_{i}", stored="wi", layout="kernel", part=part, fp8=True)
+    for i, part in enumerate(("even", "odd"))
+)
+
+
+@pytest.mark.parametrize("table, in_turns", [(HALVES, False), (TURNS, True)])
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 127, 128, 129, 200, 300])
+def test_gate_and_up_in_fp8_are_joined_exactly(tmp_path, table, in_turns, rows):
+    """The tensor has the numbers of both, and is taken apart to the same bytes."""
+    rng = np.random.default_rng(rows)
+    shape = (2, rows, 96)
+    values = [rng.integers(-7, 8, shape) * 2.0 ** rng.integers(-20, -15, shape) for _ in range(2)]
+    values[0][1] = 0  # whose scales are 1
+    parts = [fp8.quantize(jnp.asarray(v, jnp.float32), (128, 128)) for v in values]
+    tree = {f"wi_{i}": part for i, part in enumerate(parts)}
+    checkpoint.save_parameters(tmp_path, tree, table)
+    both = np.empty((2, 2 * rows, 96))
+    for i, value in enumerate(values):
+        both[:, slice(i, None, 2) if in_turns else slice(rows * i, rows * (i + 1))] = value
+    np.testing.assert_array_equal(dequantized64(checkpoint.load(tmp_path)["wi"]), both)
+    same_bytes(checkpoint.load_parameters(tmp_path, table), tree)
+
+
+def test_gate_and_up_that_cannot_be_joined(tmp_path):
+    def part(scale, numbers=1.0, n=100, k=64):
+        qvalue = jnp.full((n, k), numbers, jnp.float8_e4m3fn)
+        return fp8.QArray(qvalue, jnp.full((-(-n // 128), 1), scale, jnp.float32))
+
+    for table in (HALVES, TURNS):
+        for tree, words in [
+            ((part(1.5), part(1.5)), "cannot be joined from FP8(?s:.*)a scale of 1.5"),
+            ((part(1.0, k=40), part(1.0, k=40)), "cannot be joined from FP8(?s:.*)whose width is"),
+            ((part(1.0), part(1.0, n=101)), "the parts of wi differ(?s:.*)100(?s:.*)101"),
+            ((part(1.0, 2.0**-9), part(2.0, 448.0)), "wi is not exact in E4M3(?s:.*)float weights"),
+        ]:
+            with pytest.raises(ValueError, match=rf"save_parameters: .*{words}(?s:.*)"):
+                checkpoint.save_parameters(
+                    tmp_path, dict(zip(("wi_0", "wi_1"), tree, strict=True)), table
+                )
+    assert not list(tmp_path.iterdir())
 
 
 def test_gpt_oss_in_bf16(tmp_path):

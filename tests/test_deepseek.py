@@ -102,7 +102,7 @@ def experts(c, p, x, cast):
     y = swiglu(p["shared"], x, cast)
     size = c.experts // c.groups
     for place in np.ndindex(x.shape[:2]):
-        steered = np.asarray(score[place] + p["gate_bias"])
+        steered = np.asarray(score[place] + p["correction_bias"])
         two = np.sort(steered.reshape(c.groups, size))[:, -2:].sum(1)
         allowed = np.isin(np.arange(c.experts) // size, np.argsort(-two)[: c.top_groups])
         chosen = np.argsort(-np.where(allowed, steered, -np.inf))[: c.top_k]

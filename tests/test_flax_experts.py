@@ -225,6 +225,69 @@ def test_biases_are_parameters_and_do_what_those_of_moe_do(key, x):
     same((y, nnx.to_pure_dict(gradients)), expected)
 
 
+def test_a_bias_of_the_router_is_a_parameter(key, x):
+    """After all others, whose initial values stay; beside FP8 weights too."""
+    sizes = {"top_k": 2, "activation": GPT_OSS}
+    layer = fp8_linen.Fp8MoE(E, F, use_gate_bias=True, **sizes)
+    plain = layer.clone(use_gate_bias=False)
+    params = jax.jit(plain.init)(jax.random.key(0), x)["params"]
+    made = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    same({name: made.pop(name) for name in params}, params)
+    assert list(made) == ["gate_bias"] and made["gate_bias"].shape == (E,)
+    assert not made["gate_bias"].any()
+    params = params | {"gate_bias": jax.random.normal(key, (E,))}
+
+    def by_moe(params, x):
+        kernels = fp8.ExpertKernels(**{name: params[name] for name in ("wi_0", "wi_1", "wo")})
+        gate = params["gate_kernel"]
+        return fp8.moe(x, gate, kernels, gate_bias=params["gate_bias"], **sizes)
+
+    expected = run(by_moe, params, x)
+    same(run(lambda params, x: layer.apply({"params": params}, x), params, x), expected)
+    held = fp8_linen.quantize_kernels(params)
+    assert sorted(held["params"]) == ["gate_bias", "gate_kernel"]
+    same(jax.jit(layer.clone(quantized=True).apply)(held, x)[0], expected[0])
+
+    model = fp8_nnx.Fp8MoE(H, F, E, use_gate_bias=True, **sizes, rngs=nnx.Rngs(0))
+    first = fp8_nnx.Fp8MoE(H, F, E, **sizes, rngs=nnx.Rngs(0))
+    assert "gate_bias" not in nnx.state(first)
+    same(model.wo[...], first.wo[...])
+    graph, state = nnx.split(model)
+    nnx.replace_by_pure_dict(state, params)
+    y, gradients = run(lambda params, x: nnx.merge(graph, params)(x), state, x)
+    same((y, nnx.to_pure_dict(gradients)), expected)
+    names = ("wi_0", "wi_1", "wo")
+    parts = {n: [held["quantized"][f"{n}_{end}"] for end in ("qvalue", "scale")] for n in names}
+    kernels = fp8.ExpertKernels(**{n: fp8.QArray(*p) for n, p in parts.items()})
+    gate = {"gate_bias": params["gate_bias"]}
+    model = fp8_nnx.Fp8MoE.from_quantized(params["gate_kernel"], kernels, **gate, **sizes)
+    same(nnx.jit(lambda model, x: model(x)[0])(model, x), expected[0])
+
+
+def test_logits_and_routing_made_elsewhere(key, x):
+    """In place of the layer's own router, of which linen then makes no parameter."""
+    layer = fp8_linen.Fp8MoE(E, F, 2, n_group=2, topk_group=1, use_gate_bias=True)
+    logits = jax.random.normal(key, (T, E))
+    routing = fp8.route(logits, 2)  # without the groups
+    model = fp8_nnx.Fp8MoE(H, F, E, top_k=2, n_group=2, topk_group=1, rngs=nnx.Rngs(0))
+    for given, of_layer in (({"logits": logits}, {"n_group": 2, "topk_group": 1, "top_k": 2}),
+                            ({"routing": routing}, {})):  # fmt: skip
+        params = jax.jit(lambda key, x, given=given: layer.init(key, x, **given))(key, x)["params"]
+        assert sorted(params) == ["wi_0", "wi_1", "wo"]
+        call = jax.jit(lambda kernels, x, a=given, b=of_layer: fp8.moe(x, None, kernels, **a, **b))
+        y, expected = call(fp8.ExpertKernels(**params), x)
+        got, found = jax.jit(layer.apply)({"params": params}, x, **given)
+        same(got, y)
+        np.testing.assert_array_equal(found.expert_index, expected.expert_index)
+        for name, value in params.items():
+            setattr(model, name, nnx.Param(value))
+        same(nnx.jit(lambda model, x, given: model(x, **given)[0])(model, x, given), y)
+    with pytest.raises(ValueError, match="routing has another top_k than the layer"):
+        model(x, routing=fp8.route(logits, 1))
+    with pytest.raises(ValueError, match="gate_kernel, logits and routing exclude each other"):
+        model(x, routing=routing, logits=logits)
+
+
 def test_biases_beside_fp8_weights_are_parameters(key, x):
     """An f that is no multiple of 128, which prepare_experts fills with zeros."""
     f = 72
@@ -259,25 +322,23 @@ def test_biases_beside_fp8_weights_are_parameters(key, x):
 
 def test_biases_over_a_mesh(mesh, key, x):
     """They are split as what they are added to: of `wo` every device of a tensor axis has them."""
-    layer = fp8_linen.Fp8MoE(
-        E, F, 2, shared_features=F, activation=GPT_OSS, use_bias=True, **OPTIONS
-    )
+    sizes = {"shared_features": F, "use_bias": True, "use_gate_bias": True}
+    layer = fp8_linen.Fp8MoE(E, F, 2, activation=GPT_OSS, **sizes, **OPTIONS)
     boxed = jax.eval_shape(layer.init, jax.random.key(0), x)
     specs = nn.get_partition_spec(boxed)["params"]
     split = P("expert", "model"), P("expert", None), P("model"), P()
     names = "wi_1_bias", "wo_bias", "shared_wi_0_bias", "shared_wo_bias"
-    assert tuple(specs[name] for name in names) == split
+    assert tuple(specs[name] for name in names) == split and specs["gate_bias"] == P()
     with nnx.use_eager_sharding(False):
         model = nnx.eval_shape(
-            lambda: fp8_nnx.Fp8MoE(
-                H, F, E, top_k=2, shared_features=F, use_bias=True, **OPTIONS, rngs=nnx.Rngs(0)
-            )
+            lambda: fp8_nnx.Fp8MoE(H, F, E, top_k=2, **sizes, **OPTIONS, rngs=nnx.Rngs(0))
         )
     found = nnx.get_partition_spec(nnx.state(model))
     assert tuple(found[name].get_value() for name in names[:3]) == split[:3]
 
     plain = layer.clone(expert_axis=None, tensor_axis=None)
     params = biased(key, jax.jit(plain.clone(use_bias=False).init)(jax.random.key(0), x)["params"])
+    params["gate_bias"] = jax.random.normal(key, (E,))
     expected = run(lambda params, x: plain.apply({"params": params}, x), params, x)
     at = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
     with jax.set_mesh(mesh):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from collectives import gathered
 from dense_moe import make_kernels, make_shared
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numerics import calc_diff
 from test_experts import choices, tokens
 
@@ -118,6 +120,51 @@ def test_flax_layers(key):
         )
         equal(nnx.jit(lambda model, x: model(x)[0])(model, x), expected)
     assert list(nnx.state(model, nnx.Param)) == ["gate_kernel"]
+
+
+def test_flax_layers_with_biases_over_a_mesh(key):
+    """All of gpt-oss's layer: FP8 weights, biases of router and experts, clamps; by axes."""
+    f = 2 * F
+    activation = fp8.ClampedSwiglu(limit=7.0, alpha=1.702, up_offset=1.0)
+    sizes = {"top_k": 2, "shared_features": f, "activation": activation}
+    plain = fp8_linen.Fp8MoE(
+        8, f, **sizes, use_bias=True, use_gate_bias=True, bias_init=nn.initializers.normal(1.0)
+    )
+    x, _ = tokens(key, 16, dtype=jnp.bfloat16)
+    params = jax.jit(plain.init)(key, x)["params"]
+    expected = jax.jit(plain.apply)({"params": params}, x)[0]
+    mesh = jax.make_mesh((2, 2, 2), ("d", "e", "m"), axis_types=(AxisType.Auto,) * 3)
+    axes = {"expert_axis": "e", "tensor_axis": "m"}
+    layer = plain.clone(quantized=True, **axes)
+    boxed = jax.eval_shape(layer.init, key, x)
+    specs = nn.get_partition_spec(boxed)
+    assert specs["quantized"]["wi_0_qvalue"] == P("e", "m", None)
+    assert specs["quantized"]["wo_scale"] == P("e", None, "m")
+    assert specs["params"]["wi_0_bias"] == P("e", "m") and specs["params"]["wo_bias"] == P(
+        "e", None
+    )
+    variables = fp8_linen.quantize_kernels(params)
+    placed = jax.device_put(variables, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+    with jax.set_mesh(mesh):
+        made = jax.jit(layer.apply).lower(placed, x).compile()
+        assert calc_diff(made(placed, x)[0], expected) < 5e-5
+    assert not [shape for _, shape in gathered(made.as_text()) if len(shape) == 3]
+    spread = jax.shard_map(
+        lambda variables, x: layer.apply(variables, x)[0],
+        mesh=mesh,
+        in_specs=(specs, P("e")),
+        out_specs=P("e"),
+    )
+    assert calc_diff(jax.jit(spread)(variables, x), expected) < 5e-5
+
+    names = [f"{w}{end}" for w in ("wi_0", "wi_1", "wo") for end in ("", "_bias")]
+    given = [fp8.ExpertKernels(**{n: params[p + n] for n in names}) for p in ("", "shared_")]
+    biases = [{n: getattr(k, n) for n in names if "bias" in n} for k in given]
+    routed, shared = (dataclasses.replace(held(*k), **b) for *k, b in zip(given, biases))  # noqa: B905
+    options = {"gate_bias": params["gate_bias"], "dtype": None, "mesh": mesh, **axes}
+    options |= {"top_k": 2, "activation": activation, "shared": shared}
+    model = fp8_nnx.Fp8MoE.from_quantized(params["gate_kernel"], routed, **options)
+    assert calc_diff(nnx.jit(lambda model, x: model(x)[0])(model, x), expected) < 5e-5
 
 
 def test_a_container_without_new_fields_is_the_one_that_old_programs_know(key):

@@ -25,7 +25,7 @@ WINGS = {
     "router block unfused experts_bf16 experts ffn layer",
     "_flax": "linen_moe nnx_moe",
     "_checkpoint": "header folder sources placing microscaled pairs arrays quantization "
-    "reader writer tables parameters export",
+    "reader writer joined tables parameters export",
     "_tools": "timing operands shapes hlo profile problems programs warm measure tune",
 }
 WINGS = {wing: files.split() for wing, files in WINGS.items()}

@@ -102,6 +102,53 @@ def test_routers_with_groups_against_float32(key, router):
         assert cosine(a, b) >= 0.995, a.shape
 
 
+def test_a_bias_of_the_router_against_float32(key):
+    """It is part of the logits: of choice, weights, losses and gradients. `bias` steers alone."""
+    x, dy, (gate_kernel, kernels, _) = layer(key)
+    gate_bias, bias = jax.random.normal(key, (2, 4))
+
+    def run(function):
+        def loss(x, gate_kernel, gate_bias, kernels):
+            y, routing = function(x, gate_kernel, gate_bias, kernels)
+            return (y * dy).sum() + routing.aux_loss + routing.z_loss, (y, routing)
+
+        grad = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)
+        return jax.jit(grad)(x, gate_kernel, gate_bias, kernels)
+
+    def ours(x, gate_kernel, gate_bias, kernels):
+        return fp8.moe(x, gate_kernel, kernels, gate_bias=gate_bias, bias=bias, top_k=2)
+
+    def expected(x, gate_kernel, gate_bias, kernels):
+        logits = dot(x, gate_kernel) + gate_bias[None]
+        scores = jax.nn.softmax(logits)
+        chosen = jnp.argsort(-(scores + bias[None]), axis=1)[:, :2]
+        weights = jnp.take_along_axis(scores, chosen, axis=1)
+        weights = weights / weights.sum(1, keepdims=True)
+        share = jax.nn.one_hot(chosen, 4).sum((0, 1)) / chosen.size
+        losses = 4 * (share * scores.mean(0)).sum(), (jax.nn.logsumexp(logits, 1) ** 2).mean()
+        return dense_ffn(x, chosen, weights, kernels), fp8.Routing(chosen, weights, scores, *losses)
+
+    (_, (y, routing)), gradients = run(ours)
+    (_, (right_y, right)), right_gradients = run(expected)
+    np.testing.assert_array_equal(routing.expert_index, right.expert_index)
+    np.testing.assert_allclose(routing.gate_weights, right.gate_weights, rtol=1e-5)
+    assert calc_diff(y, right_y) < FORWARD
+    pairs = jax.tree.leaves(gradients), jax.tree.leaves(right_gradients)
+    for a, b in zip(*pairs, strict=True):
+        assert a.dtype == b.dtype and cosine(a, b) >= 0.995, a.shape
+
+
+def test_a_routing_made_elsewhere_beside_batch_invariant(key):
+    """The option is of the GEMMs too; route has its own."""
+    x, _, (gate_kernel, kernels, _) = layer(key)
+    logits = dot(x, gate_kernel)
+    routing = fp8.route(logits, 2, batch_invariant=True)
+    y, _ = fp8.moe(x, None, kernels, routing=routing, batch_invariant=True)
+    some = jax.tree.map(lambda a: a[:5] if a.ndim else a, routing)
+    few, _ = fp8.moe(x[:5], None, kernels, routing=some, batch_invariant=True)
+    np.testing.assert_array_equal(few, y[:5])
+
+
 def test_no_tokens_from_elsewhere():
     x, logits = ones(2, 0, 32), ones(2, 0, 4)
     for how in ({"logits": logits, "top_k": 2}, {"routing": fp8.route(logits[0], 2)}):
@@ -276,6 +323,28 @@ ROUTING = fp8.Routing(*CHOSEN, ones(8, 4), ones(), ones())
             ValueError,
             lambda: fp8.moe(ones(8, 32), None, KERNELS, top_k=2),
             "gate_kernel, logits and routing exclude each other.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, top_k=2, gate_bias=ones(1)),
+            "gate_kernel and gate_bias do not fit.",
+        ),
+        (
+            TypeError,
+            lambda: fp8.moe(ones(8, 32), ones(32, 4), KERNELS, top_k=2, gate_bias=CHOSEN[0][0]),
+            "gate_bias has the wrong dtype.",
+        ),
+        (
+            ValueError,
+            lambda: fp8.moe(ones(8, 32), None, KERNELS, routing=ROUTING, gate_bias=ones(4)),
+            "gate_bias has no gate_kernel.",
+        ),
+        (
+            ValueError,
+            lambda: fp8_linen.Fp8MoE(4, 16, 3).init(
+                jax.random.key(0), ones(8, 32), routing=ROUTING
+            ),
+            "routing has another top_k than the layer.",
         ),
         (
             ValueError,

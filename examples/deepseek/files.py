@@ -79,7 +79,7 @@ def _tree_of(model: Model) -> dict:
             part["mlp"] = {n: getattr(layer.mlp, p).kernel[...] for n, p in FFN.items()}
             continue
         moe = layer.mlp.moe
-        part |= {"gate_kernel": moe.gate_kernel[...], "gate_bias": layer.mlp.bias[...]}
+        part |= {"gate_kernel": moe.gate_kernel[...], "correction_bias": layer.mlp.bias[...]}
         part["experts"] = {n: getattr(moe, n)[...] for n in FFN}
         part["shared"] = {n: getattr(moe, f"shared_{n}")[...] for n in FFN}
     return {
@@ -94,7 +94,7 @@ def _as_published(path: tuple, x: jax.Array) -> jax.Array:
     """bf16, but for what becomes FP8 and for the bias of the router."""
     names = [key.key for key in path]
     quantized = {"attention", "mlp", "experts", "shared"} & set(names) and x.ndim > 1
-    return x if quantized or names[-1] == "gate_bias" else x.astype(jnp.bfloat16)
+    return x if quantized or names[-1] == "correction_bias" else x.astype(jnp.bfloat16)
 
 
 def _fill(layer: nnx.Module, part: dict, config: Config) -> None:
@@ -111,7 +111,7 @@ def _fill(layer: nnx.Module, part: dict, config: Config) -> None:
             setattr(layer.mlp, ours, Fp8Linear.from_quantized(part["mlp"][name]))
         return
     assert isinstance(layer.mlp, Experts)
-    layer.mlp.bias = Balance(part["gate_bias"])
+    layer.mlp.bias = Balance(part["correction_bias"])
     layer.mlp.moe = Fp8MoE.from_quantized(
         part["gate_kernel"],
         fp8.prepare_experts(fp8.ExpertKernels(**part["experts"])),

@@ -72,7 +72,7 @@ def _from_other_blocks(
 
     if numbers.shape[-1] % GROUP:
         refuse(f"whose width is no multiple of {GROUP}")
-    exponents = _Exponents(scale, (*numbers.shape[:-1], numbers.shape[-1] // GROUP), refuse)
+    exponents = BlockExponents(scale, (*numbers.shape[:-1], numbers.shape[-1] // GROUP), refuse)
     moved = Microscaled(
         op,
         weight.name,
@@ -84,7 +84,7 @@ def _from_other_blocks(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Exponents:
+class BlockExponents:
     """Scales of 128x128 as a microscaled weight has them: E8M0 for each row and 32 numbers."""
 
     scale: Source

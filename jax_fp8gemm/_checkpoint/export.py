@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_fp8gemm._checkpoint.folder import INDEX, SINGLE
+from jax_fp8gemm._checkpoint.joined import join_fp8
 from jax_fp8gemm._checkpoint.parameters import Names, Place, out_axis
 from jax_fp8gemm._checkpoint.quantization import CONFIG
 from jax_fp8gemm._checkpoint.tables import Table
@@ -154,7 +155,9 @@ def _tensor(op: str, export: Export, rounding: ScaleRounding) -> QArray | jax.Ar
         fix = "quantize both, or neither"
         fail(op, f"{export.name} is FP8 in part.", got, "QArrays or floats", fix, TypeError)
     if in_fp8:
-        return _join_fp8(op, export.name, in_fp8, interleaved)
+        if len(in_fp8) == 1:
+            return in_fp8[0]
+        return join_fp8(op, export.name, in_fp8, in_turns=interleaved)
     joined = _join(floats, out_axis(row, in_fp8=row.fp8), interleaved)
     if not row.fp8:
         return joined
@@ -186,14 +189,3 @@ def _join(parts: list[jax.Array], axis: int, interleaved: bool) -> jax.Array:
     shape = list(parts[0].shape)
     shape[axis] *= 2
     return jnp.stack(parts, axis=len(shape) + 1 + axis).reshape(shape)
-
-
-def _join_fp8(op: str, name: str, parts: list[QArray], interleaved: bool) -> QArray:
-    if len(parts) == 1:
-        return parts[0]
-    if interleaved or parts[0].shape[-2] % SCALE_BLOCK:
-        got = ", ".join(describe("part", part.qvalue) for part in parts)
-        expected = f"halves side by side of a multiple of {SCALE_BLOCK} rows, or floats"
-        fix = "pass the float weights, which are quantized together"
-        fail(op, f"{name} cannot be joined from FP8.", got, expected, fix)
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-2), *parts)

@@ -159,12 +159,13 @@ def _pair(op: str, name: str, entry: Entry, scale_name: str, scale: Entry) -> We
     if entry.code != FP8_CODE or len(entry.shape) < 2:
         fix = "leave it out by keep, drop the scales, or quantize the weight"
         fail(op, f"{name} is no FP8 weight.", got, "F8_E4M3 [..., out, in]", fix)
-    if scale.shape not in (scale_shape(entry.shape, tile) for tile in (BLOCKS, ROWS)):
-        if not _is_microscaled(entry, scale):
-            fix = "quantize(w, (128, 128)) gives such scales"
-            what = f"{name} has scales of the wrong shape."
-            fail(op, what, got, f"scales of shape {_shapes(entry)}", fix)
+    fits = scale.shape in (scale_shape(entry.shape, tile) for tile in (BLOCKS, ROWS))
+    if _is_microscaled(entry, scale) and not (fits and scale.code in SCALE_CODES):
         return Weight(name=name, kind="microscaled", shape=entry.shape, numbers=entry, scale=scale)
+    if not fits:
+        fix = "quantize(w, (128, 128)) gives such scales"
+        what = f"{name} has scales of the wrong shape."
+        fail(op, what, got, f"scales of shape {_shapes(entry)}", fix)
     if scale.code not in SCALE_CODES:
         expected, fix = f"scales {', '.join(SCALE_CODES)}", "convert the scales to float32"
         fail(op, f"{name} has scales of the wrong dtype.", got, expected, fix, TypeError)

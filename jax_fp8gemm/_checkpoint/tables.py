@@ -86,7 +86,7 @@ _EXPERTS: Table = (
     _row("experts.wo", "mlp.experts.down_proj", "kernel", fp8=True),
 )
 _DENSE_AND_SHARED: Table = (
-    _row("gate_bias", "mlp.gate.e_score_correction_bias"),
+    _row("correction_bias", "mlp.gate.e_score_correction_bias"),
     *_ffn("shared", "mlp.shared_experts"),
     *_ffn("mlp", "mlp"),
 )

@@ -36,13 +36,13 @@ def flatten(
 
 def _parts(op: str, name: str, value: Any, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(value, QArray):
-        array = _host(op, name, value)
+        array = on_host(op, name, value)
         if array.dtype == FP8:
             fix = "pass the QArray: quantize(w, (128, 128))"
             fail(op, f"{name} has no scales.", describe(name, array), "a QArray", fix)
         yield name, array if form.code is None else _narrow(op, name, array, form.code)
         return
-    numbers, scale = _host(op, name, value.qvalue), _host(op, f"{name}'s scale", value.scale)
+    numbers, scale = on_host(op, name, value.qvalue), on_host(op, f"{name}'s scale", value.scale)
     got = f"{describe(name, numbers)}, {describe('scales', scale)}"
     if numbers.dtype != FP8 or scale.dtype != np.float32:
         expected, fix = "e4m3 numbers and f32 scales", "make it with quantize(w, (128, 128))"
@@ -76,7 +76,8 @@ def _narrow(op: str, name: str, array: np.ndarray, code: str) -> np.ndarray:
     return narrow
 
 
-def _host(op: str, name: str, value: Any) -> np.ndarray:
+def on_host(op: str, name: str, value: Any) -> np.ndarray:
+    """Returns an array of this process that a file can hold, contiguous."""
     if not isinstance(value, jax.Array | np.ndarray):
         got, fix = type(value).__name__, "of a PreparedWeight pass .forward, of a tree its leaves"
         fail(op, f"{name} is no array.", got, "an array or a QArray", fix, TypeError)

@@ -25,6 +25,7 @@ from jax_fp8gemm._moe.placement import (
     sharding_names,
     size_of,
 )
+from jax_fp8gemm._moe.router import options_beside
 from jax_fp8gemm._moe.routing import Routing
 
 kernel_init = nn.initializers.lecun_normal()
@@ -37,7 +38,7 @@ class Fp8MoE(nn.Module):
     Parameters: `gate_kernel` [h, e], `wi_0` and `wi_1` [e, h, f], `wo` [e, f, h], and with
     shared_features `shared_wi_0` and `shared_wi_1` [h, fs], `shared_wo` [fs, h]. With use_bias a
     bias for each matrix, `wi_0_bias` [e, f] and so on, of the shared expert `shared_wi_0_bias`
-    [fs].
+    [fs]. With use_gate_bias `gate_bias` [e], which is added to the router's logits.
 
     Fields that are not listed here are arguments of `moe`. With expert_axis the parameters are
     `nn.Partitioned` over it and over tensor_axis, unless their initializers say otherwise. Inside
@@ -57,6 +58,7 @@ class Fp8MoE(nn.Module):
         makes them of the parameters. Biases stay parameters.
       use_bias: whether the experts have biases, the shared one too.
       bias_init: initializer of all biases.
+      use_gate_bias: whether the router's logits have a bias.
 
     Example:
       y, routing = Fp8MoE(num_experts=8, hidden_features=1024, top_k=2)(x)
@@ -96,20 +98,34 @@ class Fp8MoE(nn.Module):
     batch_invariant: bool = False
     use_bias: bool = False
     bias_init: Initializer = nn.initializers.zeros_init()
+    use_gate_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        *,
+        logits: jax.Array | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[jax.Array, Routing]:
         """Sends x [..., h] through the experts.
 
         Args:
           x: bf16, f16 or f32 [..., h].
           bias: f32 [e], steers the choice of experts; no parameter, because it has no gradient.
+          logits: f32 [..., e], made elsewhere in place of `gate_kernel`, which is
+            then no parameter.
+          routing: likewise, the Routing of the tokens. The layer's own options of routing then do
+            nothing, but for top_k, which it must have.
 
         Returns:
           y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
         """
-        gate_kernel, kernels, shared = self._parameters(x.shape[-1])
         options = {name: getattr(self, name) for name in OPTIONS}
+        options = options_beside("Fp8MoE", options, routing)
+        has_gate = logits is None and routing is None
+        (gate_kernel, gate_bias), kernels, shared = self._parameters(x.shape[-1], has_gate)
         if self.is_initializing():  # x may be too short to be split
             options |= dict.fromkeys(("expert_axis", "tensor_axis", "token_axes"))
         return moe(
@@ -118,10 +134,13 @@ class Fp8MoE(nn.Module):
             kernels,
             shared=shared,
             bias=bias,
+            gate_bias=gate_bias,
+            logits=logits,
+            routing=routing,
             **options,
         )
 
-    def _parameters(self, h: int):
+    def _parameters(self, h: int, has_gate: bool):
         axes = axes_of("Fp8MoE", self.expert_axis, self.tensor_axis, self.token_axes)
         e, f, fs = self.num_experts, self.hidden_features, self.shared_features
         spread = axes.any and not self.is_initializing()
@@ -129,7 +148,9 @@ class Fp8MoE(nn.Module):
             e, tensor = e // size_of(axes.experts), size_of(axes.tensor)
             f, fs = f // tensor, fs // tensor
 
-        gate_kernel = self._parameter(axes, "gate_kernel", self.gate_init, h, self.num_experts)
+        gate_kernel = gate_bias = None
+        if has_gate:
+            gate_kernel = self._parameter(axes, "gate_kernel", self.gate_init, h, self.num_experts)
         kernels = self._matrices(axes, "", (e, h, f), (self.wi_init, self.wo_init))
         shared = None
         if fs:
@@ -138,7 +159,9 @@ class Fp8MoE(nn.Module):
         if self.use_bias:  # after all matrices, whose initial values are those without biases
             kernels = self._with_biases(axes, "", kernels)
             shared = self._with_biases(axes, "shared_", shared) if shared else None
-        return gate_kernel, kernels, shared
+        if has_gate and self.use_gate_bias:
+            gate_bias = self._parameter(axes, "gate_bias", self.bias_init, self.num_experts)
+        return (gate_kernel, gate_bias), kernels, shared
 
     def _matrices(self, axes: ExpertAxes, prefix: str, sizes: tuple, inits: tuple) -> ExpertKernels:
         """Returns matrices for `sizes` ([e], h, f); inits: of wi_0 and wi_1, and of wo."""

@@ -15,6 +15,7 @@ from jax_fp8gemm._moe.activations import is_gated
 from jax_fp8gemm._moe.kernels import ExpertKernels, as_kernels, describe_kernels, without_biases
 from jax_fp8gemm._moe.layer import FORMER_NAMES, OPTIONS, moe
 from jax_fp8gemm._moe.placement import axes_of, sharding_names
+from jax_fp8gemm._moe.router import options_beside
 from jax_fp8gemm._moe.routing import Routing
 
 kernel_init = nnx.initializers.lecun_normal()
@@ -33,6 +34,7 @@ class Fp8MoE(nnx.Module):
 
     Attributes:
       gate_kernel: Param [h, e], the router, which computes in float32.
+      gate_bias: Param [e] with use_gate_bias, else None; it is added to the router's logits.
       wi_0, wi_1, wo: Params [e, h, f], [e, h, f], [e, f, h].
       shared_wi_0, shared_wi_1, shared_wo: Params [h, fs], [h, fs], [fs, h] of an expert that sees
         every token; None without.
@@ -51,6 +53,7 @@ class Fp8MoE(nnx.Module):
       dtype: of the computation; default: the input's.
       param_dtype: of the parameters.
       use_bias: whether the experts have biases, the shared one too.
+      use_gate_bias: whether the router's logits have a bias.
       init: initializers by the name of the parameter, `nnx.with_partitioning` ones too. Biases
         are zeros by default.
       options: score_function, normalize, routed_scaling_factor, n_group, topk_group,
@@ -67,6 +70,7 @@ class Fp8MoE(nnx.Module):
     """
 
     gate_kernel: nnx.Param[jax.Array]
+    gate_bias: nnx.Param[jax.Array] | None
     wi_0: nnx.Param[jax.Array]
     wi_1: nnx.Param[jax.Array]
     wo: nnx.Param[jax.Array]
@@ -91,6 +95,7 @@ class Fp8MoE(nnx.Module):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         use_bias: bool = False,
+        use_gate_bias: bool = False,
         init: Mapping[str, Initializer] = MappingProxyType({}),
         rngs: nnx.Rngs,
         **options: Any,
@@ -103,8 +108,9 @@ class Fp8MoE(nnx.Module):
         gated = is_gated(options.get("activation", "swiglu"))
         for name, shape in shapes.items():
             matrix, is_bias = name.removesuffix("_bias"), name.endswith("_bias")
-            unused = 0 in shapes[matrix] and name.startswith("shared_")
-            if unused or (matrix.endswith("wi_1") and not gated) or (is_bias and not use_bias):
+            unused = name.startswith("shared_") and 0 in shapes[matrix]
+            has_bias = use_gate_bias if name == "gate_bias" else use_bias
+            if unused or (matrix.endswith("wi_1") and not gated) or (is_bias and not has_bias):
                 setattr(self, name, nnx.data(None))
                 continue
             default = expert_init if len(shape) == 3 else kernel_init
@@ -116,24 +122,38 @@ class Fp8MoE(nnx.Module):
         self.dtype = dtype
         self.options = tuple(sorted({"top_k": top_k, **options}.items()))  # hashable
 
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self,
+        x: jax.Array,
+        bias: jax.Array | None = None,
+        *,
+        logits: jax.Array | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[jax.Array, Routing]:
         """Sends x [..., h] through the experts.
 
         Args:
           x: bf16, f16 or f32 [..., h].
           bias: f32 [e], steers the choice of experts; no parameter, because it has no gradient.
+          logits: f32 [..., e], made elsewhere in place of `gate_kernel`.
+          routing: likewise, the Routing of the tokens. The layer's own options of routing then do
+            nothing, but for top_k, which it must have.
 
         Returns:
           y [..., h] of the layer's dtype, and the Routing of the tokens with its losses.
         """
         kernels, shared = self._matrices()
+        has_gate = logits is None and routing is None
         return moe(
             x.astype(self.dtype or x.dtype),
-            self.gate_kernel[...],
+            self.gate_kernel[...] if has_gate else None,
             kernels,
             shared=shared,
             bias=bias,
-            **dict(self.options),
+            gate_bias=self.gate_bias[...] if has_gate and self.gate_bias is not None else None,
+            logits=logits,
+            routing=routing,
+            **options_beside("Fp8MoE", dict(self.options), routing),
         )
 
     def _matrices(self) -> tuple[ExpertKernels, ExpertKernels | None]:
@@ -155,6 +175,7 @@ class Fp8MoE(nnx.Module):
         kernels: ExpertKernels,
         *,
         top_k: int,
+        gate_bias: jax.Array | None = None,
         shared: ExpertKernels | None = None,
         dtype: Dtype | None = jnp.bfloat16,
         **options: Any,
@@ -165,7 +186,8 @@ class Fp8MoE(nnx.Module):
           gate_kernel: [h, e].
           kernels: ExpertKernels of QArrays, see there; best as `prepare_experts` returns them.
           top_k: experts of a token.
-          shared: likewise, of an expert that sees every token.
+          gate_bias: [e], added to the router's logits.
+          shared: as kernels, of an expert that sees every token.
           dtype: of the computation; None: the input's.
           options: as of the class.
 
@@ -187,6 +209,8 @@ class Fp8MoE(nnx.Module):
         _check_names("options", options, {*OPTIONS} - {"top_k"})
         layer.options = tuple(sorted({"top_k": top_k, **options}.items()))
         layer.gate_kernel = nnx.Param(gate_kernel)
+        if gate_bias is not None:
+            layer.gate_bias = nnx.Param(gate_bias)
         for name in MATRICES_APART:
             setattr(layer, name, nnx.data(None))
         layer._hold("", kernels)
@@ -208,7 +232,7 @@ def _shapes(e: int, h: int, f: int, fs: int) -> dict[str, tuple[int, ...]]:
     shapes |= {"shared_wi_0": (h, fs), "shared_wi_1": (h, fs), "shared_wo": (fs, h)}
     matrices = {name: shape for name, shape in shapes.items() if name != "gate_kernel"}
     biases = {f"{name}_bias": (*lead, n) for name, (*lead, _, n) in matrices.items()}
-    return shapes | biases
+    return shapes | biases | {"gate_bias": (e,)}
 
 
 def _checked_fp8(op: str, name: str, kernels: Any, ndim: int, gated: bool) -> ExpertKernels:

@@ -76,6 +76,7 @@ def moe(
     top_k: int | None = None,
     score_function: ScoreFunction = "softmax",
     bias: jax.Array | None = None,
+    gate_bias: jax.Array | None = None,
     normalize: bool = True,
     routed_scaling_factor: float = 1.0,
     n_group: int | None = None,
@@ -112,7 +113,8 @@ def moe(
         of this device, in the order of the devices.
       top_k: see `route`.
       score_function: see `route`.
-      bias: see `route`.
+      bias: see `route`; it steers the choice alone, has no gradient, and is not gate_bias.
+      gate_bias: bf16, f16 or f32 [e], added to the logits of gate_kernel, as in gpt-oss.
       normalize: see `route`.
       routed_scaling_factor: see `route`.
       n_group: see `route`.
@@ -154,7 +156,7 @@ def moe(
     Raises:
       ValueError: shapes do not fit, top_k is above e, experts do not split over the axis, there is
         no such axis, or an option is unknown or not possible. Not one of gate_kernel, logits and
-        routing is given.
+        routing is given, or gate_bias without gate_kernel.
       TypeError: dtypes.
       NotImplementedError: a second derivative, or devices whose results cannot be batch_invariant.
 
@@ -166,7 +168,7 @@ def moe(
       loss = task_loss(y) + 0.01 * routing.aux_loss + 0.001 * routing.z_loss
     """
     x = as_float("moe", "x", x)
-    router = as_router(x, gate_kernel, logits, routing)
+    router = as_router(x, gate_kernel, gate_bias, logits, routing)
     check_activation("moe", activation)
     gated = is_gated(activation)
     kernels = as_kernels("moe", "kernels", kernels, gated=gated)

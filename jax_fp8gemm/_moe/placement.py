@@ -84,8 +84,8 @@ def axes_of(
 
 def sharding_names(axes: ExpertAxes, parameter: str) -> tuple[AxisNames | None, ...]:
     """Returns the axes of each dim of a layer's parameter, as Flax's metadata has them."""
-    if parameter == "gate_kernel":
-        return (None, None)
+    if parameter in ("gate_kernel", "gate_bias"):
+        return (None, None) if parameter == "gate_kernel" else (None,)
     lead = () if parameter.startswith("shared_") else (_name(axes.experts),)
     tensor = _name(axes.tensor)
     if parameter.endswith("_bias"):  # as wide as the results of its matrix

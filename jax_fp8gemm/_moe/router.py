@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jax_fp8gemm._core.checks import as_float, as_int32
@@ -21,7 +22,7 @@ class Router(NamedTuple):
     """One of three, of tokens x [..., h].
 
     Attributes:
-      gate_kernel: float [h, e].
+      gate_kernel: float [h, e], and gate_bias: float [e] or None.
       logits: float [..., e].
       routing: the Routing of the tokens, flattened to one dim.
     """
@@ -29,6 +30,7 @@ class Router(NamedTuple):
     gate_kernel: jax.Array | None
     logits: jax.Array | None
     routing: Routing | None
+    gate_bias: jax.Array | None = None
 
     @property
     def of_experts(self) -> tuple[str, jax.Array]:
@@ -52,6 +54,8 @@ class Router(NamedTuple):
             return self.routing
         if self.gate_kernel is not None:
             logits = gate_logits(tokens, self.gate_kernel, spec.batch_invariant)
+            if self.gate_bias is not None:
+                logits = logits + self.gate_bias.astype(logits.dtype)[None]
             return route_by(spec, logits, bias, axis)
         assert self.logits is not None  # as_router checked it
         logits = self.logits.reshape(-1, self.logits.shape[-1])
@@ -63,7 +67,7 @@ class Router(NamedTuple):
         routing: Any = None
         if self.routing is not None:
             routing = Routing(tokens, tokens, tokens, whole, whole)  # type: ignore[arg-type]
-        return Router(whole, tokens, routing)  # type: ignore[arg-type]
+        return Router(whole, tokens, routing, whole)  # type: ignore[arg-type]
 
     def each_token(self, change: Callable[[jax.Array], jax.Array]) -> "Router":
         """Returns the router with the arrays of its Routing changed, [t, n] to [..., n] or back."""
@@ -74,11 +78,12 @@ class Router(NamedTuple):
         return self._replace(routing=dataclasses.replace(old, **named))
 
 
-def as_router(x: jax.Array, gate_kernel: Any, logits: Any, routing: Any) -> Router:
+def as_router(x: jax.Array, gate_kernel: Any, gate_bias: Any, logits: Any, routing: Any) -> Router:
     """Returns the one that moe was given, checked.
 
     Raises:
-      ValueError: none or several were given, or shapes do not fit x [..., h].
+      ValueError: none or several were given, a bias without its kernel, or shapes do not fit x
+        [..., h].
       TypeError: dtypes, or routing is not a Routing.
     """
     named = {"gate_kernel": gate_kernel, "logits": logits, "routing": routing}
@@ -88,6 +93,9 @@ def as_router(x: jax.Array, gate_kernel: Any, logits: Any, routing: Any) -> Rout
         fix = "pass None as the other two"
         what = "gate_kernel, logits and routing exclude each other."
         fail("moe", what, got, "one of the three", fix)
+    if gate_bias is not None and gate_kernel is None:
+        got, fix = f"gate_bias with {given[0]}", "add it to logits yourself"
+        fail("moe", "gate_bias has no gate_kernel.", got, "gate_bias with gate_kernel", fix)
     if routing is not None:
         return Router(None, None, _as_routing(x, routing))
     if logits is not None:
@@ -102,7 +110,18 @@ def as_router(x: jax.Array, gate_kernel: Any, logits: Any, routing: Any) -> Rout
         got = f"{describe('x', x)}, {describe('gate_kernel', gate_kernel)}"
         expected, fix = "x [..., h], gate_kernel [h, e]", "if it is [e, h], pass gate_kernel.T"
         fail("moe", "x and gate_kernel do not fit.", got, expected, fix)
-    return Router(gate_kernel, None, None)
+    if gate_bias is not None:
+        gate_bias = _as_gate_bias(gate_kernel, gate_bias)
+    return Router(gate_kernel, None, None, gate_bias)
+
+
+def _as_gate_bias(gate_kernel: jax.Array, gate_bias: Any) -> jax.Array:
+    gate_bias = as_float("moe", "gate_bias", gate_bias)
+    if gate_bias.shape != gate_kernel.shape[1:]:
+        got = f"{describe('gate_kernel', gate_kernel)}, {describe('gate_bias', gate_bias)}"
+        expected, fix = f"gate_bias [{gate_kernel.shape[1]}]", "pass a number for each expert"
+        fail("moe", "gate_kernel and gate_bias do not fit.", got, expected, fix)
+    return gate_bias
 
 
 def _as_routing(x: jax.Array, routing: Any) -> Routing:
@@ -140,9 +159,27 @@ def route_spec(
         spec.check("moe", describe(name, array), array.shape[-1], bias)
         return spec
     defaults = {field.name: field.default for field in dataclasses.fields(RouteSpec)}
-    idle = [name for name, value in options.items() if value != defaults[name]]
+    mine = {name: value for name, value in options.items() if name != "batch_invariant"}
+    idle = [name for name, value in mine.items() if value != defaults[name]]
     idle += ["top_k"] * (top_k is not None) + ["bias"] * (bias is not None)
     if idle:
         got, fix = f"routing with {', '.join(idle)}", "pass them to route"
         fail("moe", "routing is made already.", got, "routing without these options", fix)
     return RouteSpec(top_k=router.routing.expert_index.shape[1])
+
+
+def options_beside(op: str, options: Mapping[str, Any], routing: Any) -> dict[str, Any]:
+    """Returns the options of a layer that moe takes with a Routing made elsewhere, if any.
+
+    Raises:
+      ValueError: the Routing chose another number of experts than the layer's top_k.
+    """
+    if routing is None:
+        return dict(options)
+    top_k, chosen = options["top_k"], getattr(routing, "expert_index", None)
+    if chosen is not None and jnp.shape(chosen)[-1:] != (top_k,):  # moe says what is no Routing
+        got = f"{describe('expert_index', chosen)}, top_k={top_k}"
+        expected, fix = f"expert_index [tokens, {top_k}]", "give both the same top_k"
+        fail(op, "routing has another top_k than the layer.", got, expected, fix)
+    own = {field.name for field in dataclasses.fields(RouteSpec)} - {"batch_invariant"}
+    return {name: value for name, value in options.items() if name not in own}
