@@ -3,10 +3,10 @@
 The trace is in the form in which jax.profiler stores one of a GPU.
 """
 
+import contextlib
 import pathlib
 import subprocess
 import sys
-import contextlib
 import types
 
 import jax
