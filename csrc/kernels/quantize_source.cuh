@@ -15,9 +15,9 @@ namespace fp8gemm {
 template <QuantizeSpec spec>
 constexpr int kThreadRows = tile_rows(spec) / 16;
 
-// The rows of x that become a thread's rows, from `first` on, of which `count` exist. One that exists
-// stands in for those that do not, if any of the tile does: behind a branch for each row, one row's
-// index would be waited for before the next one's is asked for.
+// The rows of x that become a thread's rows, from `first` on, of which `count` exist. One that
+// exists stands in for those that do not, if any of the tile does: behind a branch for each row,
+// one row's index would be waited for before the next one's is asked for.
 template <QuantizeSpec spec>
 struct SourceRows {
   int first, count;
@@ -272,8 +272,7 @@ struct Values<spec> : PackedTile<Float::kF16, kThreadRows<spec>> {
       const int row = rows[i];
       scale[i] = scales[uint32_t(row)];
       if (!rows.has(i)) scale[i] = 0;
-      load8<spec.aligned>(four[i], row_of(x, row, params.k),
-                          rows.has(i) ? params.k - column : 0);
+      load8<spec.aligned>(four[i], row_of(x, row, params.k), rows.has(i) ? params.k - column : 0);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
