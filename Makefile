@@ -98,10 +98,11 @@ gpu: $(TEST)/.installed
 	$(TEST)/bin/python benchmarks/plot.py
 
 # Adds a run to the record. SEED must differ from run to run, or the same data come again.
+# SOAK=--sharded: over all GPUs of the machine.
 SECONDS ?= 540
 SEED ?= $(shell date +%s)
 soak: $(TEST)/.installed
-	$(RECORD) $(TEST)/bin/python tests/soak/run.py --seconds $(SECONDS) --seed $(SEED)
+	$(RECORD) $(TEST)/bin/python tests/soak/run.py --seconds $(SECONDS) --seed $(SEED) $(SOAK)
 
 # Shows that it finds faults, in scratch copies of the package.
 plant: $(TEST)/.installed

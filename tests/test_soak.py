@@ -22,6 +22,7 @@ from soak.draw import Draw
 from soak.gemms import DIMS, Gemm
 from soak.gradients import Gradients
 from soak.programs import Calls, loop
+from soak.sharded import STRATEGIES, Sharded
 
 from jax_fp8gemm._core import reference
 
@@ -59,6 +60,8 @@ def gemms() -> list[Gemm]:
     found.append(Gemm("batched", **SHAPE, g=3, scales="tensor_tensor", cast=True))
     found.append(Gemm("ragged", **CASTING, rhs="bf16_transposed", pair=True, extremes=True))
     found.append(Gemm("masked", **CASTING, rhs="bf16", cast=True))
+    found.append(Gemm("ragged", **SHAPE, g=3, extremes=True, leave_rest=True))
+    found.append(Gemm("ragged", **CASTING, rhs="bf16_transposed", leave_rest=True))
     return found
 
 
@@ -76,9 +79,16 @@ OTHERS = [
     Cast("requantize", 140, 33, g=3, share=True),
     Swiglu(9, 33, g=3),
     Swiglu(40, 128, backward=True, rounding="none", g=3),
+    *(Sharded(64, 128, 128, split=split) for split in STRATEGIES),
+    Sharded(1024, 16, 32, dtype="f32", residuals="fp8", split="data"),
 ]
 
 
+# Shards of small products are no whole blocks of scales.
+gathers = pytest.mark.filterwarnings("ignore:.*a mesh axis splits a block")
+
+
+@gathers
 @pytest.mark.parametrize("check", [*gemms(), *OTHERS], ids=str)
 def test_the_reference_has_no_fault(check):
     assert not wrong(check)
@@ -99,7 +109,7 @@ def test_programs_are_those_of_the_seed():
     assert {check.variant for check in checks if isinstance(check, Gemm)} == set(DIMS)
     assert {type(check) for check in checks} == {Gemm, Gradients, Cast, Swiglu}
     gemms = [check for check in checks if isinstance(check, Gemm)]
-    for field in ("scales", "out", "init", "rhs", "cast", "pair", "extremes"):
+    for field in ("scales", "out", "init", "rhs", "cast", "pair", "extremes", "leave_rest"):
         assert len({getattr(check, field) for check in gemms}) > 1, field
     kernels = {check.config.kernel for check in gemms if check.config}
     assert kernels == {"persistent", "few_rows"}
@@ -138,6 +148,25 @@ def test_a_fault_of_every_variant_is_found(variant, fault, break_gemm):
     break_gemm(fault)
     scales = "1x128_1x128" if variant == "ragged_contracting" else "1x128_128x128"
     assert wrong(Gemm(variant, **SHAPE, g=3 if variant != "dense" else 1, scales=scales))
+
+
+@gathers
+@pytest.mark.parametrize("split", STRATEGIES)
+def test_a_fault_over_devices_is_found(split, break_gemm):
+    break_gemm(one_element)
+    assert wrong(Sharded(64, 128, 128, split=split), 2)
+
+
+@gathers
+def test_a_run_over_devices(run, tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    options = ["--programs", "2", "--sharded", "--seconds", "300", "--record", str(path)]
+    assert run.main(options) == 0
+    (row,) = record.read(path)["runs"]
+    assert row["programs"] == 2 and row["calls"] == 0
+    assert row["products"] and all("over devices" in name for name in row["products"])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert run.main(options) == 2
 
 
 def test_a_fault_of_a_cast_is_found(monkeypatch):

@@ -231,7 +231,7 @@ def _seconds(spec: CastSpec, operands: Arrays) -> float:
     """What is read and written, at the rate of the memory."""
     arrays = [(x.shape, x.dtype) for x in operands] + _results(spec, operands)
     sizes = [math.prod(map(typical, shape)) * jnp.dtype(dtype).itemsize for shape, dtype in arrays]
-    return 1e-6 * streaming_microseconds(spec.share * sum(sizes))
+    return 1e-6 * streaming_microseconds(round(spec.share * sum(sizes)))
 
 
 # ---- one device ---------------------------------------------------------------------------------

@@ -328,9 +328,7 @@ def _check_shared_columns(op: str, shared_columns: Any, tile: Tile) -> None:
         fail(op, "columns of this tile already share scales.", got, "tile (1, 128)", fix)
 
 
-def _check_rows(
-    op: str, x: jax.Array, tile: Tile, **operands: ArrayLike | None
-) -> dict[str, jax.Array]:
+def _check_rows(op: str, x: jax.Array, tile: Tile, **operands: ArrayLike | None) -> dict[str, Any]:
     """Returns group_sizes and index as int32, as far as they are given."""
     doors = {"group_sizes": as_groups, "index": as_int32}
     given = {name: doors[name](op, name, one) for name, one in operands.items() if one is not None}

@@ -6,6 +6,7 @@ import numpy as np
 from soak.casts import KINDS, Cast, Swiglu
 from soak.gemms import DIMS, Gemm
 from soak.gradients import Gradients
+from soak.sharded import STRATEGIES, Sharded
 
 from jax_fp8gemm._select.candidates import candidates
 from jax_fp8gemm._select.problem import Problem
@@ -15,7 +16,7 @@ MOST_WORK, MOST_LARGE_WORK = 2**30, 2**35  # multiplications, those with other g
 MOST_NUMBERS = 2**27  # of an operand, likewise
 LARGE_SHARE = 0.04
 
-Check = Gemm | Gradients | Cast | Swiglu
+Check = Gemm | Gradients | Cast | Swiglu | Sharded
 
 
 class Draw:
@@ -88,6 +89,8 @@ class Draw:
         init = out == "f32" and self.rng.random() < 0.4
         cast = self.rng.random() < 0.3
         rest = {"init": init, "cast": cast, "extremes": not cast and self.rng.random() < 0.3}
+        if variant == "ragged" and not init and self.rng.random() < 0.3:
+            return Gemm(**gemm, **rest, leave_rest=True)
         return Gemm(**gemm, **rest, config=self._config(gemm, init))
 
     def _config(self, gemm: dict, init: bool):
@@ -105,7 +108,9 @@ class Draw:
             shape[last] = -(-shape[last] // 256) * 256
         cast = self.rng.random() < 0.5
         extremes = not cast and self.rng.random() < 0.4
-        return Gemm(variant, **shape, g=g, rhs=rhs, cast=cast, pair=pair, extremes=extremes)
+        leave = variant == "ragged" and self.rng.random() < 0.5
+        rest = {"cast": cast, "pair": pair, "extremes": extremes, "leave_rest": leave}
+        return Gemm(variant, **shape, g=g, rhs=rhs, **rest)
 
     def gradients(self) -> Gradients:
         g = self.some(0, 0, 1, 3, 8)
@@ -119,6 +124,13 @@ class Draw:
         dtype = "bf16" if casting else self.some("bf16", "f32")
         residuals = self.some("fp8_t", "fp8", "input")
         return Gradients(**shape, g=g, dtype=dtype, residuals=residuals, cast_in_gemm=casting)
+
+    def sharded(self, devices: int) -> tuple[Sharded]:
+        """Returns a program over so many devices, which split any dim of it evenly."""
+        most = 3 if self.tiny else 12
+        m, n, k = (devices * self.some(16, 128) * int(self.rng.integers(1, most)) for _ in range(3))
+        split, dtype = self.some(*STRATEGIES), self.some("bf16", "f32")
+        return (Sharded(m, n, k, dtype=dtype, residuals=self.some("fp8_t", "fp8"), split=split),)
 
     def cast(self) -> Cast:
         kind = self.some(*KINDS)

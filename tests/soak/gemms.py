@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from soak import exact, extremes
 
 import jax_fp8gemm as fp8
-from jax_fp8gemm._ops.gemm import multiply_casting
+from jax_fp8gemm._ops.gemm import multiply, multiply_casting
 from jax_fp8gemm._select.problem import GemmConfig
 
 DIMS = {  # of lhs, rhs, result
@@ -31,6 +31,7 @@ class Gemm:
       pair: a rhs that the kernel casts lies in two arrays.
       extremes: NaN, infinities, 3e38 and denormals in some rows and columns.
       config: None: the chosen one.
+      leave_rest: of ragged: rows past the groups hold anything, as layers of experts ask for.
     """
 
     variant: str
@@ -46,12 +47,14 @@ class Gemm:
     pair: bool = False
     extremes: bool = False
     config: GemmConfig | None = None
+    leave_rest: bool = False
 
     products = 1
 
     @property
     def name(self) -> str:
-        return self.variant if self.rhs == "fp8" else f"{self.variant}, bf16 rhs"
+        name = self.variant if self.rhs == "fp8" else f"{self.variant}, bf16 rhs"
+        return f"{name}, rest left" if self.leave_rest else name
 
     @property
     def work(self) -> int:
@@ -97,6 +100,9 @@ class Gemm:
         if self.rhs != "fp8":
             return [self._run_casting(operands)]
         lhs, rhs = (self._operand(operands, i, name) for i, name in enumerate(("lhs", "rhs")))
+        if self.leave_rest:
+            how = {"variant": "ragged", "scales": self.scales, "leave_rest": True}
+            return [multiply(lhs, rhs, DTYPES[self.out], operands["groups"], **how)]
         options = {"variant": self.variant, "out_dtype": DTYPES[self.out], "config": self.config}
         if "groups" in operands:
             name = "groups" if self.variant == "contiguous" else "group_sizes"
@@ -128,6 +134,7 @@ class Gemm:
             operands["groups"],
             transposed=transposed,
             variant=self.variant,
+            leave_rest=self.leave_rest,
         )
 
     # ---- what is right ----
@@ -140,6 +147,8 @@ class Gemm:
         if self.variant in ("ragged", "contiguous"):
             lhs = jnp.where(own[:, :, None], lhs, 0)
             formula = "gmk,gnk->mn"
+            if self.leave_rest:
+                defined &= own.any(0)[:, None]
         elif self.variant == "ragged_contracting":
             lhs = jnp.where(own[:, None, :], lhs, 0)
             formula = "gmk,nk->gmn"

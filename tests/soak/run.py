@@ -36,11 +36,12 @@ from soak.draw import Draw  # noqa: E402
 from soak.gemms import Gemm  # noqa: E402
 from soak.gradients import Gradients  # noqa: E402
 from soak.programs import Calls, loop, poison  # noqa: E402
+from soak.sharded import Sharded  # noqa: E402
 
 import jax_fp8gemm  # noqa: E402
 from jax_fp8gemm import GemmConfig  # noqa: E402
 
-KINDS = {kind.__name__: kind for kind in (Gemm, Gradients, Cast, Swiglu)}
+KINDS = {kind.__name__: kind for kind in (Gemm, Gradients, Cast, Swiglu, Sharded)}
 LOOP_SECONDS, CALL_SECONDS = 1.5, 1.0  # of one program
 CALL_SHARE = 0.25  # of programs, that are also called one by one
 LOOP_WORK, MOST_REPEATS = 2**38, 512  # of one call
@@ -57,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.reproduce:
         return reproduce(json.loads(args.reproduce))
     check_installed(args.planted)
+    if args.sharded and jax.device_count() < 2:
+        print("--sharded needs two devices or more, and here is one", file=sys.stderr)
+        return 2
     about = {
         "digest": record.digest(), **protocol.facts(), "jax": jax.__version__,
         "started": datetime.datetime.now().isoformat(timespec="seconds"), "seed": args.seed,
@@ -73,6 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="how long, compiling included")
     parser.add_argument("--seed", type=int, default=0, help="of programs and of data")
     parser.add_argument("--threads", type=int, default=6, help="programs at a time")
+    parser.add_argument("--sharded", action="store_true", help="products over all devices alone")
     parser.add_argument("--programs", type=int, help="stop after so many, too")
     parser.add_argument("--record", help="the file that the run is added to")
     parser.add_argument("--planted", default="", help="name of a fault that was planted")
@@ -134,6 +139,8 @@ class Soak:
 
     @property
     def threads(self) -> int:
+        if self.args.sharded:  # two programs with collectives at a time may wait for each other
+            return 1
         return min(self.args.threads, 2) if self.tiny else self.args.threads
 
     def progress(self) -> None:
@@ -168,7 +175,7 @@ class Soak:
                 if self.number == self.args.programs:
                     return
                 self.number += 1
-                number, checks = self.number, self.draw.program()
+                number, checks = self.number, self.program()
                 calls = self.draw.rng.random() < CALL_SHARE
             self.running[number] = str(checks)
             seed = (self.args.seed * 1_000_003 + number) % 2**31
@@ -185,25 +192,29 @@ class Soak:
             self.to.count("programs", 1)
             self.to.save(self.seconds)
 
+    def program(self) -> tuple:
+        if self.args.sharded:
+            return self.draw.sharded(jax.device_count())
+        return self.draw.program()
+
     def until(self, seconds: float) -> float:
         return min(time.monotonic() + seconds, self.end)
 
     def loop(self, checks: tuple, seed: int) -> None:
-        """Many seeds in one program, called by two threads at once."""
+        """Many seeds in one program, called by two threads at once; over devices by one."""
         work = sum(check.work for check in checks)
         repeats = 4 if self.tiny else max(4, min(MOST_REPEATS, LOOP_WORK // work))
         run, index = loop(checks, repeats), 0
         end = self.until(0.2 if self.tiny else LOOP_SECONDS)
         while not index or time.monotonic() < end:
-            starts = [index, index + repeats]
-            index += 2 * repeats
-            twice = [Result(run, seed, start) for start in starts]
-            for result in twice:
+            starts = [index] if self.args.sharded else [index, index + repeats]
+            index += len(starts) * repeats
+            for result in [Result(run, seed, start) for start in starts]:
                 for found, wrong in result.wrong():
                     at = [i for i, one in enumerate(wrong) if one]
                     self.found(checks, seed, found, "wrong", check=at[0], values=int(wrong[at[0]]))
             for check in checks:
-                self.to.add(check, 2 * repeats)
+                self.to.add(check, len(starts) * repeats)
 
     def call(self, check, seed: int) -> None:
         """One seed at a time, into poisoned memory."""
