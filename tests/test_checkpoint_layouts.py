@@ -140,6 +140,9 @@ GLM = {
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
         "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}},
 }  # fmt: skip
+BY_BLOCK = {
+    "num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]
+}  # fmt: skip
 
 
 def folder_with(tmp_path, section):
@@ -156,7 +159,11 @@ def folder_with(tmp_path, section):
         (DEEPSEEK | {"scale_fmt": "ue8m0", "modules_to_not_convert": ["lm_head"]},
          {"method": "fp8", "block": (128, 128), "scale_format": "ue8m0",
           "not_converted": ("lm_head",)}),
+        (DEEPSEEK | {"ignored_layers": ["lm_head"], "modules_to_not_convert": None},
+         {"method": "fp8", "block": (128, 128), "not_converted": ("lm_head",)}),
         (GLM, {"method": "compressed-tensors", "not_converted": ("lm_head",)}),
+        (GLM | {"config_groups": {"group_0": {"weights": BY_BLOCK}}},
+         {"method": "compressed-tensors", "block": (128, 128), "not_converted": ("lm_head",)}),
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]},
          {"method": "mxfp4", "scale_format": "ue8m0", "not_converted": ("model.embed_tokens",)}),
     ],
@@ -178,12 +185,31 @@ def test_the_quantization_section_is_read(tmp_path, section, expected):
         (DEEPSEEK | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert 'lm_head'"),
         (GLM | {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "int"}}}}, "num_bits"),
         (GLM | {"config_groups": {"a": 3}}, "config_groups.a 3"),
+        (GLM | {"config_groups": {"a": {"weights": BY_BLOCK | {"strategy": "tensor"}}}}, "tensor"),
+        (
+            GLM | {"config_groups": {"a": {"weights": BY_BLOCK | {"block_structure": [1, 128]}}}},
+            r"block_structure \[1, 128\]",
+        ),
         ("fp8", "a section that is a str"),
     ],
 )
 def test_a_section_that_is_not_supported_is_named(tmp_path, section, word):
     with pytest.raises(NotImplementedError, match=rf"config.json(?s:.*){word}(?s:.*)  fix  "):
         checkpoint.load(folder_with(tmp_path, section))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"compression_config": GLM},
+        {"text_config": {"quantization_config": GLM}},
+        {"quantization_config": None, "text_config": {"compression_config": GLM}},
+    ],
+)
+def test_the_section_is_found_under_its_other_names(tmp_path, config):
+    folder = folder_with(tmp_path, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert checkpoint.open(folder).quantization.method == "compressed-tensors"
 
 
 def test_without_a_section_there_is_no_quantization(tmp_path):

@@ -25,6 +25,15 @@ H, F, E, VOCAB = 64, 128, 3, 16
 RNG = np.random.default_rng(0)
 
 
+STATE = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """A test draws the same numbers, whichever ran before it."""
+    RNG.bit_generator.state = STATE
+
+
 def floats(*shape):
     return RNG.standard_normal(shape, np.float32).astype(BF16)
 
@@ -334,7 +343,9 @@ def test_gate_and_up_in_turns_with_blocks_are_taken_apart_exactly(tmp_path):
 
 def test_gate_and_up_in_turns_as_this_package_writes_them(tmp_path):
     """Normal numbers, whose blocks have the same scale: bits of gate and up quantized apart."""
-    kernels = [jnp.asarray(RNG.standard_normal((E, H, 2 * F), np.float32)) for _ in range(2)]
+    numbers = np.random.default_rng(0).standard_normal((2, E, H, 2 * F), np.float32).clip(-4, 4)
+    numbers[:, :, 0, ::64] = 5  # the largest of each block, also where gate and up meet
+    kernels = [jnp.asarray(w) for w in numbers]
     experts = dict(zip(("wi_0", "wi_1"), kernels, strict=True))
     checkpoint.save_parameters(tmp_path, {"layers": {"0": {"experts": experts}}}, GPT_OSS)
     again = checkpoint.load_parameters(tmp_path, GPT_OSS)["layers"]["0"]["experts"]
