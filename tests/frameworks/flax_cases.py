@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import changed, chosen, close, imported
-from flax import linen, nnx
+from flax import nnx
 from flax.linen import linear
 from jax import lax
 
