@@ -1,6 +1,7 @@
 """A small Gemma 3 of the package gemma, through the provider for qwix, beside the plain one."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 
@@ -81,10 +82,11 @@ def test_every_layers_products_are_converted_and_reported(params):
     close(logits, plain)
 
 
-def test_training_stays_near_the_plain_one(params):
+def test_training_stays_near_the_plain_one(params, record_property):
     plain = train(model(), params)
     ours = train(through_qwix()[1], params)
-    print(plain, ours)
+    both = {"own": plain.tolist(), "adapter": ours.tolist()}
+    record_property("gemma 3, FP8 products", json.dumps(both))
     assert np.isfinite(ours).all() and ours[-1] < 0.9 * ours[0]
     assert (ours != plain).all()
     np.testing.assert_allclose(ours, plain, rtol=0, atol=0.02 * plain[0])

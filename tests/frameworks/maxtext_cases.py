@@ -4,6 +4,8 @@ Each model is MaxText's Transformer of a published config, made small. Its train
 the steps are Adam's, with the same weights and tokens on both sides.
 """
 
+import functools
+import json
 import pathlib
 import sys
 import types
@@ -89,8 +91,13 @@ def own(request, tmp_path_factory):
     return request.param, *train(request.param, None, folder, megablox=False)
 
 
-def adapted(own, monkeypatch, folder) -> np.ndarray:
-    """Returns the losses of the model with the adapter, from the same weights."""
+@pytest.fixture
+def adapted(own, monkeypatch, tmp_path, record_property):
+    """Trains the model with the adapter from the same weights, and keeps the losses of both."""
+    return functools.partial(train_adapted, own, monkeypatch, tmp_path, record_property)
+
+
+def train_adapted(own, monkeypatch, folder, record_property, products: str) -> np.ndarray:
     name, weights, _ = own
     offsets = []
 
@@ -102,7 +109,8 @@ def adapted(own, monkeypatch, folder) -> np.ndarray:
     _, losses = train(name, maxtext_fp8.Fp8BlockQuantization(), folder, weights, megablox=True)
     layers = SMALL["base_num_decoder_layers"] - MODELS[name].get("first_num_dense_layers", 0)
     assert len(offsets) >= 3 * layers  # gate, up and down of each layer with experts
-    print(name, own[2], losses)
+    both = {"own": own[2].tolist(), "adapter": losses.tolist()}
+    record_property(f"{name}, {products}", json.dumps(both))
     return losses
 
 
@@ -116,15 +124,15 @@ def ragged_dot(x, w, sizes, precision, dtype, offset):
     return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype)
 
 
-def test_the_adapter_alone_changes_nothing(own, monkeypatch, tmp_path):
+def test_the_adapter_alone_changes_nothing(own, adapted, monkeypatch):
     """With products of float32 in place of FP8's: what is left is rounding to bf16."""
     plain = types.SimpleNamespace(fp8_matmul=matmul, fp8_ragged_dot=ragged_dot)
     monkeypatch.setattr(maxtext_fp8, "fp8", plain)
-    np.testing.assert_allclose(adapted(own, monkeypatch, tmp_path), own[2], rtol=3e-3)
+    np.testing.assert_allclose(adapted("float32 products"), own[2], rtol=3e-3)
 
 
-def test_training_stays_near_maxtexts_own(own, monkeypatch, tmp_path):
-    plain, ours = own[2], adapted(own, monkeypatch, tmp_path)
+def test_training_stays_near_maxtexts_own(own, adapted):
+    plain, ours = own[2], adapted("FP8 products")
     assert np.isfinite(ours).all() and ours[-1] < 0.8 * ours[0]
     assert (ours != plain).all()
     assert abs(ours[0] / plain[0] - 1) < 3e-3  # before the first step

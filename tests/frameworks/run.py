@@ -26,8 +26,8 @@ RESULTS = ROOT / "tests/data/frameworks.json"
 PACKAGES = "jax jaxlib flax qwix tokamax maxtext gemma".split()
 ADAPTERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_adapter*.py"))
 SUITES = {
-    "adapters": ADAPTERS,
-    "cases of lax.ragged_dot and of Flax's layers": ["tests/frameworks/jax_cases.py"],
+    "adapters for qwix, tokamax and MaxText": ADAPTERS,
+    "our cases of lax.ragged_dot and of Flax's layers": ["tests/frameworks/jax_cases.py"],
     "JAX's tests of ragged_dot": ["tests/frameworks/jax_own_cases.py"],
     "Flax's tests of linear layers": ["tests/frameworks/flax_cases.py"],
     "tokamax's RaggedDotTestBase": ["tests/frameworks/tokamax_cases.py"],
@@ -48,6 +48,9 @@ def run(paths: list[str]) -> dict:
         subprocess.run(command, cwd=ROOT, env=environment, check=False)
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
     counts: dict = {"passed": 0, "failed": []}
+    kept = [found for case in cases for found in case.iter("property")]
+    if kept:
+        counts["losses"] = {found.get("name"): json.loads(found.get("value")) for found in kept}
     skipped = {kind: collections.Counter() for kind in (*KINDS, "left out")}
     for case in cases:
         if case.find("failure") is not None or case.find("error") is not None:
@@ -68,16 +71,22 @@ def kind_of(message: str) -> tuple[str, str]:
     return "left out", re.sub(r"^.*left out: ", "", message)
 
 
-def conditions() -> dict:
-    """When, of which commit, and with which packages."""
+def conditions(suite: str) -> dict:
+    """When, of which commit, and with which packages; for JAX's tests also their commit."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    how = {"cwd": ROOT, "text": True, "check": False, "capture_output": True}
-    commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], **how).stdout.strip()
+    if "JAX's" in suite:
+        versions["its tests"] = f"commit {commit_of(os.environ['JAX_TESTS'])}"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": today, "commit": commit, "versions": versions}
+    return {"date": today, "commit": commit_of(ROOT), "versions": versions}
+
+
+def commit_of(folder) -> str:
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    run = subprocess.run(command, cwd=folder, text=True, check=False, capture_output=True)
+    return run.stdout.strip() or "unknown"
 
 
 def main() -> int:
@@ -90,7 +99,7 @@ def main() -> int:
             print(f"{name}: nothing ran, so what is stored stays: {counts}")
             continue
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        stored[name] = conditions() | counts
+        stored[name] = conditions(name) | counts
         kept = {name: stored[name] for name in SUITES if name in stored}
         RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     print(RESULTS.read_text())
