@@ -77,7 +77,7 @@ def conditions(suite: str) -> dict:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    if "JAX's" in suite:
+    if "JAX's" in suite and os.environ.get("JAX_TESTS"):
         versions["its tests"] = f"commit {commit_of(os.environ['JAX_TESTS'])}"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"date": today, "commit": commit_of(ROOT), "versions": versions}
@@ -93,13 +93,13 @@ def main() -> int:
     asked = [name for name in SUITES if any(part in name for part in sys.argv[1:] or [""])]
     failed = False
     for name in asked:
-        counts = run(SUITES[name])
+        when, counts = conditions(name), run(SUITES[name])
         failed |= bool(counts["failed"])
         if not counts["passed"] and not counts["failed"]:
             print(f"{name}: nothing ran, so what is stored stays: {counts}")
             continue
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        stored[name] = conditions(name) | counts
+        stored[name] = when | counts
         kept = {name: stored[name] for name in SUITES if name in stored}
         RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     print(RESULTS.read_text())
