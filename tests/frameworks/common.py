@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import types
+import unittest
 from collections.abc import Callable
 
 import jax
@@ -33,6 +34,12 @@ def imported(variable: str, path: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def refused(error: Exception, *operands: jax.Array) -> unittest.SkipTest:
+    """What skips a test that asks for something that FP8 does not take."""
+    dtypes = ", ".join(sorted({str(x.dtype) for x in operands}))
+    return unittest.SkipTest(f"refused: {str(error).splitlines()[0]} ({dtypes})")
 
 
 def changed(module: types.ModuleType, **others) -> types.SimpleNamespace:

@@ -4,14 +4,13 @@ What FP8 does not take is refused, and counted as such. Results are judged as FP
 """
 
 import contextlib
-import unittest
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import changed, chosen, close, imported
+from common import changed, chosen, close, imported, refused
 from flax import nnx
 from flax.linen import linear
 from jax import lax
@@ -29,11 +28,11 @@ def dot_general(lhs, rhs, numbers, *args, **kw):
     try:
         return fp8_dot_general(lhs, rhs, numbers, *args, **kw)
     except (TypeError, NotImplementedError) as error:
-        raise unittest.SkipTest(f"refused: {str(error).splitlines()[0]}") from error
+        raise refused(error, lhs, rhs) from error
     except ValueError as error:
         if "nothing to contract over" not in str(error):
             raise
-        raise unittest.SkipTest(f"refused: {str(error).splitlines()[0]}") from error
+        raise refused(error, lhs, rhs) from error
 
 
 def einsum(*args, **kw):

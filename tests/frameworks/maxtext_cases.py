@@ -57,7 +57,7 @@ def train(name: str, quant, folder: pathlib.Path, weights=None, **how) -> tuple[
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         model = models.Transformer(config, mesh, quant, rngs=nnx.Rngs(params=0, dropout=1, aqt=2))
         state = nnx.state(model, nnx.Not(nnx.RngState))
-        own = nnx.to_pure_dict(state)
+        own = jax.tree.map(np.asarray, nnx.to_pure_dict(state))  # on no mesh
         if weights is not None:
             assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, weights)
             nnx.replace_by_pure_dict(state, weights)

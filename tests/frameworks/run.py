@@ -64,7 +64,7 @@ def run(paths: list[str]) -> dict:
 
 
 def kind_of(message: str) -> tuple[str, str]:
-    message = (message.splitlines() or [""])[0]
+    message = re.sub(r"<class '(.*)'>", r"\1", (message.splitlines() or [""])[0])
     for kind, start in KINDS.items():
         if start in message:
             return kind, message.partition(start)[2]
