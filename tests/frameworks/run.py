@@ -32,6 +32,7 @@ SUITES = {
     "Flax's tests of linear layers": ["tests/frameworks/flax_cases.py"],
     "tokamax's RaggedDotTestBase": ["tests/frameworks/tokamax_cases.py"],
     "MaxText's models": ["tests/frameworks/maxtext_cases.py"],
+    "MaxText's ring of experts": ["tests/frameworks/maxtext_ring_cases.py"],
     "Gemma in qwix": ["tests/frameworks/gemma_cases.py"],
 }
 # How the reason of a skipped case begins. Reasons of other kinds are "left out".
