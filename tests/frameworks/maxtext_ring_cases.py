@@ -1,4 +1,4 @@
-"""MaxText's ring of experts on eight devices, with the adapter: a device has one of four experts."""
+"""MaxText's ring of experts on eight devices, with the adapter: each has one of four experts."""
 
 import json
 import types
