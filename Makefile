@@ -45,18 +45,29 @@ $(NVRTC_130): $(TEST)/bin/python
 	touch $@
 
 # tokamax and MaxText need Python 3.12 and a newer JAX than the tests have. MaxText lists its needs in
-# extras that pin hundreds of packages: here are those that its layers import.
+# extras that pin hundreds of packages: here are those that its layers import, and those of Gemma's.
+# Flax's tests are in its source package. JAX's are in no package: JAX_TESTS=folder names those of a
+# checkout of JAX. Without it their counts stay as they are stored.
 FRAMEWORKS := .make/frameworks
 PYTHON312 ?= python3.12
 MAXTEXT := drjax grain huggingface_hub jinja2 omegaconf pathwaysutils pillow sentencepiece sympy \
 	tiktoken transformers
+GEMMA := clu einops jaxtyping lark ml_collections tensorflow typeguard
+JAX_TESTS ?=
 frameworks: $(FRAMEWORKS)/.installed
+	FLAX_TESTS=$(FRAMEWORKS)/flax/tests JAX_TESTS=$(JAX_TESTS) \
 	$(FRAMEWORKS)/bin/python tests/frameworks/run.py
 
 $(FRAMEWORKS)/.installed: $(SOURCES)
 	$(PYTHON312) -m venv $(FRAMEWORKS)
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --editable ".[cpu,frameworks]" $(MAXTEXT)
-	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps maxtext==0.2.5 aqtp==0.9.0
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --editable ".[cpu,frameworks]" $(MAXTEXT) \
+	$(GEMMA)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps maxtext==0.2.5 aqtp==0.9.0 \
+	gemma==3.3.0 kauldron==1.4.4
+	rm -rf $(FRAMEWORKS)/flax && mkdir $(FRAMEWORKS)/flax
+	$(FRAMEWORKS)/bin/python -m pip download --quiet --no-deps --no-binary flax \
+	--dest $(FRAMEWORKS)/flax "flax==$$($(FRAMEWORKS)/bin/python -c 'import flax; print(flax.__version__)')"
+	tar -xzf $(FRAMEWORKS)/flax/flax-*.tar.gz --strip-components 1 -C $(FRAMEWORKS)/flax
 	touch $@
 
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh')

@@ -16,12 +16,16 @@ import statistics
 import sys
 
 import fit_cost
+import frameworks
 import simulate
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 H200, H100 = "nvidia-h200.json", "nvidia-h100-80gb-hbm3.json"
-PAGES = ("README.md", "docs/measured.md", "docs/moe.md", "docs/numerics.md", "docs/simulation.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{p}.md" for p in "adapters measured moe numerics simulation".split()),
+)
 MARKED = re.compile(r"(<!-- figures: (\S+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 
 Row = dict
@@ -414,6 +418,8 @@ BLOCKS = {
     "column-shares": column_shares,
     "column-runs": column_runs,
     "column-watch": column_watch,
+    "frameworks": frameworks.text,
+    "framework-losses": frameworks.losses,
     "simulation": lambda: simulate.text() + "\n",
 }
 
@@ -437,7 +443,7 @@ def main() -> int:
     args = parser.parse_args()
     pages = stale()
     for page in pages:
-        print(f"{page}: figures differ from benchmarks/results")
+        print(f"{page}: figures differ from what is stored")
         if args.write:
             (ROOT / page).write_text(rewritten((ROOT / page).read_text()))
     return 1 if args.check and pages else 0

@@ -65,11 +65,11 @@ class Fp8Provider(qwix.QuantizationProvider):
         self._said = True
         return super().process_model_output(method_name, model_output)
 
-    def dot_general(self, lhs, rhs, numbers, *args, **kw):
+    def dot_general(self, lhs, rhs, dimension_numbers, *args, **kw):  # names are those of JAX
         if self._get_current_rule_and_op_id("dot_general")[0] is None:
-            return jax.lax.dot_general(lhs, rhs, numbers, *args, **kw)
+            return jax.lax.dot_general(lhs, rhs, dimension_numbers, *args, **kw)
         weights = [x.shape for x in (lhs, rhs) if is_weight(x)]
-        return self._product(weights, lhs, rhs, numbers, *args, **kw)
+        return self._product(weights, lhs, rhs, dimension_numbers, *args, **kw)
 
     def einsum(self, spec, *operands, **kw):
         if self._get_current_rule_and_op_id("einsum")[0] is None:
@@ -81,16 +81,16 @@ class Fp8Provider(qwix.QuantizationProvider):
 
         return jnp.einsum(spec, *operands, _dot_general=product, **kw)
 
-    def ragged_dot(self, lhs, rhs, sizes, precision=None, preferred_element_type=None, *rest, **kw):
-        rule, dtype = self._get_current_rule_and_op_id("ragged_dot")[0], preferred_element_type
+    def ragged_dot(self, lhs, rhs, group_sizes, precision=None, *args, **kw):
+        rule = self._get_current_rule_and_op_id("ragged_dot")[0]
         if rule is None or self._stays(rhs, "its operands are not floats", not floats(lhs, rhs)):
-            return jax.lax.ragged_dot(lhs, rhs, sizes, precision, dtype, *rest, **kw)
-        return fp8.fp8_ragged_dot(lhs, rhs, sizes, None, dtype, *rest, **kw)
+            return jax.lax.ragged_dot(lhs, rhs, group_sizes, precision, *args, **kw)
+        return fp8.fp8_ragged_dot(lhs, rhs, group_sizes, None, *args, **kw)
 
     def _product(self, weights, lhs, rhs, numbers, precision=None, dtype=None, **kw):
         dtype = kw.pop("preferred_element_type", dtype)
         found = [x.shape in weights for x in (lhs, rhs)]
-        if any(found) and not all(found):  # else of activations, as in attention
+        if any(found) and not all(found):
             w = lhs if found[0] else rhs
             out = kw.get("out_sharding") if found[0] else None
             if not (
@@ -99,6 +99,9 @@ class Fp8Provider(qwix.QuantizationProvider):
                 or self._stays(w, "it is lhs, and out_sharding is given", out is not None)
             ):
                 return dot_general(lhs, rhs, numbers, dtype, weight_is_lhs=found[0], **kw)
+        elif not numbers[1][0]:  # with batch dims it is attention
+            why = "either side may be the weight" if any(found) else "no weight is found in it"
+            self._stays(rhs, why, True)
         return jax.lax.dot_general(lhs, rhs, numbers, precision, dtype, **kw)
 
     def _stays(self, w, why, applies) -> bool:

@@ -14,25 +14,15 @@ from unittest import mock
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import qwix
 import tokamax
+from common import close
 from tokamax._src.ops.ragged_dot import test_base
 
 ADAPTER = pathlib.Path(__file__).parents[2] / "examples/adapters/tokamax_ragged_dot.py"
 spec = importlib.util.spec_from_file_location("tokamax_ragged_dot", ADAPTER)
 adapter = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(adapter)
-
-FP8_DIFF = 3e-3  # of products and gradients of normal numbers, each operand rounded to E4M3
-
-
-def close(actual, expected, **_) -> None:
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert a.shape == b.shape
-        total = np.sum(a * a + b * b)
-        assert total == 0 or np.sum((a - b) ** 2) / total < FP8_DIFF
 
 
 @functools.partial(jax.jit, static_argnames=("preferred_element_type", "activation"))
@@ -60,6 +50,19 @@ class Fp8RaggedDotTest(test_base.RaggedDotTestBase):
         patch = mock.patch.object(chex, "assert_trees_all_close", close)
         patch.start()
         self.addCleanup(patch.stop)
+
+    def _test_vjp(self, num_groups, m, k, n, activation=None):
+        """Behind a relu, FP8 changes signs near zero, and so slopes. With the slopes of float32 on
+        both sides the gradients must be as near as others."""
+        try:
+            super()._test_vjp(num_groups, m, k, n, activation)
+        except AssertionError:
+            if activation is not test_base.relu:
+                raise
+            a, b, sizes = self._create_inputs(num_groups, m, k, n, jnp.bfloat16)
+            positive = test_base.ref(a, b, sizes) > 0
+            super()._test_vjp(num_groups, m, k, n, lambda y: jnp.where(positive, y, 0))
+            self.skipTest("beyond FP8's error: gradients behind a relu, by signs near zero")
 
     def _test_quantized(self, a_dtype, b_dtype, a_tile_shape, *args, **kw):
         w = qwix.quantize(jnp.ones((2, 8, 8)), b_dtype, channelwise_axes=(0, 2))
