@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,8 +26,8 @@ def save(q: QArray, name: str) -> Bits:
     times as fast as words. Turning FP8 numbers into words costs nothing.
     """
     bits, scale = to_bits(q)
-    n = bits.shape[-1]
-    if isinstance(n, int) and n % 4 == 0:  # an exported program may not know it
+    known = not any(map(jax.export.is_symbolic_dim, bits.shape))  # else StableHLO refuses
+    if known and bits.shape[-1] % 4 == 0:
         bits = _words(bits)
     return checkpoint_name(bits, name), checkpoint_name(scale, name)
 
