@@ -221,7 +221,7 @@ def test_it_trains(trained):
 
 
 def test_it_trains_over_a_mesh(example, config, trained):
-    """The same steps. A warm-up leaves the first at rest, so the third loss is of new numbers."""
+    """The same steps. The first one has the rate 0, so the third loss is of new numbers."""
     over = dataclasses.replace(config, expert_axis="expert")
     with jax.set_mesh(jax.make_mesh((4,), ("expert",))):
         model, losses = example["train"].train(over, 3, batch=8, context=32)
