@@ -40,7 +40,7 @@ def spread(slow: list, rest: list, workers: int) -> list:
     return order + rest
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     reason = hopper()
     here = pathlib.Path(__file__).parent
     own = [item for item in items if here in item.path.parents]
@@ -48,14 +48,29 @@ def pytest_collection_modifyitems(items) -> None:
         item.add_marker(pytest.mark.gpu)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+    ended = [item for item in own if item.nodeid in ENDED]
+    own = [item for item in own if item.nodeid not in ENDED]
+    config.hook.pytest_deselected(items=ended)
     slow = [item for item in own if any(name in item.nodeid for name in SLOWEST)]
     quick = [item for item in own if item not in slow]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    others = [item for item in items if item not in own]
+    others = [item for item in items if here not in item.path.parents]
     items[:] = spread(slow, quick, workers) + others
 
 
-COUNTS = dict.fromkeys(("passed", "failed", "skipped"), 0)
+def ended_before() -> dict[str, str]:
+    """Returns what earlier runs found, by test: see RESUME. A failed test runs again."""
+    lines = RESUME.read_text().splitlines() if RESUME and RESUME.exists() else []
+    found = dict(reversed(line.split(" ", 1)) for line in lines)
+    return {name: outcome for name, outcome in found.items() if outcome != "failed"}
+
+
+# A file in which runs of the same sources note each test that ended, and leave out those that did.
+RESUME = (
+    pathlib.Path(os.environ["JAX_FP8GEMM_RESUME"]) if "JAX_FP8GEMM_RESUME" in os.environ else None
+)
+ENDED = ended_before()
+COUNTS = {name: list(ENDED.values()).count(name) for name in ("passed", "failed", "skipped")}
 
 
 def pytest_runtest_logreport(report) -> None:
@@ -63,6 +78,9 @@ def pytest_runtest_logreport(report) -> None:
     if report.when == "call" or report.outcome != "passed":
         COUNTS[report.outcome] += 1
         record(interrupted=True)
+        if RESUME and "PYTEST_XDIST_WORKER" not in os.environ:
+            with RESUME.open("a") as file:
+                file.write(f"{report.outcome} {report.nodeid}\n")
 
 
 def pytest_sessionfinish(exitstatus) -> None:
