@@ -22,12 +22,15 @@ def to_bits(q: QArray) -> Bits:
 def save(q: QArray, name: str) -> Bits:
     """Returns the bytes and scales, named for jax.checkpoint policies.
 
-    Bytes are kept in fours: jax.lax.scan stacks what is saved in zeros, which XLA writes four
-    times as fast as words. Turning FP8 numbers into words costs nothing.
+    On one device bytes are kept in fours: jax.lax.scan stacks what is saved in zeros, which XLA
+    writes four times as fast as words. Turning FP8 numbers into words costs nothing there. Over
+    several devices a shard need not hold whole words.
     """
     bits, scale = to_bits(q)
+    mesh = jax.typeof(bits).sharding.mesh
+    alone = mesh.empty or mesh.size == 1
     known = not any(map(jax.export.is_symbolic_dim, bits.shape))  # else StableHLO refuses
-    if known and bits.shape[-1] % 4 == 0:
+    if alone and known and bits.shape[-1] % 4 == 0:
         bits = _words(bits)
     return checkpoint_name(bits, name), checkpoint_name(scale, name)
 

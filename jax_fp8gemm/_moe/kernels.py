@@ -28,9 +28,9 @@ class ExpertKernels:
         [e, f, h] with scales of 128x128, as block-FP8 checkpoints hold them.
       wo: [e, f, h], down; likewise. Or a QArray [e, h, f].
       copies: None, or what `prepare_experts` adds to floats: FP8 copies for each GEMM, with what it
-        contracts over last, as (uint32 words of four FP8 numbers, f32 scales): "up" [e, 2f, h] and
-        "down" [e, h, f]; for the gradients "up_back" [e, h, 2f] and "down_back" [e, f, h]. h is
-        filled with zeros to a multiple of 16, f to one of 128.
+        contracts over last, as bits and f32 scales: "up" [e, 2f, h] and "down" [e, h, f]; for the
+        gradients "up_back" [e, h, 2f] and "down_back" [e, f, h]. h is filled with zeros to a
+        multiple of 16, f to one of 128. Bits are uint8 or, on one device, uint32 of four each.
       wi: gate and up as one array, gate first, in place of wi_0 and wi_1: [e, h, 2f], or a QArray
         [e, 2f, h].
       wi_0_bias, wi_1_bias: None, or floats [e, f] that are added to gate and up.
